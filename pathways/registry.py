@@ -1,0 +1,82 @@
+"""How a name in a YAML file becomes an object, and how a wrong name is answered."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+
+class UserError(ValueError):
+    """Bad input from a user: the message says what, where and what is allowed. The command line prints it
+    without a traceback and exits with status 2."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest allowed name, or an empty string if none is close."""
+    lowered = {str(a).lower(): str(a) for a in allowed}
+    close = difflib.get_close_matches(str(name).lower(), list(lowered), n=1, cutoff=0.6)
+    return f"; did you mean '{lowered[close[0]]}'?" if close else ""
+
+
+class Registry(Mapping[str, Callable[..., Any]]):
+    """Objects of one kind by name.
+
+    >>> shapes = Registry("shape")
+    >>> @shapes.register("square")
+    ... def square(side=1): return side * side
+    >>> shapes.build("square", side=3)
+    9
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[Callable[..., Any]], Any]:
+        """Decorator that files a class or function under ``name``. A second entry of one name is an error."""
+
+        def add(entry: Callable[..., Any]) -> Callable[..., Any]:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} '{name}' is registered already")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def build(self, name: str, *args: Any, **params: Any) -> Any:
+        """Look ``name`` up and call it. Raises UserError for an unknown name or parameter."""
+        entry = self[name]
+        check_parameters(f"{self.kind} '{name}'", entry, params)
+        return entry(*args, **params)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UserError(
+                f"unknown {self.kind} '{name}'{nearest(name, self)} (allowed: {', '.join(self)})"
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def check_parameters(what: str, entry: Callable[..., Any], params: Mapping[str, Any]) -> None:
+    """Raise UserError if ``entry`` takes no parameter of one of the names in ``params``."""
+    accepted = inspect.signature(entry).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        return
+    for name in params:
+        if name not in accepted:
+            allowed = [n for n in accepted if n != "self"]
+            raise UserError(
+                f"{what} has no parameter '{name}'{nearest(name, allowed)} (allowed: {', '.join(allowed) or 'none'})"
+            )
