@@ -1,0 +1,13 @@
+"""The search space of distillation pathways, usable with any nn.Module and without distpro."""
+
+from pathways.connections import connect
+from pathways.distances import DISTANCES
+from pathways.registry import Registry, UserError
+from pathways.space import Pathway, build_pathways
+from pathways.taps import Tapped, Taps, find_stages, probe_shapes, tap
+from pathways.transforms import TRANSFORMS
+
+__all__ = [
+    "DISTANCES", "TRANSFORMS", "Pathway", "Registry", "Tapped", "Taps", "UserError", "build_pathways", "connect",
+    "find_stages", "probe_shapes", "tap",
+]  # fmt: skip

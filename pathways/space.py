@@ -1,0 +1,109 @@
+"""The search space: connections × transforms → pathways, each one scalar term with parameters of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pathways.connections import connect as connect_taps
+from pathways.distances import DISTANCES
+from pathways.registry import UserError
+from pathways.taps import probe_shapes
+from pathways.transforms import TRANSFORMS
+
+Spec = str | Mapping[str, Any]
+
+
+def parse_spec(spec: Spec, what: str) -> tuple[str, dict[str, Any]]:
+    """``'hcl'`` or ``{'name': 'hcl', 'levels': [4]}`` or ``{'hcl': {'levels': [4]}}`` → name and parameters."""
+    if isinstance(spec, str):
+        return spec, {}
+    params = dict(spec)
+    if "name" in params:
+        return params.pop("name"), params
+    if len(params) == 1:
+        ((name, inner),) = params.items()
+        if isinstance(inner, Mapping):
+            return name, dict(inner)
+    raise UserError(f"{what}: expected a name or {{name: ..., parameters}}, got {spec!r}")
+
+
+class Pathway(nn.Module):
+    """Loss ℓ_(i,j,k) = δ(M_k(F_j^student), F_i^teacher) (Section 3.1).
+
+    Attributes:
+        key: stable name, ``<teacher tap><-<student tap>@<transform>``.
+        level: (i, j, k), counted from 1: teacher level, student level, transform.
+        transform_name: name of M_k, by which a schedule is matched on another pair.
+        student_taps, teacher_taps: the one tap read on each side.
+    """
+
+    def __init__(
+        self, teacher_tap: str, student_tap: str, level: tuple[int, int, int], transform_name: str, transform: nn.Module,
+        distance: nn.Module,
+    ):  # fmt: skip
+        super().__init__()
+        self.key = f"{teacher_tap}<-{student_tap}@{transform_name}"
+        self.level = level
+        self.transform_name = transform_name
+        self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
+        self.transform, self.distance = transform, distance
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Scalar loss of a batch of student and teacher features. ``target`` and ``index`` are not used."""
+        return self.distance(self.transform(student), teacher)
+
+    def extra_repr(self) -> str:
+        return f"{self.key}, level={self.level}"
+
+
+def build_pathways(
+    teacher: nn.Module,
+    student: nn.Module,
+    example_input: Any,
+    teacher_taps: Sequence[str],
+    student_taps: Sequence[str],
+    connect: str | Sequence[Sequence[str]] = "all",
+    transforms: Sequence[Spec] = ("conv1x1", "conv3x3", "attention"),
+    distance: Spec = "hcl",
+) -> list[Pathway]:
+    """The pathways of a search space, teacher-major, then student level, then transform.
+
+    Shapes are probed with one forward pass of ``example_input`` through each model, which leaves no trace. The new
+    parameters are on the student's device.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
+    >>> import torch
+    >>> [p.key for p in build_pathways(net, net, torch.zeros(1, 3, 9, 9), ["1"], ["0", "1"], transforms=["conv1x1"])]
+    ['1<-0@conv1x1', '1<-1@conv1x1']
+
+    Raises UserError for unknown taps, rules, transforms, distances or parameters, and for shapes that do not fit.
+    """
+    teacher_shapes = probe_shapes(teacher, teacher_taps, example_input)
+    student_shapes = probe_shapes(student, student_taps, example_input)
+    chosen = [parse_spec(t, "transforms") for t in transforms]
+    distance_name, distance_params = parse_spec(distance, "distance")
+    names = [name for name, _ in chosen]
+    if len(set(names)) != len(names):
+        names = [f"{name}.{k}" for k, name in enumerate(names, 1)]
+    device = next(student.parameters()).device
+    space = []
+    for i, j in connect_taps(connect, teacher_taps, student_taps):
+        for k, (name, params) in enumerate(chosen):
+            shapes = student_shapes[student_taps[j]], teacher_shapes[teacher_taps[i]]
+            try:
+                transform = TRANSFORMS.build(name, *shapes, **params)
+            except UserError as error:
+                raise UserError(f"pathway {teacher_taps[i]} <- {student_taps[j]}: {error}") from None
+            pathway = Pathway(
+                teacher_taps[i], student_taps[j], (i + 1, j + 1, k + 1), names[k], transform,
+                DISTANCES.build(distance_name, **distance_params),
+            )  # fmt: skip
+            space.append(pathway.to(device))
+    if not space:
+        raise UserError("the search space is empty: no connections or no transforms")
+    return space
