@@ -8,6 +8,16 @@ from pathways.taps import Tapped, Taps, find_stages, probe_shapes, tap
 from pathways.transforms import TRANSFORMS
 
 __all__ = [
-    "DISTANCES", "TRANSFORMS", "Pathway", "Registry", "Tapped", "Taps", "UserError", "build_pathways", "connect",
-    "find_stages", "probe_shapes", "tap",
-]  # fmt: skip
+    "DISTANCES",
+    "TRANSFORMS",
+    "Pathway",
+    "Registry",
+    "Tapped",
+    "Taps",
+    "UserError",
+    "build_pathways",
+    "connect",
+    "find_stages",
+    "probe_shapes",
+    "tap",
+]

@@ -30,7 +30,9 @@ def connect(
             raise UserError(f"connect 'same' needs as many teacher as student taps, got {n} and {m}")
         return [(i, i) for i in range(n)]
     if isinstance(rule, str):
-        raise UserError(f"unknown connection rule '{rule}'{nearest(rule, RULES)} (allowed: {', '.join(RULES)}, or a list)")
+        raise UserError(
+            f"unknown connection rule '{rule}'{nearest(rule, RULES)} (allowed: {', '.join(RULES)}, or a list)"
+        )
     pairs = []
     for entry in rule:
         if isinstance(entry, str) or len(entry) != 2:

@@ -55,9 +55,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         try:
             return self._entries[name]
         except KeyError:
-            raise UserError(
-                f"unknown {self.kind} '{name}'{nearest(name, self)} (allowed: {', '.join(self)})"
-            ) from None
+            raise UserError(f"unknown {self.kind} '{name}'{nearest(name, self)} (allowed: {', '.join(self)})") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -41,9 +41,14 @@ class Pathway(nn.Module):
     """
 
     def __init__(
-        self, teacher_tap: str, student_tap: str, level: tuple[int, int, int], transform_name: str, transform: nn.Module,
+        self,
+        teacher_tap: str,
+        student_tap: str,
+        level: tuple[int, int, int],
+        transform_name: str,
+        transform: nn.Module,
         distance: nn.Module,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.key = f"{teacher_tap}<-{student_tap}@{transform_name}"
         self.level = level
@@ -100,9 +105,13 @@ def build_pathways(
             except UserError as error:
                 raise UserError(f"pathway {teacher_taps[i]} <- {student_taps[j]}: {error}") from None
             pathway = Pathway(
-                teacher_taps[i], student_taps[j], (i + 1, j + 1, k + 1), names[k], transform,
+                teacher_taps[i],
+                student_taps[j],
+                (i + 1, j + 1, k + 1),
+                names[k],
+                transform,
                 DISTANCES.build(distance_name, **distance_params),
-            )  # fmt: skip
+            )
             space.append(pathway.to(device))
     if not space:
         raise UserError("the search space is empty: no connections or no transforms")

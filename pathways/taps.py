@@ -30,8 +30,15 @@ POINTS = ("output", "input", "pre_relu")
 LOGITS = "logits"
 
 _ACTIVATION_FUNCTIONS = {
-    F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.leaky_relu,
-}  # fmt: skip
+    F.relu,
+    torch.relu,
+    torch.relu_,
+    Tensor.relu,
+    Tensor.relu_,
+    F.relu6,
+    F.hardtanh,
+    F.leaky_relu,
+}
 _ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
 _ACTIVATION_METHODS = ("relu", "relu_")
 
@@ -121,7 +128,9 @@ class Taps(Mapping[str, Tensor]):
             if output is None:  # the module's forward raised; the error is on its way to the caller
                 return
             if watch.before is None or watch.after is not output:
-                raise UserError(f"tap '{name}': '{name.partition(':')[0]}' does not end in a ReLU; tap its output instead")
+                raise UserError(
+                    f"tap '{name}': '{name.partition(':')[0]}' does not end in a ReLU; tap its output instead"
+                )
             self._values[name] = watch.before
 
         self._handles.append(module.register_forward_pre_hook(enter))
@@ -208,11 +217,16 @@ def _writes_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    inplace_operator = getattr(node.target, "__name__", "").endswith("_") or node.target in (operator.iadd, operator.imul)
+    inplace_operator = getattr(node.target, "__name__", "").endswith("_") or node.target in (
+        operator.iadd,
+        operator.imul,
+    )
     return node.op == "call_function" and (bool(node.kwargs.get("inplace")) or inplace_operator)
 
 
-def _traced_nodes(tracer: _Tracer, graph: fx.Graph, names: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, fx.Node]:
+def _traced_nodes(
+    tracer: _Tracer, graph: fx.Graph, names: Sequence[str], modules: Mapping[str, nn.Module]
+) -> dict[str, fx.Node]:
     """The graph's node of each tap."""
     nodes = {}
     for name in names:
@@ -308,9 +322,11 @@ class Tapped(nn.Module):
                 output, features = function(self.model, example_input)
             except Exception:  # traced code that cannot run is no better than none
                 return False
-            return isinstance(plain, Tensor) and torch.equal(plain, output) and all(
-                isinstance(features[n], Tensor) and torch.equal(taps[n], features[n]) for n in self.names
-            )  # fmt: skip
+            return (
+                isinstance(plain, Tensor)
+                and torch.equal(plain, output)
+                and all(isinstance(features[n], Tensor) and torch.equal(taps[n], features[n]) for n in self.names)
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         if self._function is not None:

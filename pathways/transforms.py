@@ -30,7 +30,9 @@ def _conv(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
 def _check_map(name: str, *shapes: Shape) -> None:
     for shape in shapes:
         if len(shape) != 3:
-            raise UserError(f"transform '{name}' needs feature maps (C, H, W), got shape {shape}; for tokens use 'tokens'")
+            raise UserError(
+                f"transform '{name}' needs feature maps (C, H, W), got shape {shape}; for tokens use 'tokens'"
+            )
 
 
 class _MapTransform(nn.Module):
@@ -134,7 +136,9 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2) if self.source.is_map else x
         tokens = self.project(tokens)
-        class_token, grid = (tokens[:, :1], tokens[:, 1:]) if self.source.class_token else (tokens.mean(1, True), tokens)
+        class_token, grid = (
+            (tokens[:, :1], tokens[:, 1:]) if self.source.class_token else (tokens.mean(1, True), tokens)
+        )
         if self.source.size != self.target.size or self.target.is_map:
             grid = grid.transpose(1, 2).unflatten(2, self.source.size)
             if self.source.size != self.target.size:
@@ -154,7 +158,9 @@ class _Grid:
             self.channels, self.size, self.class_token = shape[0], tuple(shape[1:]), False
             return
         if len(shape) != 2:
-            raise UserError(f"transform 'tokens' needs tokens (L, D) or a feature map (C, H, W), got shape {tuple(shape)}")
+            raise UserError(
+                f"transform 'tokens' needs tokens (L, D) or a feature map (C, H, W), got shape {tuple(shape)}"
+            )
         length, self.channels = shape
         side = math.isqrt(length)
         self.class_token = side * side != length

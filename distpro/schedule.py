@@ -1,0 +1,216 @@
+"""The learned weights over time, and the file that carries them (`alpha.pt`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpro.checkpoint import load_safely, save_atomically
+from distpro.weighting import drop
+from pathways.registry import UserError, nearest
+
+FORMAT = "distpro-schedule"
+VERSION = 1
+REDUCTIONS = ("total", "teacher_level", "student_level")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One weight process per term, sampled at T steps.
+
+    Attributes:
+        keys: names of the N terms.
+        levels: (i, j, k) of each term, (N, 3) int64, counted from 1; zeros where a term has no such place.
+        transforms: name of each term's transform, or an empty string.
+        alpha_tilde: α̃ per step, (T, N) float32.
+        weights: w per step, (T, N) float32.
+        steps_per_epoch: of the search, so that a step can be read as an epoch.
+        meta: what else the file says: weighting, threshold, config, signatures, versions, creation time.
+    """
+
+    keys: tuple[str, ...]
+    levels: Tensor
+    alpha_tilde: Tensor
+    weights: Tensor
+    transforms: tuple[str, ...] = ()
+    steps_per_epoch: float = 1.0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.keys)
+        if len(set(self.keys)) != n:
+            raise UserError("schedule: two terms have one key")
+        if not self.transforms:
+            object.__setattr__(self, "transforms", ("",) * n)
+        for name, tensor, width in (("levels", self.levels, 3), ("weights", self.weights.T, None)):
+            if tensor.dim() != 2 or len(tensor) != n or (width and tensor.shape[1] != width):
+                raise UserError(f"schedule: {name} of shape {tuple(tensor.shape)} do not fit {n} keys")
+        if self.alpha_tilde.shape != self.weights.shape or len(self.weights) == 0:
+            raise UserError(
+                f"schedule: alpha_tilde {tuple(self.alpha_tilde.shape)} and weights {tuple(self.weights.shape)} must be equal, (T, N) with T > 0"
+            )
+        if not torch.isfinite(self.weights).all():
+            raise UserError("schedule: weights are not all finite")
+
+    def __len__(self) -> int:
+        """Number of steps T."""
+        return len(self.weights)
+
+    # Files
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically: the file is the old one or the new one, never half of each."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "keys": list(self.keys),
+            "levels": self.levels.to(torch.int64),
+            "transforms": list(self.transforms),
+            "alpha_tilde": self.alpha_tilde.float().contiguous(),
+            "weights": self.weights.float().contiguous(),
+            "steps_per_epoch": float(self.steps_per_epoch),
+            "meta": dict(self.meta),
+        }
+        save_atomically(content, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a schedule file. Executes nothing from it. Raises UserError if it is no schedule or a newer one."""
+        content = load_safely(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{path}: not a distpro schedule")
+        if content["version"] > VERSION:
+            raise UserError(f"{path}: schedule version {content['version']}; this distpro reads up to {VERSION}")
+        try:
+            return cls(
+                keys=tuple(content["keys"]),
+                levels=content["levels"],
+                transforms=tuple(content["transforms"]),
+                alpha_tilde=content["alpha_tilde"],
+                weights=content["weights"],
+                steps_per_epoch=content["steps_per_epoch"],
+                meta=content["meta"],
+            )
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: damaged schedule ({type(error).__name__}: {error})") from None
+
+    # Time
+
+    def interpolate(self, total_steps: int) -> Schedule:
+        """The schedule stretched linearly to ``total_steps`` steps; end points map to end points (Section 3.4)."""
+        if total_steps < 1:
+            raise UserError(f"schedule: cannot be interpolated to {total_steps} steps")
+        position = torch.linspace(0, len(self) - 1, total_steps, dtype=torch.float64)
+        left = position.floor().long().clamp(max=max(len(self) - 2, 0))
+        right = (left + 1).clamp(max=len(self) - 1)
+        fraction = (position - left)[:, None]
+
+        def stretch(x: Tensor) -> Tensor:
+            return torch.lerp(x[left].double(), x[right].double(), fraction).float()
+
+        return replace(
+            self,
+            alpha_tilde=stretch(self.alpha_tilde),
+            weights=stretch(self.weights),
+            steps_per_epoch=self.steps_per_epoch * total_steps / len(self),
+        )
+
+    def final(self) -> Schedule:
+        """The last step's weights at every step (control of Table 1)."""
+        return replace(
+            self,
+            weights=self.weights[-1:].expand_as(self.weights).clone(),
+            alpha_tilde=self.alpha_tilde[-1:].expand_as(self.alpha_tilde).clone(),
+        )
+
+    def equal(self) -> Schedule:
+        """1/N for every term at every step (control of Table 1)."""
+        return replace(
+            self,
+            weights=torch.full_like(self.weights, 1 / len(self.keys)),
+            alpha_tilde=torch.ones_like(self.alpha_tilde),
+        )
+
+    def drop(self, threshold: float | None) -> Schedule:
+        """Zero weight wherever α̃ is at or below ``threshold`` (τ, Section 3.2)."""
+        return replace(self, weights=drop(self.weights, self.alpha_tilde, threshold))
+
+    # Terms
+
+    def reduce(self, how: str) -> Schedule:
+        """Sum weights for a loss that wants fewer of them: ``total`` (one column), ``teacher_level`` or
+        ``student_level`` (one column per level, keys such as ``teacher_level.2``). α̃ of a sum is the log of the
+        summed exp(α̃). Raises UserError for another word."""
+        if how not in REDUCTIONS:
+            raise UserError(f"unknown reduction '{how}'{nearest(how, REDUCTIONS)} (allowed: {', '.join(REDUCTIONS)})")
+        side = {"total": None, "teacher_level": 0, "student_level": 1}[how]
+        group = torch.zeros(len(self.keys), dtype=torch.int64) if side is None else self.levels[:, side]
+        values = group.unique().tolist()
+        members = [group == v for v in values]
+        levels = torch.zeros(len(values), 3, dtype=torch.int64)
+        if side is not None:
+            levels[:, side] = torch.tensor(values)
+        return replace(
+            self,
+            keys=("total",) if side is None else tuple(f"{how}.{v}" for v in values),
+            levels=levels,
+            transforms=("",) * len(values),
+            weights=torch.stack([self.weights[:, m].sum(1) for m in members], 1),
+            alpha_tilde=torch.stack([self.alpha_tilde[:, m].logsumexp(1) for m in members], 1),
+        )
+
+    def columns(self, terms: Sequence[Any], mapping: Mapping[str, str] | None = None) -> Schedule:
+        """The columns that drive ``terms``, in their order: by key, else by level (i, j, transform).
+
+        Args:
+            terms: anything with ``key`` and ``level`` (and ``transform_name``).
+            mapping: term key → schedule key, for terms that neither rule finds.
+
+        Raises UserError if a term finds no column, or if columns are left over without a mapping that says so.
+        """
+        mapping = mapping or {}
+        by_key = {k: n for n, k in enumerate(self.keys)}
+        by_level: dict[tuple[Any, ...], int] = {}
+        for n, (level, transform) in enumerate(zip(self.levels.tolist(), self.transforms, strict=True)):
+            if any(level):
+                by_level.setdefault((*level[:2], transform), n)
+        chosen = []
+        for term in terms:
+            key = mapping.get(term.key, term.key)
+            level = tuple(getattr(term, "level", None) or (0, 0, 0))
+            place = (*level[:2], getattr(term, "transform_name", ""))
+            column = by_key.get(key, by_level.get(place))
+            if column is None:
+                raise UserError(
+                    f"schedule: no column for term '{term.key}' (level {place}){nearest(key, self.keys)} "
+                    f"The schedule has {self._summary()}; a mapping {{term key: schedule key}} can join them."
+                )
+            chosen.append(column)
+        left_over = set(range(len(self.keys))) - set(chosen)
+        if left_over and not mapping:
+            raise UserError(
+                f"schedule: {len(left_over)} of {len(self.keys)} columns fit no term, for instance "
+                f"'{self.keys[min(left_over)]}'; the schedule has {self._summary()}, the objective {len(chosen)} terms"
+            )
+        return self.take(chosen)
+
+    def take(self, columns: Sequence[int]) -> Schedule:
+        """The given columns, in that order."""
+        index = list(columns)
+        return replace(
+            self,
+            keys=tuple(self.keys[n] for n in index),
+            transforms=tuple(self.transforms[n] for n in index),
+            levels=self.levels[index],
+            weights=self.weights[:, index],
+            alpha_tilde=self.alpha_tilde[:, index],
+        )
+
+    def _summary(self) -> str:
+        t, s = (int(self.levels[:, side].max()) if len(self.keys) else 0 for side in (0, 1))
+        return f"{len(self.keys)} terms over {t} teacher and {s} student levels"
