@@ -1,0 +1,52 @@
+"""distpro: learn when a student should listen to which part of its teacher.
+
+schedule = distpro.search("search_configs/digits.yaml", out="runs/x")
+result = distpro.retrain(schedule=schedule)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distpro.losses import available_losses, build_loss
+    from distpro.objective import Objective, Term
+    from distpro.runs import Result, evaluate, retrain, search, train
+    from distpro.schedule import Schedule
+    from pathways.registry import UserError
+
+# Imported when first used, so that `distpro --help` and small uses do not pay for everything.
+_HOMES = {
+    "Objective": "distpro.objective",
+    "Result": "distpro.runs",
+    "Schedule": "distpro.schedule",
+    "Term": "distpro.objective",
+    "UserError": "pathways.registry",
+    "available_losses": "distpro.losses",
+    "build_loss": "distpro.losses",
+    "evaluate": "distpro.runs",
+    "retrain": "distpro.runs",
+    "search": "distpro.runs",
+    "train": "distpro.runs",
+}
+
+__all__ = [
+    "Objective",
+    "Result",
+    "Schedule",
+    "Term",
+    "UserError",
+    "available_losses",
+    "build_loss",
+    "evaluate",
+    "retrain",
+    "search",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distpro' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

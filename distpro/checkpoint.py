@@ -48,5 +48,6 @@ def load_safely(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors and plain values (or is damaged); not loaded") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0][:200]})") from None
+    except Exception as error:  # damaged bytes can fail anywhere in the unpickler
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason})") from None

@@ -11,6 +11,7 @@ All passes use batch statistics as training does, and leave buffers and the rand
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distpro.objective import Evaluation, Objective, entries_of
 from pathways.registry import Registry, UserError
@@ -223,7 +225,7 @@ class ForwardMode(Estimator):
     student alone along u gives the tangents ḟ and with them every h_p. Parameters of a term's own (transforms) come in
     only where clipping gives u a part along them; their gradient is theirs alone and known too.
 
-    The tangent pass runs in full precision. A term of weight zero has no signal: its h_p is 0.
+    The tangent pass runs in full precision, and attention in its plain form (the fused kernels have no forward mode). A term of weight zero has no signal: its h_p is 0.
     """
 
     needs_views = True
@@ -247,7 +249,7 @@ class ForwardMode(Estimator):
         """ḟ of the student's output and taps along u at θ_t: one forward-mode pass on the training batch."""
         student = self.objective.student
         state = random_state(student)
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), forward_ad.dual_level(), _quiet_jvp(), sdpa_kernel(SDPBackend.MATH):
             parameters = {
                 name: forward_ad.make_dual(step.theta[p], u[p]) if p in u else step.theta.get(p, p)
                 for name, p in student.named_parameters()
@@ -259,6 +261,14 @@ class ForwardMode(Estimator):
             tangents = {name: forward_ad.unpack_dual(f).tangent for name, f in {**features, "logits": output}.items()}
         zero = torch.zeros(())
         return {name: zero if t is None else t for name, t in tangents.items()}
+
+
+@contextmanager
+def _quiet_jvp() -> Iterator[None]:
+    # The first forward-mode pass of a process makes torch load decompositions that use its own deprecated jit.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=Warning)
+        yield
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

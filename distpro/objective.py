@@ -33,6 +33,8 @@ class Term(nn.Module):
         level: (i, j, k) where the term belongs to one teacher and one student level, for schedules of another pair.
         per_level: weight the loss's ``levels`` separately: the term stands for L entries of the vector of losses,
             ``<key>.1`` to ``<key>.L``, one per teacher level.
+        reduction: how a schedule of more terms is summed up for this one, see `Schedule.reduce`; None where it has a
+            column of its own.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Term(nn.Module):
         weight: float | None = None,
         level: tuple[int, int, int] | None = None,
         per_level: bool = False,
+        reduction: str | None = None,
     ):
         super().__init__()
         self.loss = loss
@@ -52,6 +55,7 @@ class Term(nn.Module):
         self.weight = weight
         self.level = level
         self.per_level = per_level
+        self.reduction = reduction
 
     def forward(self, student: Any, teacher: Any, target: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Scalar loss, or the losses (L,) of a ``per_level`` term."""
@@ -184,39 +188,57 @@ class Objective(nn.Module):
         schedule: Schedule,
         total_steps: int,
         threshold: float | None = None,
-        scale: float = 1.0,
+        scale: float | Callable[[int], float] = 1.0,
         mapping: Mapping[str, str] | None = None,
-    ) -> Schedule:
+    ) -> None:
         """Let a schedule drive every term that has no constant weight.
 
-        The schedule is matched to the terms by key or level (`Schedule.columns`) and interpolated to ``total_steps``.
-        Terms whose weight is zero at every step are taken out of the objective and cost nothing.
+        The schedule is interpolated to ``total_steps``, cleared of what the threshold drops, and matched to the terms
+        by key or level (`Schedule.columns`), reduced first for terms with a ``reduction``. Terms whose weight is zero
+        at every step are taken out of the objective and cost nothing.
 
         Args:
             threshold: τ; None drops nothing.
-            scale: λ, a constant factor on all driven weights.
+            scale: λ, a factor on all driven weights, or a function of the step that gives it.
             mapping: term key → schedule key, where neither rule finds a column.
 
-        Returns the schedule that is followed, one row a step. Raises UserError where schedule and terms do not fit.
+        Raises UserError where schedule and terms do not fit.
         """
-        terms = list(self.terms)
-        driven = [t for t in terms if getattr(t, "weight", None) is None]
-        columns = schedule.columns([e for t in driven for e in entries_of(t)], mapping)
-        followed = columns.interpolate(total_steps).drop(threshold)
-        table = {key: followed.weights[:, n] * scale for n, key in enumerate(followed.keys)}
-        kept = [t for t in terms if t not in driven or any(table[e.key].any() for e in entries_of(t))]
-        self._set_terms(kept)
-        rows = torch.stack(
-            [
-                table[e.key] if e.key in table else torch.full((total_steps,), float(t.weight))  # type: ignore[arg-type]
-                for t in kept
-                for e in entries_of(t)
+        stretched = schedule.interpolate(total_steps).drop(threshold)
+        driven = self._driven()
+        columns: dict[str, Tensor] = {}
+        for reduction in dict.fromkeys(getattr(t, "reduction", None) for t in driven):
+            entries = [e for t in driven if getattr(t, "reduction", None) == reduction for e in entries_of(t)]
+            fitting = (stretched.reduce(reduction) if reduction else stretched).columns(entries, mapping)
+            columns |= {entry.key: fitting.weights[:, n] for n, entry in enumerate(entries)}
+        self.keep([t for t in self.terms if t not in driven or any(columns[e.key].any() for e in entries_of(t))])
+        factor = scale if callable(scale) else lambda step: scale
+        constants = self._constant_weights(0)
+
+        def weights_at(step: int) -> list[float]:
+            row, by = min(step, total_steps - 1), factor(step)
+            return [
+                by * columns[e.key][row].item() if e.key in columns else c
+                for e, c in zip(self.entries, constants, strict=True)
             ]
-            or [torch.zeros(total_steps)],
-            1,
-        )
-        self._weights_at = lambda step: rows[min(step, total_steps - 1)].tolist()[: len(self.entries)]
-        return followed
+
+        self._weights_at = weights_at
+
+    def follow_equal(self, scale: float | Callable[[int], float] = 1.0) -> None:
+        """Weight every entry without a constant weight by 1/L, L their number (control of Table 1)."""
+        driven = {e.key for t in self._driven() for e in entries_of(t)}
+        factor = scale if callable(scale) else lambda step: scale
+        constants = self._constant_weights(0)
+        self._weights_at = lambda step: [
+            factor(step) / len(driven) if e.key in driven else c for e, c in zip(self.entries, constants, strict=True)
+        ]
+
+    def keep(self, terms: Sequence[nn.Module]) -> None:
+        """Take all but these terms out, and the taps that only the others have read."""
+        self._set_terms(terms)
+
+    def _driven(self) -> list[nn.Module]:
+        return [t for t in self.terms if getattr(t, "weight", None) is None]
 
     def weights_at(self, step: int) -> Sequence[float]:
         """Weight of each entry at a training step."""
@@ -224,20 +246,21 @@ class Objective(nn.Module):
 
     # Passes
 
-    def _autocast(self, enabled: bool = True) -> torch.autocast:
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        """The context in which models and terms run."""
         device = next(self.student.parameters()).device.type
         return torch.autocast(device, dtype=self.precision, enabled=enabled and self.precision is not None)
 
     def teach(self, x: Tensor) -> Features:
         """The teacher's tapped tensors for a batch, without gradients."""
         assert self.teacher is not None
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             output, features = self.teacher(x)
         return {**features, LOGITS: output}
 
     def study(self, x: Tensor, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's output and tapped tensors for a batch."""
-        with self._autocast(autocast):
+        with self.autocast(autocast):
             output, features = self.student(x)
         return output, {**features, LOGITS: output}
 
@@ -261,7 +284,7 @@ class Objective(nn.Module):
         its gradient in the backward pass, and the list receives one {tap: view} per term.
         """
         losses: list[Tensor | None] = []
-        with self._autocast(autocast):
+        with self.autocast(autocast):
             for term in self.terms:
                 count = len(entries_of(term))
                 if active is not None and not any(active[len(losses) : len(losses) + count]):

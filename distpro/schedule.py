@@ -16,7 +16,7 @@ from pathways.registry import UserError, nearest
 
 FORMAT = "distpro-schedule"
 VERSION = 1
-REDUCTIONS = ("total", "teacher_level", "student_level")
+REDUCTIONS = ("total", "teacher_level", "student_level", "connection")
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class Schedule:
         content = load_safely(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path}: not a distpro schedule")
-        if content["version"] > VERSION:
-            raise UserError(f"{path}: schedule version {content['version']}; this distpro reads up to {VERSION}")
+        version = content.get("version")
+        if not isinstance(version, int) or version > VERSION:
+            raise UserError(f"{path}: schedule version {version}; this distpro reads up to {VERSION}")
         try:
             return cls(
                 keys=tuple(content["keys"]),
@@ -96,6 +97,8 @@ class Schedule:
                 steps_per_epoch=content["steps_per_epoch"],
                 meta=content["meta"],
             )
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{path}: damaged schedule ({type(error).__name__}: {error})") from None
 
@@ -143,29 +146,30 @@ class Schedule:
     # Terms
 
     def reduce(self, how: str) -> Schedule:
-        """Sum weights for a loss that wants fewer of them: ``total`` (one column), ``teacher_level`` or
-        ``student_level`` (one column per level, keys such as ``teacher_level.2``). α̃ of a sum is the log of the
-        summed exp(α̃). Raises UserError for another word."""
+        """Sum weights for a loss that wants fewer of them: ``total`` (one column), ``teacher_level``,
+        ``student_level`` (one column per level, keys such as ``teacher_level.2``) or ``connection`` (one per pair of
+        levels, ``connection.2.3``). α̃ of a sum is the log of the summed exp(α̃). Raises UserError for another word."""
         if how not in REDUCTIONS:
             raise UserError(f"unknown reduction '{how}'{nearest(how, REDUCTIONS)} (allowed: {', '.join(REDUCTIONS)})")
-        side = {"total": None, "teacher_level": 0, "student_level": 1}[how]
-        group = torch.zeros(len(self.keys), dtype=torch.int64) if side is None else self.levels[:, side]
-        values = group.unique().tolist()
-        members = [group == v for v in values]
-        levels = torch.zeros(len(values), 3, dtype=torch.int64)
-        if side is not None:
-            levels[:, side] = torch.tensor(values)
+        sides = {"total": [], "teacher_level": [0], "student_level": [1], "connection": [0, 1]}[how]
+        places = [tuple(level[side] for side in sides) for level in self.levels.tolist()]
+        groups = sorted(set(places))
+        members = [torch.tensor([place == group for place in places]) for group in groups]
+        levels = torch.zeros(len(groups), 3, dtype=torch.int64)
+        levels[:, sides] = torch.tensor(groups, dtype=torch.int64)
         return replace(
             self,
-            keys=("total",) if side is None else tuple(f"{how}.{v}" for v in values),
+            keys=tuple(".".join([how, *map(str, group)]) for group in groups),
             levels=levels,
-            transforms=("",) * len(values),
+            transforms=("",) * len(groups),
             weights=torch.stack([self.weights[:, m].sum(1) for m in members], 1),
             alpha_tilde=torch.stack([self.alpha_tilde[:, m].logsumexp(1) for m in members], 1),
         )
 
     def columns(self, terms: Sequence[Any], mapping: Mapping[str, str] | None = None) -> Schedule:
-        """The columns that drive ``terms``, in their order: by key, else by level (i, j, transform).
+        """The columns that drive ``terms``, in their order, under their keys: by key, else by level (i, j, transform).
+
+        Terms may share a column, such as two losses that both follow ``total``.
 
         Args:
             terms: anything with ``key`` and ``level`` (and ``transform_name``).
@@ -182,12 +186,14 @@ class Schedule:
         chosen = []
         for term in terms:
             key = mapping.get(term.key, term.key)
+            if key not in by_key and term.key in mapping:
+                raise UserError(f"schedule: mapping of '{term.key}': no column '{key}'{nearest(key, self.keys)}")
             level = tuple(getattr(term, "level", None) or (0, 0, 0))
             place = (*level[:2], getattr(term, "transform_name", ""))
             column = by_key.get(key, by_level.get(place))
             if column is None:
                 raise UserError(
-                    f"schedule: no column for term '{term.key}' (level {place}){nearest(key, self.keys)} "
+                    f"schedule: no column for term '{term.key}' (level {place}){nearest(key, self.keys)}. "
                     f"The schedule has {self._summary()}; a mapping {{term key: schedule key}} can join them."
                 )
             chosen.append(column)
@@ -197,14 +203,14 @@ class Schedule:
                 f"schedule: {len(left_over)} of {len(self.keys)} columns fit no term, for instance "
                 f"'{self.keys[min(left_over)]}'; the schedule has {self._summary()}, the objective {len(chosen)} terms"
             )
-        return self.take(chosen)
+        return self.take(chosen, [term.key for term in terms])
 
-    def take(self, columns: Sequence[int]) -> Schedule:
-        """The given columns, in that order."""
+    def take(self, columns: Sequence[int], keys: Sequence[str] | None = None) -> Schedule:
+        """The given columns, in that order, under new ``keys`` if there are any."""
         index = list(columns)
         return replace(
             self,
-            keys=tuple(self.keys[n] for n in index),
+            keys=tuple(keys or (self.keys[n] for n in index)),
             transforms=tuple(self.transforms[n] for n in index),
             levels=self.levels[index],
             weights=self.weights[:, index],

@@ -6,15 +6,14 @@ the optimiser has moved the parameters, and keeps its state in checkpoints.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distpro.hypergradient import Batch, Estimator, TrainingStep
-from distpro.objective import Objective
+from distpro.objective import Evaluation, Objective, entries_of
 from distpro.schedule import Schedule
 from distpro.weighting import Weighting, drop
 from pathways.registry import UserError
@@ -31,14 +30,17 @@ class Searcher:
         α̃_{t+1} = optimiser step on (∂w/∂α̃)ᵀ h
 
     Args:
-        objective: with the terms to be weighted; all of them are.
+        objective: with the terms to be weighted: those without a constant weight.
         estimator: hypergradient estimator on the same objective and optimiser.
         weighting: α̃ → w.
-        validation: endless batches of D_val.
+        validation: ``validation(start)`` gives the endless batches of D_val from number ``start`` on.
         total_steps: T_search.
         learning_rate, optimizer, betas, momentum: of α̃'s own optimiser, ``adam`` or ``sgd``.
         every: steps between two updates of α̃.
         threshold: τ, drops terms during the search (their computation too); None drops none.
+        repeats: take each step again with the weights that it has led to, as DARTS and a literal Algorithm 1 do; about
+            twice the cost.
+        scale: λ, or a function of the step that gives it.
         revive_every: with a threshold, all terms are computed again in the first of every so many updates, so that a
             dropped term has a signal and may come back; 0 never.
     """
@@ -48,7 +50,7 @@ class Searcher:
         objective: Objective,
         estimator: Estimator,
         weighting: Weighting,
-        validation: Iterator[Batch],
+        validation: Callable[[int], Iterator[Batch]],
         total_steps: int,
         learning_rate: float = 0.05,
         optimizer: str = "adam",
@@ -57,15 +59,25 @@ class Searcher:
         every: int = 1,
         threshold: float | None = None,
         revive_every: int = 0,
+        repeats: bool = False,
+        scale: float | Callable[[int], float] = 1.0,
     ):
-        if not objective.entries:
-            raise UserError("search: there is no term to weight")
+        constants = [getattr(term, "weight", None) for term in objective.terms for _ in entries_of(term)]
+        learned = [n for n, constant in enumerate(constants) if constant is None]
+        if not learned:
+            raise UserError("search: there is no term whose weight is to be learned")
         self.objective, self.estimator, self.weighting = objective, estimator, weighting
-        self.validation = validation
+        self._validation_from = validation
+        self.validation = validation(0)
         self.every = max(every, estimator.window)
-        self.threshold, self.revive_every = threshold, revive_every
+        self.threshold, self.revive_every, self.repeats = threshold, revive_every, repeats
+        self.needs_views = estimator.needs_views
         device = next(objective.student.parameters()).device
-        count = len(objective.entries)
+        self.scale = scale if callable(scale) else lambda step: scale
+        self.entries = [objective.entries[n] for n in learned]
+        self.learned = torch.tensor(learned, device=device)
+        self.constants = torch.tensor([c or 0.0 for c in constants], device=device)
+        count = len(learned)
         self.alpha_tilde = torch.ones(count, device=device, requires_grad=True)
         if optimizer == "adam":
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam([self.alpha_tilde], lr=learning_rate, betas=betas)
@@ -75,20 +87,23 @@ class Searcher:
         self.steps_done = 0
         self.validation_steps = 0
         self._current: TrainingStep | None = None
-        self.seconds = 0.0
+        self._weights = self.constants
 
     # What the trainer asks
 
     @torch.no_grad()
     def weights(self, step: int) -> Tensor | list[float]:
-        """w of this step, without λ: a tensor, or a list whose zeros are terms that the threshold has dropped."""
+        """λ·w of every entry: a tensor, or a list whose zeros are terms that the threshold has dropped."""
         weights = self.weighting(self.alpha_tilde)
         self.history[0, step], self.history[1, step] = self.alpha_tilde, weights
         self.steps_done = step + 1
         updates = step // self.every
-        if self.threshold is None or (self.revive_every and updates % self.revive_every == 0):
-            return weights
-        return drop(weights, self.alpha_tilde, self.threshold).tolist()
+        dropping = self.threshold is not None and not (self.revive_every and updates % self.revive_every == 0)
+        if dropping:
+            weights = drop(weights, self.alpha_tilde, self.threshold)
+        self._weights = self.constants.index_copy(0, self.learned, weights)
+        effective = self.constants.index_copy(0, self.learned, self.scale(step) * weights)
+        return effective.tolist() if dropping else effective
 
     def updates_after(self, step: int) -> bool:
         """Whether α̃ moves after this step."""
@@ -98,30 +113,35 @@ class Searcher:
         """Whether the estimator has to see this step: the last ``window`` ones before each update."""
         return self.every - 1 - step % self.every < self.estimator.window
 
-    def before_update(self, step: TrainingStep) -> None:
-        """After the backward pass, before the parameters move."""
-        self.estimator.before_step(step)
-        self._current = step
+    def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], evaluation: Evaluation) -> None:
+        """After the backward pass, before the parameters move. ``state``: random state before the forward pass."""
+        theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
+        self._current = TrainingStep(batch, self._weights, self.scale(step), theta, state, evaluation)
+        self.estimator.before_step(self._current)
 
-    def after_update(self, step: int) -> None:
-        """After the parameters have moved: update α̃ if this step is one to do so."""
+    def after_update(self, step: int) -> bool:
+        """After the parameters have moved: update α̃ if this step is one to do so, and say whether it was."""
         if self._current is None or not self.updates_after(step):
-            return
-        start = time.perf_counter()
+            return False
         h = self.estimator(self._current, next(self.validation))
         self.validation_steps += 1
         self._current = None
-        # A dropped term has no signal; neither its own hypergradient nor a share through the normalisation's
-        # denominator would mean anything, so its h is 0 and only the denominator moves it.
-        self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h)
+        self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
         self.optimizer.step()
-        self.seconds += time.perf_counter() - start
+        return True
+
+    def scalars(self) -> dict[str, Tensor]:
+        """α̃ and w of every searched term, the validation loss."""
+        values = {"search/validation_loss": self.estimator.validation_loss}
+        for name, row in zip(("alpha_tilde", "alpha"), self.history[:, self.steps_done - 1].cpu(), strict=True):
+            values |= {f"{name}/{entry.key}": value for entry, value in zip(self.entries, row, strict=True)}
+        return values
 
     # State
 
     def schedule(self, steps_per_epoch: float, meta: dict[str, Any]) -> Schedule:
         """What has been learned so far."""
-        entries = self.objective.entries
+        entries = self.entries
         alpha_tilde, weights = self.history[:, : self.steps_done].cpu()
         return Schedule(
             keys=tuple(e.key for e in entries),
@@ -143,29 +163,11 @@ class Searcher:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Back to a state from `state_dict`. The caller sets `validation` to start at ``validation_steps``."""
+        """Back to a state from `state_dict`."""
         with torch.no_grad():
             self.alpha_tilde.copy_(state["alpha_tilde"])
             self.steps_done = state["history"].shape[1]
             self.history[:, : self.steps_done] = state["history"].to(self.history.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.validation_steps = state["validation_steps"]
-
-
-class FixedWeights:
-    """The retrain's side of the same questions: the objective's own processes (constants, or a followed schedule)."""
-
-    def __init__(self, objective: Objective):
-        self.objective = objective
-
-    def weights(self, step: int) -> list[float]:
-        return list(self.objective.weights_at(step))
-
-    def watches(self, step: int) -> bool:
-        return False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        self.validation = self._validation_from(self.validation_steps)

@@ -82,8 +82,11 @@ class Unrolled(Estimator):
             for past, rates in zip(self._steps, self._learning_rates, strict=True):
                 set_random_state(past.state)
                 named = {names[p]: value for p, value in zip(params, values, strict=True)}
-                loss = functional_call(_LossOf(self.objective), {f"objective.{n}": v for n, v in named.items()},
-                                       (past.batch, past.scale * weights, past.evaluation.teacher))  # fmt: skip
+                loss = functional_call(
+                    _LossOf(self.objective),
+                    {f"objective.{n}": v for n, v in named.items()},
+                    (past.batch, past.scale * weights, past.evaluation.teacher),
+                )
                 values = self._differentiable.step(loss, params=values, override=rates, grad_callback=clip)
             named = {names[p]: value for p, value in zip(params, values, strict=True)}
             self.validation_loss = functional_call(

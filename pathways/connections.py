@@ -35,7 +35,7 @@ def connect(
         )
     pairs = []
     for entry in rule:
-        if isinstance(entry, str) or len(entry) != 2:
+        if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
             raise UserError(f"connect: each entry is [teacher tap, student tap], got {entry!r}")
         pairs.append((_position(entry[0], teacher_taps, "teacher"), _position(entry[1], student_taps, "student")))
     if len(set(pairs)) != len(pairs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,12 +13,21 @@ from pathways.registry import Registry, UserError
 DISTANCES = Registry("distance")
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """dtype to reduce in: float32 at least, whatever precision the features come in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(dtype=_wide(x))
+
+
 @DISTANCES.register("l1")
 class L1(nn.Module):
     """Mean absolute difference."""
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return F.l1_loss(x, target)
+        return _mean((x - target).abs())
 
 
 @DISTANCES.register("l2")
@@ -25,7 +35,7 @@ class L2(nn.Module):
     """Mean squared difference."""
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(x, target)
+        return _mean((x - target).square())
 
 
 @DISTANCES.register("smooth_l1")
@@ -37,7 +47,7 @@ class SmoothL1(nn.Module):
         self.beta = beta
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return F.smooth_l1_loss(x, target, beta=self.beta)
+        return _mean(F.smooth_l1_loss(x, target, beta=self.beta, reduction="none"))
 
 
 @DISTANCES.register("hcl")
@@ -49,7 +59,7 @@ class HCL(nn.Module):
 
     Args:
         levels: pooled sizes, largest first.
-        level_weights: weight of the full size and of each pooled level; overrides ``decay``.
+        level_weights: weights of the full size and of the pooled levels in use, in turn; overrides ``decay``.
         decay: ratio of one level's weight to the one before.
         pooling: ``avg`` (ReviewKD's code) or ``max`` (as the reproduction study writes it).
 
@@ -76,23 +86,25 @@ class HCL(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         if x.dim() != 4:
-            return F.mse_loss(x, target)
+            return _mean((x - target).square())
         sizes = [level for level in self.levels if level < min(x.shape[2:])]
         weights = self.level_weights[: len(sizes) + 1]
         if self.pooling == "avg":
-            # Average pooling is linear, so the difference is pooled once instead of both maps, and a level that
-            # divides the one before is pooled from that one.
-            difference = x - target
-            loss = weights[0] * difference.square().mean()
+            # Average pooling is linear, so the difference is pooled instead of both maps, and from the level before
+            # where the windows of both are even (uneven ones overlap: their means cannot be averaged again).
+            difference = even = x - target
+            loss = weights[0] * _mean(difference.square())
             for size, weight in zip(sizes, weights[1:], strict=True):
-                nested = all(side % size == 0 for side in difference.shape[2:])
-                difference = F.adaptive_avg_pool2d(difference if nested else x - target, size)
-                loss = loss + weight * difference.square().mean()
+                nested = all(side % size == 0 for side in even.shape[2:])
+                pooled = F.adaptive_avg_pool2d(even if nested else difference, size)
+                loss = loss + weight * _mean(pooled.square())
+                if nested:
+                    even = pooled
         else:
-            loss = weights[0] * F.mse_loss(x, target)
+            loss = weights[0] * _mean((x - target).square())
             for size, weight in zip(sizes, weights[1:], strict=True):
-                pooled, pooled_target = F.adaptive_max_pool2d(x, size), F.adaptive_max_pool2d(target, size)
-                loss = loss + weight * F.mse_loss(pooled, pooled_target)
+                pooled = F.adaptive_max_pool2d(x, size) - F.adaptive_max_pool2d(target, size)
+                loss = loss + weight * _mean(pooled.square())
         return loss / sum(weights)
 
 
@@ -109,7 +121,7 @@ class Attention(nn.Module):
 
     def _map(self, f: Tensor) -> Tensor:
         channel = 1 if f.dim() == 4 else -1
-        return F.normalize(f.abs().pow(self.p).mean(channel).flatten(1), dim=1)
+        return F.normalize(f.to(_wide(f)).abs().pow(self.p).mean(channel).flatten(1), dim=1)
 
 
 @DISTANCES.register("cosine")
@@ -117,4 +129,5 @@ class Cosine(nn.Module):
     """1 − cosine similarity of the channel vectors, averaged over positions."""
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x, target = x.to(_wide(x)), target.to(_wide(target))  # 1 − cosine cancels where both nearly agree
         return (1 - F.cosine_similarity(x, target, dim=1 if x.dim() == 4 else -1)).mean()

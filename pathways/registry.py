@@ -46,9 +46,14 @@ class Registry(Mapping[str, Callable[..., Any]]):
         return add
 
     def build(self, name: str, *args: Any, **params: Any) -> Any:
-        """Look ``name`` up and call it. Raises UserError for an unknown name or parameter."""
+        """Look ``name`` up and call it. Raises UserError for an unknown name, and for parameters that are unknown,
+        missing, or given already by ``args``."""
         entry = self[name]
         check_parameters(f"{self.kind} '{name}'", entry, params)
+        try:
+            inspect.signature(entry).bind(*args, **params)
+        except TypeError as error:
+            raise UserError(f"{self.kind} '{name}': {error}") from None
         return entry(*args, **params)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:

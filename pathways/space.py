@@ -20,11 +20,10 @@ def parse_spec(spec: Spec, what: str) -> tuple[str, dict[str, Any]]:
     """``'hcl'`` or ``{'name': 'hcl', 'levels': [4]}`` or ``{'hcl': {'levels': [4]}}`` → name and parameters."""
     if isinstance(spec, str):
         return spec, {}
-    params = dict(spec)
-    if "name" in params:
-        return params.pop("name"), params
-    if len(params) == 1:
-        ((name, inner),) = params.items()
+    if isinstance(spec, Mapping) and "name" in spec:
+        return spec["name"], {key: value for key, value in spec.items() if key != "name"}
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        ((name, inner),) = spec.items()
         if isinstance(inner, Mapping):
             return name, dict(inner)
     raise UserError(f"{what}: expected a name or {{name: ..., parameters}}, got {spec!r}")

@@ -14,7 +14,9 @@ values: traced with torch.fx where the model allows it (nothing for torch.compil
 
 from __future__ import annotations
 
+import inspect
 import operator
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,8 +41,10 @@ _ACTIVATION_FUNCTIONS = {
     F.hardtanh,
     F.leaky_relu,
 }
-_ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
+_ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU)  # ReLU6 is a Hardtanh
 _ACTIVATION_METHODS = ("relu", "relu_")
+_INPLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+_MAY_RETURN_INPUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten)
 
 
 def parse_tap(name: str) -> tuple[str, str]:
@@ -72,6 +76,9 @@ class _ActivationWatch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        if func is Tensor.clone and args[0] is self.after:  # the copy that another tap hands on
+            self.after = func(*args, **kwargs)
+            return self.after
         if func not in _ACTIVATION_FUNCTIONS:
             return func(*args, **kwargs)
         inplace = func in (torch.relu_, Tensor.relu_) or bool(kwargs.get("inplace", False)) or args[-1] is True
@@ -90,28 +97,33 @@ def _first_tensor(value: Any, name: str) -> Tensor:
 
 
 class Taps(Mapping[str, Tensor]):
-    """The tapped tensors of the model's last forward pass, filled by hooks until `remove` is called."""
+    """The tapped tensors of the model's last forward pass, filled by hooks until `remove` is called.
+
+    The model goes on with a copy of each, so that what it writes in place later does not reach the tap.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         check_taps(model, names, type(model).__name__)
-        self._names = list(names)
+        self._names = list(dict.fromkeys(names))
         self._values: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
-        for name in names:
+        for name in self._names:
             module, point = parse_tap(name)
             target = model if name == LOGITS and LOGITS not in modules else modules[module]
             getattr(self, f"_watch_{point}")(name, target)
 
     def _watch_output(self, name: str, module: nn.Module) -> None:
-        def hook(_m: nn.Module, _args: Any, output: Any) -> None:
+        def hook(_m: nn.Module, _args: Any, output: Any) -> Tensor | None:
             self._values[name] = _first_tensor(output, name)
+            return output.clone() if isinstance(output, Tensor) else None
 
         self._handles.append(module.register_forward_hook(hook))
 
     def _watch_input(self, name: str, module: nn.Module) -> None:
-        def hook(_m: nn.Module, args: Any) -> None:
+        def hook(_m: nn.Module, args: Any) -> tuple[Any, ...] | None:
             self._values[name] = _first_tensor(args, name)
+            return (args[0].clone(), *args[1:]) if isinstance(args[0], Tensor) else None
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
@@ -177,23 +189,30 @@ def tap(model: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
         taps.remove()
 
 
+class _CannotTrace(Exception):
+    pass
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracer that remembers what went into and came out of every module."""
+
+    proxy_buffer_attributes = True  # or what forward does to a buffer would be done once, to the model, while tracing
 
     def __init__(self) -> None:
         super().__init__()
         self.inputs: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled():  # inside no_grad or an autograd.Function, neither of which is recorded
+            raise _CannotTrace
+        return super().create_node(*args, **kwargs)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         output = super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
         self.inputs[path], self.outputs[path] = args, output
         return output
-
-
-class _CannotTrace(Exception):
-    pass
 
 
 def _node_of(value: Any) -> fx.Node:
@@ -217,11 +236,38 @@ def _writes_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    inplace_operator = getattr(node.target, "__name__", "").endswith("_") or node.target in (
-        operator.iadd,
-        operator.imul,
-    )
+    name = getattr(node.target, "__name__", "")
+    inplace_operator = name.endswith("_") or (name in _INPLACE_OPERATORS and node.target is getattr(operator, name))
     return node.op == "call_function" and (bool(node.kwargs.get("inplace")) or inplace_operator)
+
+
+def _writers(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+    """Operations that may write in place to what ``node`` gives, directly or through a view of it."""
+    found, pending, seen = [], [node], {node}
+    while pending:
+        source = pending.pop()
+        for user in source.users:
+            if user in seen or user.op == "output" or user.all_input_nodes[0] is not source:
+                continue
+            seen.add(user)
+            if _writes_in_place(user, modules):
+                found.append(user)
+            if user.op != "call_module" or isinstance(modules[str(user.target)], _MAY_RETURN_INPUT):
+                pending.append(user)
+    return found
+
+
+def _protect(graph: fx.Graph, nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module]) -> None:
+    """Let the model go on with a copy of each node that is written to in place later, so that the tap is not."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in dict.fromkeys(nodes):
+        first_write = min((order[writer] for writer in _writers(node, modules)), default=len(order))
+        if any(order.get(user, 0) > first_write for user in node.users):
+            raise _CannotTrace  # one node, but another tensor before and after the write
+        if first_write < len(order):
+            with graph.inserting_after(node):
+                copy = graph.call_method("clone", (node,))
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
 
 
 def _traced_nodes(
@@ -243,36 +289,49 @@ def _traced_nodes(
         if point == "pre_relu":
             if not _is_activation(node, modules):
                 raise UserError(f"tap '{name}': '{module}' does not end in a ReLU; tap its output instead")
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.all_input_nodes[0]
         nodes[name] = node
     return nodes
 
 
-def _trace(model: nn.Module, names: Sequence[str], training: bool) -> tuple[str, Any]:
-    """Source text and function ``f(model, x) → (output, {tap: tensor})`` of the model's traced graph."""
-    was_training = {m: m.training for m in model.modules()}
-    before = set(vars(model))
+def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
+    """The model's graph. Raises _CannotTrace where running the graph would not do what running the model does."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise _CannotTrace  # an argument that forward may ask for
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        raise _CannotTrace  # the graph goes past the hooks of all modules but the innermost
+
+    def state() -> tuple[Any, ...]:
+        attributes = [(m, k, id(v)) for m in model.modules() for k, v in vars(m).items() if k != "training"]
+        return attributes, random.getstate(), torch.get_rng_state().tolist()
+
+    attributes = {m: dict(vars(m)) for m in model.modules()}
+    random_state = random.getstate()
     try:
-        model.train(training)
-        tracer = _Tracer()
-        graph = tracer.trace(model)
-    except UserError:
-        raise
+        with untouched(model), torch.enable_grad():
+            model.train(training)
+            before = state()
+            tracer = _Tracer()
+            graph = tracer.trace(model)
+            if state() != before:  # forward stores something on the model, or draws random numbers to decide
+                raise _CannotTrace
     except Exception as error:  # whatever a forward does that symbolic values cannot follow
         raise _CannotTrace from error
     finally:
-        for module, mode in was_training.items():
-            module.training = mode
-        for constant in set(vars(model)) - before:  # tensors made inside forward, which fx files on the model
-            delattr(model, constant)
-    if any(n.op == "get_attr" and str(n.target).startswith("_tensor_constant") for n in graph.nodes):
-        raise _CannotTrace
+        random.setstate(random_state)
+        for module, values in attributes.items():
+            vars(module).clear()
+            vars(module).update(values)
+    return tracer, graph
+
+
+def _trace(model: nn.Module, names: Sequence[str], training: bool) -> tuple[str, Any]:
+    """Source text and function ``f(model, x) → (output, {tap: tensor})`` of the model's traced graph."""
+    tracer, graph = _trace_graph(model, training)
     modules = dict(model.named_modules())
     nodes = _traced_nodes(tracer, graph, names, modules)
-    for node in set(nodes.values()):
-        for user in [u for u in node.users if _writes_in_place(u, modules)]:
-            with graph.inserting_before(user):
-                user.replace_input_with(node, graph.call_method("clone", (node,)))
+    _protect(graph, nodes.values(), modules)
     (output,) = (n for n in graph.nodes if n.op == "output")
     output.args = ((output.args[0], nodes),)
     graph.lint()
@@ -315,9 +374,10 @@ class Tapped(nn.Module):
         return self._function is not None
 
     def _agrees(self, function: Any, example_input: Tensor) -> bool:
-        with untouched(self.model), tap(self.model, self.names) as taps:
+        with untouched(self.model):
             self.model.eval()
-            plain = self.model(example_input)
+            with tap(self.model, self.names) as taps:
+                plain = self.model(example_input)
             try:
                 output, features = function(self.model, example_input)
             except Exception:  # traced code that cannot run is no better than none
@@ -332,11 +392,11 @@ class Tapped(nn.Module):
         if self._function is not None:
             return self._function(self.model, *args, **kwargs)
         assert self._taps is not None
-        self._taps.clear()
-        output = self.model(*args, **kwargs)
-        features = {name: self._taps[name] for name in self.names}
-        self._taps.clear()  # the caller owns the tensors; the model must not keep a step's graph alive
-        return output, features
+        try:
+            output = self.model(*args, **kwargs)
+            return output, {name: self._taps[name] for name in self.names}
+        finally:
+            self._taps.clear()  # the caller owns the tensors; the model must not keep a step's graph alive
 
     def remove(self) -> None:
         """Take the hooks off the model, if there are any."""
@@ -349,14 +409,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run passes of ``model`` without gradients that leave no trace: buffers, train/eval modes and the random state
     of the CPU and of the model's CUDA device are afterwards what they were."""
     modes = {m: m.training for m in model.modules()}
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    buffers = [(m, n, b, b.clone()) for m in modes for n, b in m._buffers.items() if b is not None]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             yield
         finally:
-            for buffer, copy in buffers:
-                buffer.copy_(copy)
+            for module, name, buffer, copy in buffers:
+                module._buffers[name] = buffer.copy_(copy)
             for module, mode in modes.items():
                 module.training = mode
 
@@ -372,16 +432,18 @@ def probe_shapes(model: nn.Module, names: Sequence[str], example_input: Any) -> 
 def find_stages(model: nn.Module, example_input: Tensor, token_stages: int = 4) -> list[str]:
     """Taps after each down-sampling stage of an unknown model, shallow to deep.
 
-    For feature maps: the outermost, and of those the last, module at each spatial size other than the input's and 1×1. For token
-    models: ``token_stages`` blocks of the longest run of equal-shaped (L, D) outputs, evenly spaced, the last included.
+    For feature maps: the outermost, and of those the last, module at each spatial size other than the input's and
+    1×1. For token models: ``token_stages`` blocks, evenly spaced, the last included, of the most sibling modules of one
+    class and one output shape (L, D), the outermost where there are as many.
     Raises UserError if neither is found.
     """
     seen: list[tuple[str, tuple[int, ...]]] = []
+    modules = dict(model.named_modules())
 
     def note(name: str) -> Any:
         return lambda _m, _a, out: seen.append((name, tuple(out.shape[1:]))) if isinstance(out, Tensor) else None
 
-    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if n]
+    handles = [m.register_forward_hook(note(n)) for n, m in modules.items() if n]
     try:
         with untouched(model):
             model.eval()
@@ -398,12 +460,12 @@ def find_stages(model: nn.Module, example_input: Tensor, token_stages: int = 4) 
     stages = sorted(maps.values(), key=lambda n: [name for name, _ in seen].index(n))
     if len(stages) >= 2:
         return stages
-    blocks: dict[str, list[str]] = {}
-    for name, shape in seen:
+    blocks: dict[tuple[Any, ...], list[str]] = {}
+    for name, shape in dict.fromkeys(seen):
         parent, _, _ = name.rpartition(".")
         if len(shape) == 2 and parent:
-            blocks.setdefault(parent, []).append(name)
-    longest = max(blocks.values(), key=len, default=[])
+            blocks.setdefault((parent, type(modules[name]), shape), []).append(name)
+    longest = max(blocks.values(), key=lambda names: (len(names), -names[0].count(".")), default=[])
     if len(longest) < token_stages:
         raise UserError(f"no stages found in {type(model).__name__}: name its taps in the config")
     return [longest[(i + 1) * len(longest) // token_stages - 1] for i in range(token_stages)]

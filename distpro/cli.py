@@ -1,0 +1,221 @@
+"""The command line: distpro search | retrain | train | evaluate | inspect | plot | export | list."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pathways.registry import UserError, nearest
+
+KINDS = ("losses", "transforms", "distances", "models", "datasets", "tasks", "weightings", "estimators", "presets")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} (see '{self.prog} --help')")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0; 2 after bad input; 128 + n after signal n, checkpoint written."""
+    from distpro.console import fail
+
+    try:
+        options = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        return options.run(options) or 0
+    except UserError as error:
+        fail(str(error))
+        return 2
+    except KeyboardInterrupt:
+        fail("stopped; everything up to the last checkpoint is kept")
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        from distpro.trainer import Interrupted
+
+        if not isinstance(error, Interrupted):
+            raise
+        fail(str(error))
+        return 128 + error.signal_number
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="distpro", description="Learn when a student should listen to which part of its teacher.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    def add_run_options(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/<config>)")
+        command.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+        command.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:N")
+        command.add_argument("--dry-run", action="store_true", help="say what would be run, and its cost")
+
+    search = add("search", _search, "learn a distillation schedule and write alpha.pt")
+    search.add_argument("config", metavar="CFG")
+    add_run_options(search)
+    retrain = add("retrain", _retrain, "train a student with a schedule or one of its controls")
+    retrain.add_argument("config", metavar="CFG", nargs="?")
+    retrain.add_argument("--schedule", metavar="alpha.pt")
+    add_run_options(retrain)
+    train = add("train", _train, "plain training: a teacher, or the baseline without one")
+    train.add_argument("config", metavar="CFG")
+    add_run_options(train)
+    evaluate = add("evaluate", _evaluate, "test metrics of a run, of a config's teacher, or of a checkpoint")
+    evaluate.add_argument("target", metavar="RUN_OR_CHECKPOINT")
+    evaluate.add_argument("--config", metavar="CFG", help="model (as student) and data of a bare checkpoint")
+    evaluate.add_argument("--device", metavar="D")
+    inspect = add("inspect", _inspect, "explain a schedule, or what a config amounts to")
+    inspect.add_argument("target", metavar="alpha.pt|CFG")
+    plot = add("plot", _plot, "draw a schedule")
+    plot.add_argument("schedule", metavar="alpha.pt")
+    plot.add_argument("--out", metavar="DIR", help="default: beside the schedule")
+    plot.add_argument("--format", action="append", choices=("png", "svg", "pdf"), help="default: png")
+    export = add("export", _export, "write a run's student for use elsewhere")
+    export.add_argument("folder", metavar="RUN")
+    export.add_argument("--format", default="safetensors", choices=("safetensors", "pt2", "onnx"))
+    export.add_argument("--out", metavar="FILE")
+    listing = add("list", _list, "what there is: " + ", ".join(KINDS))
+    listing.add_argument("kind", metavar="KIND")
+
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
+        raise UserError(
+            f"unknown command '{arguments[0]}'{nearest(arguments[0], commands.choices)} (allowed: {', '.join(commands.choices)})"
+        )
+    options, rest = parser.parse_known_args(arguments)
+    takes_overrides = options.command in ("search", "retrain", "train", "evaluate", "inspect")
+    unknown = [r for r in rest if not takes_overrides or r.startswith("-") or "=" not in r]
+    if getattr(options, "config", None) and "=" in str(options.config) and not Path(options.config).exists():
+        rest, options.config = [options.config, *rest], None  # `retrain --schedule a.pt key=value`: no CFG
+        if options.command in ("search", "train"):
+            raise UserError(f"{options.command}: the config file is missing")
+    if unknown:
+        raise UserError(f"{options.command}: what is '{unknown[0]}'? (overrides are key=value, for instance seed=1)")
+    options.overrides = rest
+    if getattr(options, "device", None):
+        options.overrides.append(f"device={options.device}")
+    return options
+
+
+def _out(options: argparse.Namespace, name: str) -> Path:
+    return Path(options.out) if options.out else Path("runs") / name
+
+
+def _finish(metrics: dict[str, float], folder: Path) -> None:
+    from distpro.console import table
+
+    table(str(folder), ["metric", "value"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
+
+
+def _dry_run(config: Any, searching: bool) -> None:
+    from distpro.describe import as_text, describe
+
+    print(as_text(describe(config, searching)))
+
+
+def _search(options: argparse.Namespace) -> None:
+    from distpro.config import read_config
+    from distpro.explain import explain_schedule
+    from distpro.runs import search
+
+    if options.dry_run:
+        _dry_run(read_config(options.config, options.overrides), searching=True)
+        return
+    folder = _out(options, Path(options.config).stem)
+    schedule = search(options.config, folder, options.overrides, options.resume)
+    print(explain_schedule(schedule))
+    print(f"\nschedule: {folder / 'alpha.pt'}\nretrain:  distpro retrain --schedule {folder / 'alpha.pt'}")
+
+
+def _retrain(options: argparse.Namespace) -> None:
+    from distpro.runs import retrain, retrain_config
+
+    config = retrain_config(options.config, options.schedule, options.overrides)
+    if options.dry_run:
+        _dry_run(config, searching=False)
+        return
+    name = Path(options.config).stem if options.config else f"retrain_{config.retrain.weights}"
+    folder = _out(options, name)
+    _finish(retrain(options.config, options.schedule, folder, options.overrides, options.resume).metrics, folder)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from distpro.config import read_config
+    from distpro.runs import train
+
+    if options.dry_run:
+        _dry_run(read_config(options.config, [*options.overrides, "retrain.weights=none"]), searching=False)
+        return
+    folder = _out(options, f"{Path(options.config).stem}_alone")
+    _finish(train(options.config, folder, options.overrides, options.resume).metrics, folder)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from distpro.runs import evaluate
+
+    print(json.dumps(evaluate(options.target, options.overrides, options.config), indent=1))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from distpro.config import read_config
+    from distpro.explain import explain_schedule
+    from distpro.schedule import Schedule
+
+    if Path(options.target).suffix in (".yaml", ".yml"):
+        _dry_run(read_config(options.target, options.overrides), searching=True)
+    else:
+        print(explain_schedule(Schedule.load(options.target)))
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from distpro.plots import save_figures
+    from distpro.schedule import Schedule
+
+    schedule = Schedule.load(options.schedule)
+    for path in save_figures(schedule, options.out or Path(options.schedule).parent, tuple(options.format or ["png"])):
+        print(path)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from distpro.export import export
+
+    print(export(options.folder, options.format, options.out))
+
+
+def _list(options: argparse.Namespace) -> None:
+    from distpro.config import presets
+    from distpro.data import DATASETS
+    from distpro.hypergradient import ESTIMATORS
+    from distpro.losses import LOSSES
+    from distpro.models import MODELS
+    from distpro.tasks import TASKS
+    from distpro.weighting import WEIGHTINGS
+    from pathways import DISTANCES, TRANSFORMS
+
+    found: dict[str, Any] = dict(
+        zip(
+            KINDS,
+            (LOSSES, TRANSFORMS, DISTANCES, MODELS, DATASETS, TASKS, WEIGHTINGS, ESTIMATORS, presets()),
+            strict=True,
+        )
+    )
+    if options.kind not in found:
+        raise UserError(f"unknown kind '{options.kind}'{nearest(options.kind, KINDS)} (allowed: {', '.join(KINDS)})")
+    if options.kind == "losses":
+        from distpro.console import table
+
+        rows = [[n, c.title, c.year, c.family, c.reads, c.stages, c.paper] for n, c in LOSSES.items()]  # type: ignore[attr-defined]
+        table("losses", ["name", "method", "year", "family", "reads", "stages", "paper"], rows)
+    else:
+        print("\n".join(found[options.kind]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

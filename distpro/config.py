@@ -1,0 +1,285 @@
+"""The YAML schema: what may be said in a config, checked before anything is loaded.
+
+A file may name a ``preset`` (a YAML file in distpro/presets) and a ``base`` (another file, relative to it); what it
+says itself wins over its base, the base over the preset, and ``key=value`` on the command line over all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pathways.registry import UserError, nearest
+
+Spec = str | dict[str, Any]
+"""A name, or {name: ..., parameters}, or {name: {parameters}}."""
+
+
+class Section(BaseModel):
+    """Part of a config. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Where the samples come from and how a batch is made."""
+
+    name: str = "digits"
+    root: str | None = None
+    samples: int | None = Field(None, gt=0, description="training images kept, stratified and seeded")
+    classes: int | list[str] | None = None
+    augment: list[Any] = []
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    workers: int = Field(0, ge=0)
+    params: dict[str, Any] = {}
+    num_classes: int | None = Field(None, gt=0, description="for a dry run where the data are not there")
+    image_shape: tuple[int, int, int] | None = Field(None, description="likewise, (C, H, W)")
+
+
+class ModelConfig(Section):
+    """A model and where its features are read."""
+
+    model: str
+    params: dict[str, Any] = {}
+    checkpoint: str | None = None
+    taps: list[str] | None = Field(None, description="default: the model's stages, before their last ReLU in a teacher")
+
+
+class PathwayConfig(Section):
+    """The search space of pathways."""
+
+    connect: str | list[list[str]] = "all"
+    transforms: list[Spec] = ["conv1x1", "conv3x3", "attention"]
+    distance: Spec = "hcl"
+    weight: float | None = Field(None, description="constant weight of every pathway")
+
+
+class TermConfig(Section):
+    """A distillation loss as a term of the objective."""
+
+    loss: str
+    key: str | None = None
+    params: dict[str, Any] = {}
+    weight: float | Literal["learned", "schedule"] | dict[Literal["schedule"], str] = Field(
+        "learned",
+        description="a number, 'learned' (by search, replayed in retrain) or {schedule: reduction}",
+    )
+    student_taps: list[str] | None = None
+    teacher_taps: list[str] | None = None
+    connect: str | list[list[str]] | None = Field(None, description="one term per connection of the taps")
+
+
+class OptimizerConfig(Section):
+    """Optimiser of the student and the terms."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    dampening: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class LearningRateConfig(Section):
+    """How the learning rate moves, see `distpro.trainer.LearningRate`."""
+
+    name: Literal["constant", "cosine", "step"] = "step"
+    milestones: list[float] = [0.625, 0.75, 0.875]
+    gamma: float = Field(0.1, gt=0)
+    warmup_epochs: float = Field(0.0, ge=0)
+
+
+class TrainingConfig(Section):
+    """The training itself."""
+
+    epochs: int = Field(240, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    batch_size: int = Field(128, gt=0)
+    drop_last: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learning_rate: LearningRateConfig = LearningRateConfig()
+    clip_norm: float | None = Field(None, gt=0)
+    distill_weight: float = Field(1.0, ge=0, description="λ, a factor on all weights that are not constants")
+    distill_warmup: float = Field(0.0, ge=0, description="epochs over which λ grows, min(epoch / this, 1)")
+
+
+class SearchConfig(Section):
+    """How α is learned (Section 3.2 and 3.3)."""
+
+    estimator: Spec = "forward_mode"
+    weighting: Spec = "biased_softmax"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = Field(0.05, gt=0, description="γ")
+    betas: tuple[float, float] = (0.5, 0.999)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    every: int = Field(1, ge=1, description="steps between two updates of α")
+    validation_fraction: float = Field(0.2, gt=0, lt=1)
+    validation_batch_size: int | None = Field(None, gt=0)
+    threshold: float | None = Field(None, description="τ during the search; null drops nothing")
+    revive_every: int = Field(0, ge=0, description="with a threshold: compute all terms in every so many updates")
+    repeats: bool = Field(False, description="take each step again with the weights that it has led to")
+
+
+class RetrainConfig(Section):
+    """How a schedule is replayed (Section 3.4)."""
+
+    weights: Literal["searched", "equal", "final", "constant", "none"] = "searched"
+    schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
+    threshold: float | None = Field(0.5, description="τ; null drops nothing")
+    mapping: dict[str, str] = {}
+    training: dict[str, Any] = Field({}, description="what of `training` is different in a retrain")
+
+
+class TrackingConfig(Section):
+    """Logs and checkpoints."""
+
+    tensorboard: bool = True
+    log_every: int = Field(50, gt=0, description="steps")
+    evaluate_every: int = Field(1, gt=0, description="epochs")
+    checkpoint_every: int = Field(1, gt=0, description="epochs")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str | None = None
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = True
+    threads: int | None = Field(None, gt=0)
+    task: Spec = "classification"
+    data: DataConfig = DataConfig()
+    teacher: ModelConfig | None = None
+    student: ModelConfig
+    teacher_training: bool = Field(False, description="run the teacher in training mode (a fault of ReviewKD's code)")
+    pathways: PathwayConfig | None = None
+    terms: list[TermConfig] = []
+    training: TrainingConfig = TrainingConfig()
+    search: SearchConfig = SearchConfig()
+    retrain: RetrainConfig = RetrainConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def for_retrain(self) -> Config:
+        """The config with `retrain.training` merged into `training`."""
+        merged = self.model_dump()
+        merged["training"] = merge(merged["training"], merged["retrain"]["training"])
+        merged["retrain"]["training"] = {}
+        return check(merged, "retrain.training")
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of mappings; where they disagree, ``above`` wins. Lists are replaced whole."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def presets() -> list[str]:
+    """Names that ``preset:`` takes."""
+    folder = importlib.resources.files("distpro") / "presets"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A checked config from a YAML file or a mapping, with ``key=value`` overrides (dotted keys, YAML values).
+
+    Raises UserError naming file, key, what was found, what is allowed and the nearest allowed name.
+    """
+    content = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    where = "config" if isinstance(source, Mapping) else str(source)
+    content = _with_bases(content, Path(".") if isinstance(source, Mapping) else Path(source).parent)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}': expected key=value, for instance training.epochs=10")
+        content = merge(content, _nest(key.split("."), _yaml(value, f"override '{override}'")))
+    return check(content, where)
+
+
+def check(content: Mapping[str, Any], where: str) -> Config:
+    """Validate a mapping. Raises UserError as `read_config` does."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(e, where) for e in error.errors()[:5])) from None
+
+
+def _with_bases(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    base, preset = content.pop("base", None), content.pop("preset", None)
+    below: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets():
+            raise UserError(
+                f"unknown preset '{preset}'{nearest(str(preset), presets())} (allowed: {', '.join(presets())})"
+            )
+        text = (importlib.resources.files("distpro") / "presets" / f"{preset}.yaml").read_text()
+        below = _with_bases(_yaml(text, f"preset {preset}"), folder)
+    if base is not None:
+        path = folder / base
+        below = merge(below, _with_bases(_read_yaml(path), path.parent))
+    return merge(below, content)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        raise UserError(f"{path}: no such config file{near}")
+    content = _yaml(path.read_text(), str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, found {type(content).__name__}")
+    return content
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _explain(error: Any, where: str) -> str:
+    """One line for one of pydantic's errors."""
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        allowed = _keys_of(path[:-1])
+        return f"{where}: unknown key '{key}'{nearest(path[-1], allowed)} (allowed here: {', '.join(allowed)})"
+    if error["type"] == "missing":
+        return f"{where}: '{key}' is missing"
+    return f"{where}: '{key}' is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys_of(path: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            continue  # an index in a list
+        section = next((a for a in _arguments(field.annotation) if hasattr(a, "model_fields")), section)
+    return list(section.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    found = [annotation]
+    for argument in getattr(annotation, "__args__", ()):
+        found += _arguments(argument)
+    return found

@@ -1,0 +1,210 @@
+"""Augmentations of whole batches on the device, by name.
+
+A geometric augmentation does not move pixels: it says, for each output pixel, which input pixel it shows. The maps of
+a list of augmentations are composed from last to first, and the images are read once at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distpro.data.counter import below, chance, draw, fraction, make_key
+from pathways.registry import Registry, UserError
+
+AUGMENTATIONS = Registry("augmentation")
+
+AugmentSpec = Sequence[str | Mapping[str, Mapping[str, Any] | None]]
+"""Names, or {name: parameters}, in the order of application: ``[{"crop": {"padding": 4}}, "flip"]``."""
+
+
+@dataclass
+class Grid:
+    """The input pixel that each output pixel shows. ``row`` and ``col`` are int64, masks are bool, all broadcastable
+    to (B, H, W). Pixels that are not ``inside`` are black; those that are not ``kept`` are 0 after normalisation."""
+
+    height: int
+    width: int
+    row: Tensor
+    col: Tensor
+    inside: Tensor | None = None
+    kept: Tensor | None = None
+
+    @classmethod
+    def identity(cls, height: int, width: int, device: torch.device) -> Grid:
+        row = torch.arange(height, device=device).view(1, height, 1)
+        col = torch.arange(width, device=device).view(1, 1, width)
+        return cls(height, width, row, col)
+
+
+class Augmentation:
+    """Base. ``draws``: how many random numbers a sample needs."""
+
+    draws: ClassVar[int]
+
+    def __call__(self, grid: Grid, *drawn: Tensor) -> None:
+        """Compose this augmentation's map into ``grid``. ``drawn``: ``draws`` tensors of shape (B, 1, 1)."""
+        raise NotImplementedError
+
+
+@AUGMENTATIONS.register("crop")
+class Crop(Augmentation):
+    """Pad with ``padding`` black pixels on each side, then crop at random to the original size."""
+
+    draws = 2
+
+    def __init__(self, padding: int = 4):
+        _check("crop", "padding", padding, isinstance(padding, int) and padding >= 0, "a whole number of at least 0")
+        self.padding = padding
+
+    def __call__(self, grid: Grid, *drawn: Tensor) -> None:
+        top, left = (below(d, 2 * self.padding + 1) - self.padding for d in drawn)
+        grid.row, grid.col = grid.row + top, grid.col + left
+        inside = _within(grid.row, grid.height) & _within(grid.col, grid.width)
+        grid.inside = inside if grid.inside is None else grid.inside & inside
+
+
+@AUGMENTATIONS.register("flip")
+class Flip(Augmentation):
+    """Mirror left to right with probability ``p``."""
+
+    draws = 1
+
+    def __init__(self, p: float = 0.5):
+        _check("flip", "p", p, 0 <= p <= 1, "a probability between 0 and 1")
+        self.p = p
+
+    def __call__(self, grid: Grid, *drawn: Tensor) -> None:
+        grid.col = torch.where(chance(drawn[0], self.p), grid.width - 1 - grid.col, grid.col)
+
+
+@AUGMENTATIONS.register("rotate90")
+class Rotate90(Augmentation):
+    """Turn counter-clockwise by 0, 90, 180 or 270 degrees, each as likely. Square images only."""
+
+    draws = 1
+
+    def __call__(self, grid: Grid, *drawn: Tensor) -> None:
+        if grid.height != grid.width:
+            raise UserError(f"augmentation 'rotate90' needs square images, got {grid.height}x{grid.width}")
+        turns, last = below(drawn[0], 4), grid.height - 1
+        odd = turns % 2 == 1
+        row, col = torch.where(odd, grid.col, grid.row), torch.where(odd, grid.row, grid.col)
+        grid.row = torch.where(turns >= 2, last - row, row)
+        grid.col = torch.where((turns == 1) | (turns == 2), last - col, col)
+
+
+@AUGMENTATIONS.register("cutout")
+class Cutout(Augmentation):
+    """Blank a square of side ``size`` (pixels) around a random pixel; the part beyond the border is lost. The square
+    is 0 after normalisation, that is the mean colour (DeVries, Taylor: "Improved Regularization of Convolutional
+    Neural Networks with Cutout", 2017)."""
+
+    draws = 2
+
+    def __init__(self, size: int = 16):
+        _check("cutout", "size", size, isinstance(size, int) and size >= 1, "a whole number of at least 1")
+        self.size = size
+
+    def __call__(self, grid: Grid, *drawn: Tensor) -> None:
+        top, left = (below(d, n) - self.size // 2 for d, n in zip(drawn, (grid.height, grid.width), strict=True))
+        kept = ~(_within(grid.row - top, self.size) & _within(grid.col - left, self.size))
+        if grid.inside is not None:
+            kept = kept | ~grid.inside  # a crop after the cutout has made these pixels black
+        grid.kept = kept if grid.kept is None else grid.kept & kept
+
+
+@AUGMENTATIONS.register("resized_crop")
+class ResizedCrop(Augmentation):
+    """Crop a random part of the image and scale it to the image size; for streamed sets, where it works on the image
+    in full resolution. ``scale``: range of the part's area; ``ratio``: range of width / height, drawn in logarithm
+    (Szegedy et al., "Going Deeper with Convolutions", CVPR 2015; ranges as torchvision's RandomResizedCrop)."""
+
+    tries = 10
+    draws = 2 * tries + 2
+
+    def __init__(self, scale: Sequence[float] = (0.08, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)):
+        _check("resized_crop", "scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1")
+        _check("resized_crop", "ratio", ratio, len(ratio) == 2 and 0 < ratio[0] <= ratio[1], "0 < low <= high")
+        self.scale, self.ratio = scale, ratio
+
+    def box(self, width: int, height: int, drawn: Sequence[int]) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of the part, from ``draws`` numbers; the largest central part of an allowed
+        ratio where no try fits into the image."""
+        *sizes, x, y = drawn
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for area, ratio in zip(sizes[::2], sizes[1::2], strict=True):
+            part, aspect = width * height * fraction(area, *self.scale), math.exp(fraction(ratio, low, high))
+            w, h = round(math.sqrt(part * aspect)), round(math.sqrt(part / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(fraction(x, 0, width - w + 1)), int(fraction(y, 0, height - h + 1))
+                return left, top, left + w, top + h
+        w = min(width, round(height * self.ratio[1]))
+        h = min(height, round(width / self.ratio[0]))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+def _within(value: Tensor, size: int) -> Tensor:
+    return (value >= 0) & (value < size)
+
+
+def _check(augmentation: str, name: str, value: Any, holds: bool, rule: str) -> None:
+    if not holds:
+        raise UserError(f"augmentation '{augmentation}': {name} must be {rule}, got {value!r}")
+
+
+def build_augment(spec: AugmentSpec) -> dict[str, Augmentation]:
+    """The augmentations of a config, by name, in the order of application. Raises UserError for an unknown name or
+    parameter, a value out of range, or a name that occurs twice."""
+    if isinstance(spec, str | Mapping):
+        raise UserError(f"augment must be a list such as ['crop', 'flip'], got {spec!r}")
+    built: dict[str, Augmentation] = {}
+    for entry in spec:
+        name, params = _name_and_parameters(entry)
+        if name in built:
+            raise UserError(f"augmentation '{name}' is given twice")
+        built[name] = AUGMENTATIONS.build(name, **params)
+    return built
+
+
+def _name_and_parameters(entry: str | Mapping[str, Mapping[str, Any] | None]) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        [(name, params)] = entry.items()
+        if params is None or isinstance(params, Mapping):
+            return name, params or {}
+    raise UserError(f"an augmentation must be a name or {{name: {{parameter: value}}}}, got {entry!r}")
+
+
+def draw_for(name: str, augmentation: Augmentation, index: Tensor, seed: int, epoch: int) -> Tensor:
+    """The random numbers of samples ``index`` (N,) in one epoch, shape (N, draws) int64: a pure function of
+    (seed, epoch, sample number, augmentation name), the same on every device."""
+    keys = [make_key(seed, epoch, name, i) for i in range(augmentation.draws)]
+    return torch.stack([draw(key, index) for key in keys], dim=1)
+
+
+def apply(augmentations: Sequence[Augmentation], images: Tensor, drawn: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Augment uint8 ``images`` (B, C, H, W). ``drawn``: per augmentation (B, draws). Returns the images and the mask
+    of the pixels to be kept (bool, broadcastable to (B, H, W)), None if all are."""
+    if not augmentations:
+        return images, None
+    height, width = images.shape[-2:]
+    grid = Grid.identity(height, width, images.device)
+    for augmentation, numbers in zip(reversed(augmentations), reversed(drawn), strict=True):
+        augmentation(grid, *numbers[:, :, None, None].unbind(1))
+    return _read(images, grid), grid.kept
+
+
+def _read(images: Tensor, grid: Grid) -> Tensor:
+    batch, channels, height, width = images.shape
+    pixel = grid.row.clamp(0, height - 1) * width + grid.col.clamp(0, width - 1)
+    pixel = pixel.expand(batch, height, width).reshape(batch, 1, -1).expand(-1, channels, -1)
+    out = images.flatten(2).gather(2, pixel).view_as(images)
+    return out if grid.inside is None else out.mul_(grid.inside.unsqueeze(1))

@@ -1,0 +1,123 @@
+"""Sets of labelled images, and seeded stratified choices from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distpro.data.counter import make_generator
+from distpro.data.files import ImageFiles
+from pathways.registry import UserError, nearest
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Samples: ``images`` uint8 (N, C, H, W) contiguous, or files that are decoded batch by batch; ``labels`` (N,)
+    int64; ``index`` (N,) int64, the samples' numbers in the set as stored, which a choice of samples keeps."""
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor | ImageFiles, labels: Tensor) -> Split:
+        """The whole set as stored."""
+        return cls(images, labels, torch.arange(len(labels)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.images, ImageFiles)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def select(self, rows: Tensor) -> Split:
+        """The samples at positions ``rows`` (K,) int64."""
+        images = self.images.select(rows.tolist()) if isinstance(self.images, ImageFiles) else self.images[rows]
+        return Split(images, self.labels[rows], self.index[rows])
+
+    def peek(self, count: int) -> Tensor:
+        """At most ``count`` images, evenly spaced over the split, uint8 (K, C, H, W)."""
+        rows = torch.linspace(0, len(self) - 1, min(count, len(self))).long()
+        return self.images.decode(rows.tolist()) if isinstance(self.images, ImageFiles) else self.images[rows]
+
+
+def split(whole: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Two parts, ``fraction`` and the rest, stratified and seeded; the order of the samples is kept.
+
+    Each class is cut in the same proportion, up to the rounding of one sample. Raises UserError if ``fraction`` is
+    not between 0 and 1 or leaves a part empty.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the fraction of a split must be between 0 and 1, got {fraction}")
+    count = round(fraction * len(whole))
+    if count in (0, len(whole)):
+        raise UserError(f"a fraction of {fraction} of {len(whole)} samples leaves one part of the split empty")
+    first = stratified(whole.labels, count, seed)
+    rest = torch.ones(len(whole), dtype=torch.bool)
+    rest[first] = False
+    return whole.select(first), whole.select(rest.nonzero().flatten())
+
+
+def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
+    """``count`` positions in ``labels`` (N,), ascending, drawn at random with each class in its proportion."""
+    sizes = torch.bincount(labels)
+    quota = _apportion(sizes, count)
+    shuffled = torch.randperm(len(labels), generator=make_generator(seed, "stratified"))
+    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
+    first_of_class = torch.cumsum(sizes, 0) - sizes
+    place_in_class = torch.arange(len(labels)) - first_of_class[labels[by_class]]
+    return by_class[place_in_class < quota[labels[by_class]]].sort().values
+
+
+def _apportion(sizes: Tensor, count: int) -> Tensor:
+    """Whole numbers that sum to ``count`` in proportion to ``sizes``: largest remainders, lower classes first."""
+    exact, total = sizes * count, int(sizes.sum())
+    quota = exact // total
+    missing = count - int(quota.sum())
+    quota[torch.argsort(exact % total, descending=True, stable=True)[:missing]] += 1
+    return quota
+
+
+def sample(whole: Split, count: int, seed: int) -> Split:
+    """``count`` samples, stratified and seeded. Raises UserError if there are fewer."""
+    if not 1 <= count <= len(whole):
+        raise UserError(f"samples must be between 1 and the {len(whole)} training images, got {count}")
+    return whole.select(stratified(whole.labels, count, seed))
+
+
+def class_numbers(classes: int | Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """The labels meant by a number of classes (the first ones) or a list of labels or names. Raises UserError for an
+    unknown or repeated class, or for more classes than there are."""
+    if isinstance(classes, int):
+        if not 1 <= classes <= len(names):
+            raise UserError(f"classes must be between 1 and {len(names)}, got {classes}")
+        return list(range(classes))
+    chosen = [_class_number(c, names) for c in classes]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise UserError(f"classes must be a list of different classes, got {list(classes)}")
+    return chosen
+
+
+def _class_number(wanted: int | str, names: Sequence[str]) -> int:
+    if isinstance(wanted, int) and 0 <= wanted < len(names):
+        return wanted
+    if wanted in names:
+        return list(names).index(str(wanted))
+    raise UserError(f"unknown class {wanted!r}{nearest(str(wanted), names)} (there are {len(names)})")
+
+
+def keep_classes(whole: Split, chosen: Sequence[int]) -> Split:
+    """The samples of the labels ``chosen``, whose labels become their places in that list."""
+    kept = whole.select(torch.isin(whole.labels, torch.tensor(chosen)).nonzero().flatten())
+    new_label = torch.zeros(int(whole.labels.max()) + max(chosen) + 1, dtype=torch.int64)
+    new_label[torch.tensor(chosen)] = torch.arange(len(chosen))
+    return replace(kept, labels=new_label[kept.labels])

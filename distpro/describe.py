@@ -1,0 +1,165 @@
+"""What a config amounts to, without running it: shapes, pathways, parameters, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distpro import build
+from distpro.config import Config
+from distpro.objective import Objective, entries_of
+from pathways import probe_shapes
+from pathways.space import parse_spec
+from pathways.taps import untouched
+
+
+@dataclass(frozen=True)
+class Description:
+    """Facts of a run before it starts. Costs are multiply-accumulates of one forward pass of one image."""
+
+    teacher: str
+    student: str
+    teacher_parameters: int
+    student_parameters: int
+    term_parameters: int
+    teacher_shapes: dict[str, tuple[int, ...]]
+    student_shapes: dict[str, tuple[int, ...]]
+    terms: list[tuple[str, Any, int, float]]
+    teacher_macs: float
+    student_macs: float
+    term_macs: float
+    passes: dict[str, float]
+    steps: int | None
+    batch_size: int
+
+    @property
+    def step_macs(self) -> float:
+        """Multiply-accumulates of one training step."""
+        costs = {"teacher": self.teacher_macs, "student": self.student_macs, "terms": self.term_macs}
+        return self.batch_size * sum(costs[part] * count for part, count in self.passes.items())
+
+
+def describe(config: Config, searching: bool) -> Description:
+    """Build the config's models with random weights, without data, and count.
+
+    Raises UserError for what a run would refuse too, and if neither the config nor the name of the data set says how
+    many classes there are and how large the images are.
+    """
+    num_classes, image_shape = _data_facts(config)
+    pair = build.build_pair(config, num_classes, image_shape, load=False)
+    objective = Objective(pair.teacher, pair.student, build.build_terms(config, pair), pair.example_input)
+    samples = config.data.samples or {"cifar10": 50000, "cifar100": 50000}.get(config.data.name)
+    steps = None
+    if samples is not None:
+        share = 1 - config.search.validation_fraction if searching else 1
+        steps = config.training.epochs * -(-round(samples * share) // config.training.batch_size)
+        steps = min(steps, config.training.max_steps or steps)
+    return Description(
+        teacher=config.teacher.model if pair.teacher is not None and config.teacher else "none",
+        student=config.student.model,
+        teacher_parameters=_parameters(pair.teacher),
+        student_parameters=_parameters(pair.student),
+        term_parameters=_parameters(objective.terms),
+        teacher_shapes=probe_shapes(pair.teacher, pair.teacher_taps, pair.example_input) if pair.teacher else {},
+        student_shapes=probe_shapes(pair.student, pair.student_taps, pair.example_input),
+        terms=_term_costs(objective, pair.example_input),
+        teacher_macs=_macs(pair.teacher, pair.example_input) if pair.teacher is not None and objective.entries else 0.0,
+        student_macs=_macs(pair.student, pair.example_input),
+        term_macs=sum(cost for *_, cost in _term_costs(objective, pair.example_input)),
+        passes=_passes(config, searching),
+        steps=steps,
+        batch_size=config.training.batch_size,
+    )
+
+
+def _passes(config: Config, searching: bool) -> dict[str, float]:
+    """Forward passes' worth of computation per step; a backward pass counts two, a forward-mode pass three."""
+    passes = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
+    if searching:
+        name, params = parse_spec(config.search.estimator, "search.estimator")
+        extra = {
+            "forward_mode": {"student": 3.0 + 3.0},
+            "finite_difference": {"student": 3.0 + 2.0, "terms": 2.0},
+            "unrolled": {"student": 3.0 + 6.0 * params.get("steps", 1), "terms": 6.0 * params.get("steps", 1)},
+        }[name]
+        for part, count in extra.items():
+            passes[part] += count / config.search.every
+        if config.search.repeats:
+            passes = {
+                part: count + (1 if part == "teacher" else 3) / config.search.every for part, count in passes.items()
+            }
+    return passes
+
+
+def _data_facts(config: Config) -> tuple[int, tuple[int, int, int]]:
+    known = build.IMAGE_SETS.get(config.data.name, (None, None))
+    classes = config.data.num_classes or (config.data.classes if isinstance(config.data.classes, int) else known[0])
+    shape = config.data.image_shape or known[1]
+    if classes is None or shape is None:
+        data = build.build_data(config)
+        return data.num_classes, data.image_shape
+    return classes, shape
+
+
+def _parameters(module: nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def _macs(model: nn.Module, x: torch.Tensor) -> float:
+    with untouched(model), FlopCounterMode(display=False) as counter:
+        model.eval()
+        model(x)
+    return counter.get_total_flops() / 2 / len(x)
+
+
+def _term_costs(objective: Objective, x: torch.Tensor) -> list[tuple[str, Any, int, float]]:
+    """(key, level, parameters, multiply-accumulates per image) of every term."""
+    if not objective.entries:
+        return []
+    rows = []
+    target = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    with untouched(objective):
+        objective.eval()
+        teacher, (_, student) = objective.teach(x), objective.study(x)
+        for term in objective.terms:
+            only = [t is term for t in objective.terms for _ in entries_of(t)]
+            with FlopCounterMode(display=False) as counter:
+                objective.term_losses(student, teacher, target, torch.arange(len(x), device=x.device), only)
+            rows.append(
+                (term.key, getattr(term, "level", None), _parameters(term), counter.get_total_flops() / 2 / len(x))
+            )
+    return rows
+
+
+def as_text(d: Description) -> str:
+    """The description for a person."""
+    lines = [
+        f"teacher  {d.teacher}: {d.teacher_parameters:,} parameters, {_million(d.teacher_macs)} MMAC an image",
+        *(f"    {tap}  {_shape(shape)}" for tap, shape in d.teacher_shapes.items()),
+        f"student  {d.student}: {d.student_parameters:,} parameters, {_million(d.student_macs)} MMAC an image",
+        *(f"    {tap}  {_shape(shape)}" for tap, shape in d.student_shapes.items()),
+        f"terms    {len(d.terms)}: {d.term_parameters:,} parameters, {_million(d.term_macs)} MMAC an image",
+        *(
+            f"    {key}  level {level or '-'}  {count:,} parameters  {_million(cost)} MMAC"
+            for key, level, count, cost in d.terms
+        ),
+        f"step     batch {d.batch_size}, forward passes' worth: "
+        + ", ".join(f"{part} {count:g}" for part, count in d.passes.items())
+        + f" = {d.step_macs / 1e9:.1f} GMAC",
+    ]
+    if d.steps is not None:
+        lines.append(f"run      {d.steps:,} steps = {d.steps * d.step_macs / 1e15:.3f} PMAC")
+    return "\n".join(lines)
+
+
+def _million(macs: float) -> str:
+    return f"{macs / 1e6:.1f}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,190 @@
+"""A schedule in words: what it prefers when, and whether it moves at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpro.schedule import Schedule
+
+PARTS = ("early", "middle", "late")
+CONSTANT = 0.01  # relative movement below which a process is called constant
+SHOWN = 5  # terms in a list
+
+
+def schedule_summary(schedule: Schedule) -> dict[str, Any]:
+    """The numbers behind :func:`explain_schedule`, as plain values.
+
+    Keys: ``terms``, ``steps``, ``epochs``, ``steps_per_epoch``; ``weighting``, ``lambda``, ``threshold``,
+    ``teacher``, ``student``, ``data``, ``versions``, ``created`` (``None`` where the file does not say);
+    ``total``: Σw at ``start``, ``middle`` and ``end``; ``strongest``: per third of the training, all terms as
+    (key, mean weight, share of the third's Σ|w|), strongest first; ``teacher_levels``: share per level (0: terms
+    without a level) and third; ``dropped``: see below; ``computed``: fraction of (step, term) pairs above the
+    threshold; ``movement``: mean over steps of Σ_j |w_j(t) − w̄_j|, divided by Σ_j |w̄_j| (w̄: mean over time; 0 for
+    constant weights).
+
+    ``dropped`` lists the terms that are at or below the threshold at some step: ``key``, ``step`` and ``epoch`` at
+    which they first are, and ``for_good``, whether they stay there from then on.
+    """
+    weights = schedule.weights.double()
+    meta = schedule.meta
+    below = _below_threshold(schedule)
+    return {
+        "terms": len(schedule.keys),
+        "steps": len(schedule),
+        "epochs": len(schedule) / schedule.steps_per_epoch,
+        "steps_per_epoch": schedule.steps_per_epoch,
+        **{k: meta.get(k) for k in ("weighting", "lambda", "threshold", "teacher", "student", "data", "versions")},
+        "created": meta.get("created"),
+        "total": dict(zip(("start", "middle", "end"), weights.sum(1)[_moments(len(weights))].tolist(), strict=True)),
+        "strongest": {part: _ranking(schedule.keys, rows) for part, rows in _thirds(weights).items()},
+        "teacher_levels": _level_shares(schedule.levels[:, 0], weights),
+        "dropped": _dropped(schedule, below),
+        "computed": 1 - below.double().mean().item(),
+        "movement": _movement(weights),
+    }
+
+
+def explain_schedule(schedule: Schedule) -> str:
+    """Several short paragraphs for a person, plain text."""
+    summary = schedule_summary(schedule)
+    paragraphs = (_size, _origin, _totals, _strongest, _levels, _drops, _moves)
+    return "\n\n".join(filter(None, (paragraph(summary) for paragraph in paragraphs)))
+
+
+# Numbers
+
+
+def _thirds(rows: Tensor) -> dict[str, Tensor]:
+    """Rows of each third of the time; never none, so with fewer than three rows some are used twice."""
+    bounds = [len(rows) * n // 3 for n in range(4)]
+    return {part: rows[a : max(b, a + 1)] for part, a, b in zip(PARTS, bounds, bounds[1:], strict=False)}
+
+
+def _moments(steps: int) -> list[int]:
+    return [0, (steps - 1) // 2, steps - 1]
+
+
+def _ranking(keys: tuple[str, ...], rows: Tensor) -> list[tuple[str, float, float]]:
+    mean, share = rows.mean(0).tolist(), _shares(rows).tolist()
+    order = sorted(range(len(keys)), key=lambda n: -share[n])
+    return [(keys[n], mean[n], share[n]) for n in order]
+
+
+def _shares(rows: Tensor) -> Tensor:
+    """Each column's part of Σ|w|, (N,); zeros if all weights are zero."""
+    size = rows.abs().mean(0)
+    return size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def _level_shares(level: Tensor, weights: Tensor) -> dict[int, dict[str, float]]:
+    return {
+        value: {part: _shares(rows)[level == value].sum().item() for part, rows in _thirds(weights).items()}
+        for value in level.unique().tolist()
+    }
+
+
+def _below_threshold(schedule: Schedule) -> Tensor:
+    """Where the threshold drops a term, (T, N) bool."""
+    threshold = schedule.meta.get("threshold")
+    if threshold is None:
+        return torch.zeros_like(schedule.weights, dtype=torch.bool)
+    return ~(schedule.alpha_tilde > threshold)
+
+
+def _dropped(schedule: Schedule, below: Tensor) -> list[dict[str, Any]]:
+    found = []
+    for n in below.any(0).nonzero().flatten().tolist():
+        step = int(below[:, n].int().argmax())
+        epoch = step / schedule.steps_per_epoch
+        for_good = bool(below[step:, n].all())
+        found.append({"key": schedule.keys[n], "step": step, "epoch": epoch, "for_good": for_good})
+    return sorted(found, key=lambda entry: entry["step"])
+
+
+def _movement(weights: Tensor) -> float:
+    mean = weights.mean(0)
+    moved = (weights - mean).abs().sum(1).mean()
+    return (moved / mean.abs().sum().clamp(min=torch.finfo(mean.dtype).tiny)).item()
+
+
+# Words
+
+
+def _size(s: Mapping[str, Any]) -> str:
+    return (
+        f"A schedule of {_count(s['terms'], 'term')} over {_count(s['steps'], 'step')}: "
+        f"{s['epochs']:.4g} epochs of {s['steps_per_epoch']:.6g} steps."
+    )
+
+
+def _origin(s: Mapping[str, Any]) -> str:
+    names = ("teacher", "student", "data", "weighting", "lambda", "threshold", "created", "versions")
+    return "\n".join(f"{name + ':':<11}{_words(s[name])}" for name in names if s[name] is not None)
+
+
+def _totals(s: Mapping[str, Any]) -> str:
+    total = s["total"]
+    return (
+        f"The weights sum to {total['start']:.4g} at the start, {total['middle']:.4g} in the middle "
+        f"and {total['end']:.4g} at the end."
+    )
+
+
+def _strongest(s: Mapping[str, Any]) -> str:
+    lines = ["The strongest terms (mean weight, share of all) in each third of the training:"]
+    width = max(len(key) for ranking in s["strongest"].values() for key, _, _ in ranking[:SHOWN])
+    for part, ranking in s["strongest"].items():
+        for n, (key, weight, share) in enumerate(ranking[:SHOWN]):
+            lines.append(f"  {part if n == 0 else '':<7} {key:<{width}} {weight:>9.4g} {share:>7.1%}")
+    return "\n".join(lines)
+
+
+def _levels(s: Mapping[str, Any]) -> str:
+    if set(s["teacher_levels"]) == {0}:
+        return ""
+    lines = [f"{'Share of all weight':<24}" + "".join(f"{part:>8}" for part in PARTS)]
+    for level, shares in s["teacher_levels"].items():
+        name = f"teacher level {level}" if level else "terms without a level"
+        lines.append(f"  {name:<22}" + "".join(f"{shares[part]:>8.1%}" for part in PARTS))
+    return "\n".join(lines)
+
+
+def _drops(s: Mapping[str, Any]) -> str:
+    threshold, dropped = s["threshold"], s["dropped"]
+    if threshold is None:
+        return "No threshold: every term is computed at every step."
+    if not dropped:
+        return f"The threshold {threshold:g} drops no term."
+    lasting = sum(entry["for_good"] for entry in dropped)
+    lines = [
+        f"The threshold {threshold:g} drops {len(dropped)} of {_count(s['terms'], 'term')} at some time, "
+        f"{lasting} of them for good; {1 - s['computed']:.1%} of the terms' computation is saved."
+    ]
+    for entry in dropped:
+        lines.append(
+            f"  from epoch {entry['epoch']:.1f}{'' if entry['for_good'] else ', not to the end'}: {entry['key']}"
+        )
+    return "\n".join(lines)
+
+
+def _moves(s: Mapping[str, Any]) -> str:
+    distance = f"on average the weights are {s['movement']:.2%} away from their mean over time"
+    if s["movement"] < CONSTANT:
+        return f"The process hardly differs from constant weights: {distance}."
+    return f"The process moves: {distance}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_words, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,128 @@
+"""What the feature losses share: pairing of levels, common sizes, precision, BatchNorm that explains itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distpro.losses.base import DistillationLoss, Shape, as_list
+from pathways.registry import UserError
+
+
+class PairedLevels(DistillationLoss):
+    """A loss that compares the i-th student tensor with the i-th teacher tensor and adds up over i.
+
+    A subclass implements ``level``. The teacher arrives there detached, and half precision as float32.
+    """
+
+    @property
+    def what(self) -> str:
+        """The loss in an error message; files are named after the registry entry."""
+        return f"loss '{type(self).__module__.rpartition('.')[2]}'"
+
+    def levels(
+        self,
+        student: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor],
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Losses per level (L,). Raises UserError if the numbers of student and teacher tensors differ."""
+        levels = pairs(self.what, student, teacher)
+        return torch.stack([self.level(i, s, t) for i, (s, t) in enumerate(levels)])
+
+    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """Scalar loss of level ``i``."""
+        raise NotImplementedError
+
+
+def pairs(
+    what: str, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """(student, teacher) tensors level by level, the teacher detached, half precision as float32.
+
+    Raises UserError if the numbers of tensors differ.
+    """
+    students, teachers = as_list(student), as_list(teacher)
+    if len(students) != len(teachers):
+        found = f"{len(students)} student and {len(teachers)} teacher tensors"
+        raise UserError(f"{what} compares level by level, got {found}")
+    return [(full(s), full(t.detach())) for s, t in zip(students, teachers, strict=True)]
+
+
+def paired_shapes(
+    what: str,
+    student: Sequence[Shape],
+    teacher: Sequence[Shape],
+    dims: Sequence[int] = (3,),
+    equal_channels: bool = False,
+) -> list[tuple[Shape, Shape]]:
+    """(student, teacher) shapes level by level.
+
+    Raises UserError if there are none, their numbers differ, or one has not one of ``dims`` dimensions (without the
+    batch), or if ``equal_channels`` is asked for and two differ.
+    """
+    if not student or len(student) != len(teacher):
+        raise UserError(f"{what} needs one student shape per teacher shape, got {len(student)} and {len(teacher)}")
+    for shape in (*student, *teacher):
+        if len(shape) not in dims:
+            allowed = " or ".join({1: "(D,)", 2: "(L, D)", 3: "(C, H, W)"}[d] for d in dims)
+            raise UserError(f"{what} needs shapes {allowed}, got {tuple(shape)}")
+    shapes = list(zip(student, teacher, strict=True))
+    for s, t in shapes if equal_channels else []:
+        if s[0] != t[0]:
+            raise UserError(f"{what} needs equal channel counts, got {s[0]} (student) and {t[0]} (teacher)")
+    return shapes
+
+
+def full(x: Tensor) -> Tensor:
+    """Half precision as float32; sums of squares overflow or round in less."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product in the precision of its arguments: autocast would round Gram matrices to half precision."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps (N, C, H, W) at the smaller of their heights and widths, by average pooling."""
+    size = tuple(min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    return pooled(student, size), pooled(teacher, size)
+
+
+def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Map (N, C, H, W) average-pooled to ``size`` (height, width)."""
+    return x if tuple(x.shape[2:]) == tuple(size) else F.adaptive_avg_pool2d(x, tuple(size))
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Map (N, C, H, W) brought to ``size``: average pooling where it shrinks, else bilinear interpolation."""
+    if all(new <= old for new, old in zip(size, x.shape[2:], strict=True)):
+        return pooled(x, size)
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _check_statistics(norm: nn.Module, x: Tensor) -> None:
+    if norm.training and x.numel() == x.shape[1]:
+        raise UserError("one sample has no batch statistics on features of size 1x1: use larger batches, or drop_last")
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm that raises UserError for a training batch of one value per channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_statistics(self, x)
+        return super().forward(x)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that raises UserError for a training batch of one value per channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_statistics(self, x)
+        return super().forward(x)

@@ -1,0 +1,59 @@
+"""Attention transfer (Zagoruyko & Komodakis, ICLR 2017).
+
+Per level, with the attention map a(f) = normalise(mean over channels of |f|^p) of (N, C, H, W), flattened to (N, HW):
+
+    form "code" (default, authors' code and RepDistiller):  mean over batch and positions of (a(s) - a(t))^2
+    form "paper" (Eq. 2):                                   mean over batch of ||a(s) - a(t)||_2
+
+Channels may differ; of different sizes the larger map is average-pooled first. ``p`` is 2; RepDistiller's weight of
+the sum over levels is 1000. Departure: |f|^p as in the paper, where the code has f^p (the same for even p).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, linalg
+
+from distpro.losses._maps import PairedLevels, same_size
+from distpro.losses.base import LOSSES, Shape
+from pathways.registry import UserError, nearest
+
+
+@LOSSES.register("at")
+class AttentionTransfer(PairedLevels):
+    """Distance of the normalised spatial attention maps, level by level."""
+
+    title = "Paying More Attention to Attention"
+    paper = "Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017"
+    year = 2017
+    family = "feature"
+    reads = "features"
+    formula = "mean (a(s) - a(t))^2, a(f) = normalise(mean_c |f|^p)"
+
+    def __init__(
+        self,
+        student_shapes: Sequence[Shape] = (),
+        teacher_shapes: Sequence[Shape] = (),
+        p: float = 2.0,
+        form: str = "code",
+    ):
+        super().__init__(student_shapes, teacher_shapes)
+        if form not in ("code", "paper"):
+            raise UserError(f"loss 'at': form must be code or paper, got '{form}'{nearest(form, ('code', 'paper'))}")
+        self.p = p
+        self.form = form
+
+    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = same_size(student, teacher)
+        difference = attention_map(student, self.p) - attention_map(teacher, self.p)
+        if self.form == "paper":
+            return linalg.vector_norm(difference, dim=1).mean()
+        return difference.square().mean()
+
+
+def attention_map(f: Tensor, p: float = 2.0) -> Tensor:
+    """Unit vectors (N, HW) of mean_c |f|^p, of maps (N, C, H, W)."""
+    powers = f.square() if p == 2 else f.abs().pow(p)
+    return F.normalize(powers.mean(1).flatten(1), dim=1)

@@ -1,0 +1,48 @@
+"""Channel-wise distillation (Shu et al., ICCV 2021), Eq. 3-5.
+
+    loss_i = T^2 / (C N) * sum over batch and channels of KL(softmax_hw(t / T) || softmax_hw(s / T))
+
+``s`` (N, C_s, H_s, W_s), ``t`` (N, C, H_t, W_t), logits or features: each channel is a distribution over positions.
+Where channels differ (features), a 1x1 convolution brings the student's to C; where sizes differ, the student's map is
+resized to the teacher's (average-pooled, or bilinear). ``temperature`` 4, as published, with the weights 3 (logits) and
+50 (features). Departure: the authors require equal sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distpro.losses._maps import PairedLevels, full, paired_shapes, resized
+from distpro.losses.base import LOSSES, Shape
+
+
+@LOSSES.register("cwd")
+class ChannelWise(PairedLevels):
+    """Mean KL divergence of the channels' distributions over positions."""
+
+    title = "Channel-wise Knowledge Distillation for Dense Prediction"
+    paper = "Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
+    year = 2021
+    family = "dense"
+    reads = "logits or features"
+    formula = "T^2 / (C N) sum KL(softmax_hw(t/T) || softmax_hw(s/T))"
+
+    def __init__(
+        self,
+        student_shapes: Sequence[Shape] = (),
+        teacher_shapes: Sequence[Shape] = (),
+        temperature: float = 4.0,
+    ):
+        super().__init__(student_shapes, teacher_shapes)
+        shapes = paired_shapes("loss 'cwd'", self.student_shapes, self.teacher_shapes)
+        self.temperature = temperature
+        self.align = nn.ModuleList(nn.Identity() if s[0] == t[0] else nn.Conv2d(s[0], t[0], 1) for s, t in shapes)
+
+    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
+        student = full(self.align[i](resized(student, teacher.shape[2:])))
+        log_s, log_t = (F.log_softmax(f.flatten(2) / self.temperature, dim=2) for f in (student, teacher))
+        divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+        return divergence * (self.temperature**2 / (teacher.shape[0] * teacher.shape[1]))

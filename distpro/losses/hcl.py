@@ -1,0 +1,47 @@
+"""Hierarchical context loss alone (Chen et al., CVPR 2021, Section 3.3): ReviewKD without its fusion.
+
+    loss_i = sum_l w_l MSE(pool_l(s_i), pool_l(t_i)) / sum_l w_l,   l = full size, 4x4, 2x2, 1x1,  w = 1, 1/2, 1/4, 1/8
+
+Levels l not smaller than the map are left out. ``s`` and ``t`` (N, C, H, W) have equal channels; of different sizes the
+larger map is average-pooled first. The options are those of `pathways.distances.HCL` (levels, level_weights, decay,
+pooling), whose defaults are ReviewKD's code. Departure: ReviewKD has no loss of this kind on raw features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from distpro.losses._maps import PairedLevels, paired_shapes, same_size
+from distpro.losses.base import LOSSES, Shape
+from pathways.distances import HCL
+
+
+@LOSSES.register("hcl")
+class HierarchicalContext(PairedLevels):
+    """Mean squared errors of a pyramid of average poolings."""
+
+    title = "Distilling Knowledge via Knowledge Review (hierarchical context loss)"
+    paper = "Chen et al., Distilling Knowledge via Knowledge Review, CVPR 2021"
+    year = 2021
+    family = "feature"
+    reads = "features"
+    formula = "sum_l w_l MSE(pool_l(s), pool_l(t)) / sum_l w_l"
+
+    def __init__(
+        self,
+        student_shapes: Sequence[Shape] = (),
+        teacher_shapes: Sequence[Shape] = (),
+        levels: Sequence[int] = (4, 2, 1),
+        level_weights: Sequence[float] | None = None,
+        decay: float = 0.5,
+        pooling: str = "avg",
+    ):
+        super().__init__(student_shapes, teacher_shapes)
+        if self.student_shapes or self.teacher_shapes:
+            paired_shapes("loss 'hcl'", self.student_shapes, self.teacher_shapes, equal_channels=True)
+        self.distance = HCL(levels, level_weights, decay, pooling)
+
+    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.distance(*same_size(student, teacher))

@@ -1,0 +1,90 @@
+"""Self-supervised knowledge distillation using singular value decomposition (Lee, Kim & Song, ECCV 2018), Eq. 2-6.
+
+Per map, the singular value decomposition of the (HW, C) matrix of each sample: the teacher keeps its first k right
+vectors v_t, the student k + 3; each teacher vector is matched with the student vector of largest |cosine|, with its
+sign, and both are scaled by the teacher's singular values (normalised over the k). Between neighbouring maps i-1 and i:
+
+    R(v)_(a,b) = exp(-(v_i[a] - v_(i-1)[b])^2 / 8) over all channel pairs (a, b)
+    loss_i     = 1/N sum of (R(v_s) - R(v_t))^2,   i = 1 .. L-1
+
+Maps (N, C, H, W) of at least two levels; sizes may differ, channels must agree level by level. ``levels`` has L - 1
+entries. ``k`` 1, as in RepDistiller. The signs of singular vectors, and so the loss, are the decomposition routine's
+choice: values agree between devices only up to that.
+
+Departure: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, linalg
+
+from distpro.losses._maps import matmul, paired_shapes, pairs
+from distpro.losses.base import LOSSES, DistillationLoss, Shape
+from pathways.registry import UserError
+
+
+@LOSSES.register("kdsvd")
+class SingularVectors(DistillationLoss):
+    """Correlation of the leading singular vectors of neighbouring maps, student against teacher."""
+
+    title = "Self-supervised Knowledge Distillation Using Singular Value Decomposition"
+    paper = "Lee, Kim & Song, Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018"
+    year = 2018
+    family = "feature"
+    reads = "features of at least two stages"
+    formula = "1/N sum (R(v_s) - R(v_t))^2, R = exp(-(v_i[a] - v_(i-1)[b])^2 / 8)"
+
+    def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), k: int = 1):
+        super().__init__(student_shapes, teacher_shapes)
+        if self.student_shapes or self.teacher_shapes:
+            paired_shapes("loss 'kdsvd'", self.student_shapes, self.teacher_shapes, equal_channels=True)
+        self.k = k
+
+    def levels(
+        self,
+        student: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor],
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Losses per pair of neighbouring levels (L - 1,). Raises UserError for less than two levels."""
+        maps = pairs("loss 'kdsvd'", student, teacher)
+        if len(maps) < 2:
+            raise UserError(f"loss 'kdsvd' compares neighbouring levels and needs at least two, got {len(maps)}")
+        vectors = [self._vectors(s, t) for s, t in maps]
+        return torch.stack(
+            [
+                _distance(_kernel(s, s_before), _kernel(t, t_before))
+                for (s_before, t_before), (s, t) in zip(vectors[:-1], vectors[1:], strict=True)
+            ]
+        )
+
+    def _vectors(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Matched right singular vectors (N, C, k) of both maps, scaled by the teacher's singular values."""
+        scale, v_t = _svd(teacher, self.k)
+        _, v_s = _svd(student, self.k + 3)
+        cosine = matmul(v_s.transpose(1, 2), v_t)
+        best = cosine.abs() == cosine.abs().amax(1, keepdim=True)
+        v_s = matmul(v_s, torch.where(best, cosine.sign(), 0.0).to(v_s.dtype))
+        return v_s * scale[:, None], v_t * scale[:, None]
+
+
+def _svd(f: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Normalised first ``n`` singular values (N, n) and right vectors (N, C, n) of maps (N, C, H, W)."""
+    _, s, vh = linalg.svd(f.flatten(2).transpose(1, 2), full_matrices=False)
+    return F.normalize(s[:, :n], dim=1), F.normalize(vh.mH[:, :, :n], dim=1)
+
+
+def _kernel(v: Tensor, before: Tensor) -> Tensor:
+    """(N, C_i, C_(i-1), k)."""
+    return torch.exp(-(v[:, :, None] - before[:, None]).square() / 8)
+
+
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    # The decomposition of a degenerate map has no finite derivative; such samples are left out, as in RepDistiller.
+    difference = (student - teacher).square()
+    return torch.where(difference.isfinite(), difference, 0.0).sum() / len(difference)

@@ -1,0 +1,146 @@
+"""What the models share: how a name becomes a model, the taps that a model states, and the usual initialisation."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import operator
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from pathways.registry import Registry, UserError, check_parameters, nearest
+
+MODELS = Registry("model")
+
+
+@dataclass(frozen=True)
+class StageTaps:
+    """Where distillation reads a model, as tap names of `pathways.taps`, shallow to deep.
+
+    Attributes:
+        post: feature map after each stage, where students are read.
+        pre: the same stages before their last ReLU, where teachers are read. Equal to `post` in models whose stages
+            do not end in a ReLU.
+        stem: what enters the first stage.
+        embedding: what enters the classifier, shape (D,).
+    """
+
+    post: tuple[str, ...]
+    pre: tuple[str, ...]
+    stem: str
+    embedding: str
+
+
+def stage_taps(model: nn.Module) -> StageTaps | None:
+    """The taps that ``model`` states (every model of this package does), or None."""
+    taps = getattr(model, "stage_taps", None)
+    return taps if isinstance(taps, StageTaps) else None
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Convolutions by He et al. (kaiming normal, fan-out; biases zero), BatchNorm to weight 1 and bias 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def build_model(name: str, num_classes: int | None = None, **params: Any) -> nn.Module:
+    """A model by name, with random weights unless ``params`` say otherwise.
+
+    Args:
+        name: a name of `MODELS`; ``torchvision:NAME``; ``timm:NAME``; or ``package.module:callable`` for any class or
+            function that gives a module. The last form imports and runs that module (the current directory can be
+            imported from, after the installed packages), so it is for code that you trust.
+        num_classes: passed on if given.
+        params: passed on.
+
+    >>> sum(p.numel() for p in build_model("resnet20", num_classes=10).parameters())
+    272474
+
+    Raises UserError for a name that does not exist and for parameters that the model does not take.
+    """
+    if num_classes is not None:
+        params["num_classes"] = num_classes
+    what = f"model '{name}'"
+    source, colon, rest = name.partition(":")
+    if not colon:
+        entry = MODELS[name]
+    elif source in _LIBRARIES:
+        entry = _LIBRARIES[source](what, rest)
+    else:
+        entry = _import(what, source, rest)
+    model = _call(what, entry, params)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{what} gives {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _call(what: str, entry: Callable[..., Any], params: dict[str, Any]) -> Any:
+    check_parameters(what, entry, params)
+    try:
+        inspect.signature(entry).bind(**params)
+    except TypeError as error:
+        raise UserError(f"{what}: {error}") from None
+    return entry(**params)
+
+
+def _from_torchvision(what: str, name: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise UserError(f"torchvision has no model '{name}'{nearest(name, models.list_models())}")
+    unset = {"weights": None, "weights_backbone": None}  # detectors and segmenters fetch their backbone otherwise
+    taken = inspect.signature(models.get_model_builder(name)).parameters
+    return _checked(what, partial(models.get_model, name, **{k: v for k, v in unset.items() if k in taken}))
+
+
+def _from_timm(what: str, name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"{what} needs timm: pip install 'distpro[timm]'") from None
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+    return _checked(what, partial(timm.create_model, name))
+
+
+def _checked(what: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Library builders take ``**kwargs`` and refuse them from deep inside."""
+
+    def build(**params: Any) -> nn.Module:
+        try:
+            return create(**params)
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+    return build
+
+
+_LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
+
+
+def _import(what: str, module: str, attribute: str) -> Callable[..., Any]:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        imported = importlib.import_module(module)
+    except Exception as error:  # a module of the user's may fail in any way
+        raise UserError(f"{what}: cannot import '{module}' ({type(error).__name__}: {error})") from error
+    try:
+        entry = operator.attrgetter(attribute)(imported)
+    except AttributeError:
+        raise UserError(f"{what}: '{module}' has no '{attribute}'{nearest(attribute, dir(imported))}") from None
+    if not callable(entry):
+        raise UserError(f"{what}: '{attribute}' is {type(entry).__name__}, not a class or function")
+    return entry

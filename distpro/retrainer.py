@@ -1,0 +1,76 @@
+"""The retrain (Algorithm 1, lines 8-14): a schedule, or one of its controls, says the weights of a whole training.
+
+Like the searcher, it has no loop of its own: it answers the trainer's questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distpro.objective import Evaluation, Objective
+from distpro.schedule import Schedule
+from pathways.registry import UserError
+
+
+class Replay:
+    """The weights that an objective's own processes say: constants, or the schedule that it follows."""
+
+    needs_views = repeats = False
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+
+    def weights(self, step: int) -> Sequence[float]:
+        return self.objective.weights_at(step)
+
+    def watches(self, step: int) -> bool:
+        return False
+
+    def before_update(self, step: int, batch: Any, state: dict[str, Tensor], evaluation: Evaluation) -> None:
+        raise AssertionError("a replay watches no step")
+
+    def after_update(self, step: int) -> bool:
+        return False
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def replay(
+    objective: Objective,
+    how: str,
+    total_steps: int,
+    schedule: Schedule | None = None,
+    threshold: float | None = None,
+    scale: float | Callable[[int], float] = 1.0,
+    mapping: Mapping[str, str] | None = None,
+) -> Replay:
+    """Let ``objective`` follow a schedule or one of the controls of Table 1.
+
+    Args:
+        how: ``searched`` (the schedule, interpolated to ``total_steps``), ``final`` (its last weights at every step),
+            ``equal`` (1/L for each of the L terms without a constant weight), ``constant`` (every term's own weight)
+            or ``none`` (no term at all).
+        threshold, scale, mapping: see `Objective.follow`.
+
+    Raises UserError if ``searched`` or ``final`` get no schedule, or one that does not fit.
+    """
+    if how == "none":
+        objective.keep([])
+    elif how == "equal":
+        objective.follow_equal(scale)
+    elif how in ("searched", "final"):
+        if schedule is None:
+            raise UserError(f"retrain.weights is '{how}', which needs a schedule: give --schedule alpha.pt")
+        schedule = schedule.final() if how == "final" else schedule
+        objective.follow(schedule, total_steps, threshold, scale, mapping)
+    return Replay(objective)

@@ -1,0 +1,304 @@
+"""The commands as functions: search, retrain, train, evaluate. Each run has a folder that says how to repeat it.
+
+config.yaml       the resolved config          metrics.jsonl     numbers by step, as in TensorBoard
+environment.json  versions, machine, revision  checkpoint.pt     whole state, for --resume
+result.json       final metrics                student.pt        the trained student's weights
+alpha.pt          the schedule (search)
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from distpro import build
+from distpro.checkpoint import save_atomically, write_atomically
+from distpro.config import Config, read_config
+from distpro.data import Dataset
+from distpro.models import load_checkpoint
+from distpro.objective import Objective
+from distpro.plots import heatmap_figure, schedule_figure
+from distpro.schedule import Schedule
+from distpro.searcher import Searcher
+from distpro.tasks import TASKS
+from distpro.tracking import Tracker
+from distpro.trainer import Trainer, test
+from pathways.registry import UserError
+from pathways.space import parse_spec
+
+Source = str | Path | Mapping[str, Any] | Config
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training came to: final ``metrics`` by name, and the run's folder (None if nothing was kept)."""
+
+    metrics: dict[str, float]
+    folder: Path | None
+
+
+def search(
+    config: Source, out: str | Path | None = None, overrides: Sequence[str] = (), resume: bool = False
+) -> Schedule:
+    """Learn a schedule (Algorithm 1, lines 1-7) and write it to ``alpha.pt`` in the run's folder.
+
+    Args:
+        config: path of a YAML file, or a mapping.
+        out: the run's folder; None keeps nothing on disk.
+        overrides: ``key=value`` with dotted keys.
+        resume: go on from the folder's checkpoint, to the numbers that an uninterrupted run gives.
+
+    Raises UserError for bad input, `distpro.trainer.Interrupted` after SIGINT or SIGTERM (checkpoint and alpha.pt of
+    the steps done are written first).
+    """
+    checked = _checked(config, overrides)
+    _use_threads(checked)
+    folder = _open_folder(out, checked, resume)
+    data = build.build_data(checked)
+    trainer = build.build_search(checked, data, folder)
+    searcher = trainer.weights
+    assert isinstance(searcher, Searcher)
+    meta = _schedule_meta(checked, data, trainer.objective)
+
+    def write() -> None:
+        if folder is not None:
+            searcher.schedule(trainer.steps_per_epoch, meta).save(folder / "alpha.pt")
+
+    trainer.on_checkpoint = write
+    _run(trainer, checked, resume, searcher)
+    return searcher.schedule(trainer.steps_per_epoch, meta)
+
+
+def retrain(
+    config: Source | None = None,
+    schedule: str | Path | Schedule | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+) -> Result:
+    """Train a student with a schedule or one of its controls (lines 8-14).
+
+    Args:
+        config: as of `search`; None takes the config that the schedule was searched with.
+        schedule: path of an ``alpha.pt`` or a `Schedule`; by default what ``retrain.schedule`` names, if anything.
+        out, overrides, resume: as of `search`.
+
+    Raises UserError for bad input, `distpro.trainer.Interrupted` after SIGINT or SIGTERM.
+    """
+    checked = retrain_config(config, schedule, overrides)
+    _use_threads(checked)
+    learned = _schedule_of(checked, schedule)
+    folder = _open_folder(out, checked, resume)
+    data = build.build_data(checked)
+    trainer = build.build_retrain(checked, data, learned, folder)
+    metrics = _run(trainer, checked, resume, None)
+    if folder is not None:
+        save_atomically(trainer.objective.student.model.state_dict(), folder / "student.pt")
+    return Result(metrics, folder)
+
+
+def train(config: Source, out: str | Path | None = None, overrides: Sequence[str] = (), resume: bool = False) -> Result:
+    """Plain training of the config's student: a teacher to be, or the baseline without one."""
+    return retrain(config, None, out, [*overrides, "retrain.weights=none"], resume)
+
+
+def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Path | None = None) -> dict[str, float]:
+    """Metrics on the test set of a run's student, of a config's teacher, or of a checkpoint.
+
+    Args:
+        target: a run's folder; a config, whose teacher is evaluated; or a checkpoint, which is loaded into the student
+            of ``config``.
+        overrides: ``key=value`` on the config.
+
+    Raises UserError if there is nothing to evaluate at ``target``.
+    """
+    path = Path(target)
+    if path.is_dir():
+        checked, checkpoint = read_config(path / "config.yaml", overrides), path / "student.pt"
+        if not checkpoint.is_file():
+            raise UserError(f"{path}: no student.pt; has the training ended?")
+    elif path.suffix in (".yaml", ".yml"):
+        checked = read_config(path, overrides)
+        if checked.teacher is None or checked.teacher.checkpoint is None:
+            raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
+        checked = checked.model_copy(update={"student": checked.teacher})
+        checkpoint = build.locate("checkpoint", checked.teacher.checkpoint)
+    elif config is None:
+        raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
+    else:
+        checked, checkpoint = read_config(config, overrides), build.locate("checkpoint", path)
+    _use_threads(checked)
+    data = build.build_data(checked)
+    device = build.device_of(checked)
+    model = build.build_network(checked.student, data.num_classes, load=False)
+    load_checkpoint(model, checkpoint)
+    memory_format = torch.channels_last if checked.channels_last else torch.contiguous_format
+    objective = Objective(
+        None, model.to(device, memory_format=memory_format), precision=build.PRECISIONS[checked.precision]
+    )
+    name, params = parse_spec(checked.task, "task")
+    return test(objective, TASKS.build(name, **params), build.build_loader(checked, data, data.test, training=False))
+
+
+def retrain_config(config: Source | None, schedule: str | Path | Schedule | None, overrides: Sequence[str]) -> Config:
+    """The checked config of a retrain: the one given, or the schedule's own."""
+    if config is not None:
+        return _checked(config, overrides).for_retrain()
+    if schedule is None:
+        raise UserError("retrain needs a config, a schedule, or both")
+    learned = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
+    stored = learned.meta.get("config")
+    if not isinstance(stored, Mapping):
+        raise UserError("this schedule holds no config: give one")
+    checked = _checked(stored, overrides).for_retrain()
+    said = " ".join(overrides)
+    for role in ("teacher", "student"):
+        model = getattr(checked, role)
+        foreign = model is not None and ":" in model.model and not model.model.startswith(("torchvision:", "timm:"))
+        if foreign and model.model not in said:
+            raise UserError(
+                f"the schedule's config names code of its own, {role}.model '{model.model}'. A schedule file never runs "
+                f"code by itself: if you trust it, repeat it as {role}.model={model.model}, or give a config"
+            )
+    return checked
+
+
+def _checked(config: Source, overrides: Sequence[str]) -> Config:
+    return read_config(config.model_dump() if isinstance(config, Config) else config, overrides)
+
+
+def _schedule_of(config: Config, schedule: str | Path | Schedule | None) -> Schedule | None:
+    source = schedule if schedule is not None else config.retrain.schedule
+    return source if isinstance(source, Schedule) or source is None else Schedule.load(source)
+
+
+def _use_threads(config: Config) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+def _run(trainer: Trainer, config: Config, resume: bool, searcher: Searcher | None) -> dict[str, float]:
+    """Train with tracking; everything that a finished run leaves in its folder but its weights."""
+    if resume:
+        trainer.resume()
+    if trainer.folder is None:
+        return trainer.fit()
+    first = trainer.step + 1 if resume else None
+    with Tracker(trainer.folder, resume_step=first, tensorboard=config.tracking.tensorboard) as tracker:
+        trainer.tracker = tracker
+        if not resume:
+            tracker.text("config", f"```yaml\n{_as_yaml(config)}\n```")
+            if searcher is not None:
+                tracker.alpha_layout(
+                    [e.key for e in searcher.entries], [e.level or (0, 0, 0) for e in searcher.entries]
+                )
+        metrics = trainer.fit()
+        if searcher is not None:
+            learned = searcher.schedule(trainer.steps_per_epoch, {})
+            tracker.figure("alpha/processes", schedule_figure(learned), trainer.step)
+            tracker.figure("alpha/heatmap", heatmap_figure(learned), trainer.step)
+        tracker.hparams(_flat(config.model_dump()), metrics)
+    write_atomically(json.dumps(metrics, indent=1) + "\n", trainer.folder / "result.json")
+    return metrics
+
+
+def _open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | None:
+    if out is None:
+        if resume:
+            raise UserError("resume needs the run's folder")
+        return None
+    folder = Path(out)
+    written = folder / "config.yaml"
+    if resume:
+        if not (folder / "checkpoint.pt").is_file():
+            raise UserError(f"{folder}: no checkpoint.pt to resume from")
+        differing = _differences(yaml.safe_load(written.read_text()), json.loads(config.model_dump_json()))
+        if differing:
+            raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
+        return folder
+    if written.exists():
+        raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
+    write_atomically(_as_yaml(config), written)
+    write_atomically(json.dumps(environment(), indent=1) + "\n", folder / "environment.json")
+    return folder
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    before, after = _flat(old), _flat(new)
+    keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    return [f"{k} was {before.get(k)!r}, is {after.get(k)!r}" for k in keys]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _as_yaml(config: Config) -> str:
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and code revision of this process."""
+    packages = {}
+    for name in ("distpro", "torch", "torchvision", "numpy", "higher"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "revision": git.stdout.strip() or "unknown",
+        "command": sys.argv,
+    }
+
+
+def _schedule_meta(config: Config, data: Dataset, objective: Objective) -> dict[str, Any]:
+    """What `alpha.pt` says beside the numbers."""
+    assert objective.teacher is not None
+    facts = environment()
+    return {
+        "config": json.loads(config.model_dump_json()),
+        "weighting": json.loads(json.dumps(config.search.weighting)),
+        "threshold": config.retrain.threshold,
+        "lambda": config.training.distill_weight,
+        "teacher": _model_signature(config.teacher.model if config.teacher else "", objective.teacher.model),
+        "student": _model_signature(config.student.model, objective.student.model),
+        "data": data.signature,
+        "versions": facts["packages"],
+        "revision": facts["revision"],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _model_signature(name: str, model: nn.Module) -> dict[str, Any]:
+    return {"model": name, "parameters": sum(p.numel() for p in model.parameters())}

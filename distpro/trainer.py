@@ -1,0 +1,359 @@
+"""The one training loop: steps, epochs, evaluation, interruption and resume. Search and retrain differ only in who
+says what the weights of the terms are (`Weights`)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distpro.checkpoint import load_safely, save_atomically
+from distpro.console import Progress
+from distpro.hypergradient import random_state, set_random_state
+from distpro.objective import Evaluation, Objective
+from distpro.tracking import Tracker
+from pathways.registry import UserError
+
+
+class Weights(Protocol):
+    """Who says what the weights are: `Searcher` or `Replay`."""
+
+    def weights(self, step: int) -> Sequence[float] | Tensor:
+        """λ·w of every entry of the vector of term losses."""
+
+    def watches(self, step: int) -> bool:
+        """Whether `before_update` and `after_update` are to be called for this step."""
+
+    needs_views: bool
+    """Whether watched steps need each term's own gradient."""
+    repeats: bool
+    """Whether a step is taken again after the weights have moved (a literal Algorithm 1)."""
+
+    def before_update(self, step: int, batch: Any, state: dict[str, Tensor], evaluation: Evaluation) -> None:
+        """After the backward pass of a watched step; ``state`` is the random state before it."""
+
+    def after_update(self, step: int) -> bool:
+        """After the parameters have moved in a watched step; says whether the weights have moved too."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What to log."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Interrupted(Exception):
+    """The run was told to stop, and has written a checkpoint first."""
+
+    def __init__(self, signal_number: int, step: int, total: int):
+        super().__init__(f"stopped at step {step} of {total}; --resume goes on from here")
+        self.signal_number = signal_number
+
+
+@dataclass
+class LearningRate:
+    """Factor on the base learning rate as a function of training progress.
+
+    Args:
+        name: ``constant``, ``cosine`` (to zero, per step) or ``step``.
+        milestones: for ``step``: epochs, or fractions of the training if all are below 1.
+        gamma: factor at each milestone.
+        warmup_epochs: linear warm-up from zero.
+    """
+
+    name: str = "constant"
+    milestones: Sequence[float] = ()
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+
+    def __call__(self, epoch: float, epochs: float) -> float:
+        """Factor at a (fractional) epoch of a training of ``epochs``."""
+        factor = 1.0
+        if self.name == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+        elif self.name == "step":
+            in_fractions = all(m < 1 for m in self.milestones)
+            reached = [m for m in self.milestones if epoch >= (m * epochs if in_fractions else m)]
+            factor = self.gamma ** len(reached)
+        return factor * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else factor
+
+
+@dataclass
+class Trainer:
+    """Trains the objective's student.
+
+    Args:
+        objective, task, optimizer: what is trained, its metrics, and how.
+        weights: who says the weights of the terms.
+        train_loader, test_loader: with ``len``, ``epoch(epoch, start)`` and `Batch`es.
+        epochs: whole epochs; ``max_steps`` may end the training earlier.
+        learning_rate: factor on the optimiser's rates.
+        folder: where checkpoint and logs go; None keeps nothing.
+        clip_norm: largest gradient norm.
+        log_every: steps between two log rows; evaluate_every, checkpoint_every: epochs.
+        on_checkpoint: called after every checkpoint, also on interruption.
+        name: what the progress line calls the run.
+    """
+
+    objective: Objective
+    task: Any
+    optimizer: torch.optim.Optimizer
+    weights: Weights
+    train_loader: Any
+    test_loader: Any
+    epochs: int
+    learning_rate: LearningRate = field(default_factory=LearningRate)
+    folder: Path | None = None
+    tracker: Tracker | None = None
+    max_steps: int | None = None
+    clip_norm: float | None = None
+    log_every: int = 50
+    evaluate_every: int = 1
+    checkpoint_every: int = 1
+    on_checkpoint: Callable[[], None] = lambda: None
+    name: str = "train"
+
+    def __post_init__(self) -> None:
+        self.step = 0
+        self.history: list[dict[str, float]] = []  # test metrics per evaluation
+        self.seconds = 0.0
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._stop_signal: int | None = None
+        device = next(self.objective.student.parameters()).device
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
+        self._reset_sums()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader)
+
+    @property
+    def total_steps(self) -> int:
+        return min(self.epochs * self.steps_per_epoch, self.max_steps or self.epochs * self.steps_per_epoch)
+
+    # The loop
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end, or raise Interrupted after SIGINT or SIGTERM, with a checkpoint written.
+
+        Returns the last evaluation's metrics, and ``best_<headline>`` beside it.
+        """
+        start = time.perf_counter() - self.seconds
+        with self._signals(), Progress(self.total_steps, self.name) as progress:
+            while self.step < self.total_steps:
+                epoch, first = divmod(self.step, self.steps_per_epoch)
+                for batch in self.train_loader.epoch(epoch, start=first):
+                    self.train_step(batch)
+                    self.seconds = time.perf_counter() - start
+                    self._log(progress)
+                    if self._stop_signal is not None or self.step >= self.total_steps:
+                        break
+                if self.step % self.steps_per_epoch == 0 or self.step >= self.total_steps:
+                    self._end_of_epoch(progress)
+                    self.seconds = time.perf_counter() - start
+                if self._stop_signal is not None and self.step < self.total_steps:
+                    self.save()
+                    raise Interrupted(self._stop_signal, self.step, self.total_steps)
+        return self.result()
+
+    def train_step(self, batch: Any) -> None:
+        """One step of Algorithm 1: forward, backward, update of θ, and of α̃ where the weights are searched."""
+        self._set_learning_rate()
+        watching = self.weights.watches(self.step)
+        state = random_state(self.objective.student) if watching else {}
+        go_back = self._snapshot() if watching and self.weights.repeats else None
+        evaluation = self._backward(batch, capture=watching and self.weights.needs_views)
+        if watching:
+            self.weights.before_update(self.step, batch, state, evaluation)
+        self._update()
+        if watching and self.weights.after_update(self.step) and go_back is not None:
+            go_back()
+            evaluation = self._backward(batch, capture=False)
+            self._update()
+        self.step += 1
+        self._sums[0] += evaluation.task
+        self._sums[1:] += evaluation.terms
+        self._counts += torch.tensor([1, len(batch.y)])
+
+    def _backward(self, batch: Any, capture: bool) -> Evaluation:
+        self.optimizer.zero_grad(set_to_none=True)
+        evaluation = self.objective.evaluate(*batch, weights=self.weights.weights(self.step), capture=capture)
+        self._scaler.scale(evaluation.loss).backward()
+        return evaluation
+
+    def _update(self) -> None:
+        if self.clip_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.objective.trainable_parameters(), self.clip_norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+    def _snapshot(self) -> Callable[[], None]:
+        """A function that takes parameters, buffers, optimiser and random state back to now."""
+        tensors = [*self.objective.trainable_parameters(), *self.objective.student.buffers()]
+        tensors += self.objective.terms.buffers()
+        copies = [t.detach().clone() for t in tensors]
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        state = random_state(self.objective.student)
+
+        def go_back() -> None:
+            with torch.no_grad():
+                for tensor, saved in zip(tensors, copies, strict=True):
+                    tensor.copy_(saved)
+            self.optimizer.load_state_dict(optimizer)
+            set_random_state(state)
+
+        return go_back
+
+    def _set_learning_rate(self) -> None:
+        factor = self.learning_rate(self.step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
+        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * factor
+
+    # Numbers
+
+    def _reset_sums(self) -> None:
+        device = next(self.objective.student.parameters()).device
+        self._sums = torch.zeros(1 + len(self.objective.entries), device=device)  # task, terms; read only to log
+        self._counts = torch.zeros(2, dtype=torch.int64)  # steps, images
+        self._since = time.perf_counter()
+
+    def _log(self, progress: Progress) -> None:
+        if self.step % self.log_every and self.step < self.total_steps and self.step % self.steps_per_epoch:
+            progress.update(self.step)
+            return
+        steps, images = self._counts.tolist()
+        task, *terms = (self._sums / steps).tolist()
+        values: dict[str, Any] = {"train/task_loss": task, "lr": self.optimizer.param_groups[0]["lr"]}
+        values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
+        values["images_per_second"] = images / (time.perf_counter() - self._since)
+        values |= self.weights.scalars()
+        self._record(values)
+        progress.update(self.step, loss=task, images_per_second=values["images_per_second"])
+        self._reset_sums()
+        if not math.isfinite(task):
+            raise UserError(
+                f"training diverged: the task loss is {task} at step {self.step} (lower the learning rate?)"
+            )
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self.tracker is not None:
+            self.tracker.scalars(values, self.step, self.step / self.steps_per_epoch)
+
+    def _end_of_epoch(self, progress: Progress) -> None:
+        epoch, last = math.ceil(self.step / self.steps_per_epoch), self.step >= self.total_steps
+        if last or epoch % self.evaluate_every == 0:
+            metrics = self.test()
+            self.history.append({"epoch": epoch, "step": self.step, **metrics})
+            self._record({f"test/{name}": value for name, value in metrics.items()})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            progress.message(f"epoch {epoch}/{math.ceil(self.total_steps / self.steps_per_epoch)}  {shown}")
+            self._since = time.perf_counter()
+        if last or epoch % self.checkpoint_every == 0:
+            self.save()
+
+    @torch.no_grad()
+    def test(self) -> dict[str, float]:
+        """Metrics of the student on the test set, in evaluation mode."""
+        return test(self.objective, self.task, self.test_loader)
+
+    def result(self) -> dict[str, float]:
+        """Metrics of the last evaluation, the best headline metric beside them, and the time taken."""
+        if not self.history:
+            return {}
+        headline = self.task.headline
+        best = max(row[headline] for row in self.history)
+        return {**self.history[-1], f"best_{headline}": best, "seconds": self.seconds}
+
+    # Interruption and resume
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the loop to stop after the running step; a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def checkpoint_path(self) -> Path | None:
+        return self.folder / "checkpoint.pt" if self.folder is not None else None
+
+    def save(self) -> None:
+        """Write everything that a resumed run needs to go on to the same numbers."""
+        if self.checkpoint_path is not None:
+            save_atomically(self.state_dict(), self.checkpoint_path)
+        self.on_checkpoint()
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint. Raises UserError if there is none, or it is of another set-up."""
+        assert self.checkpoint_path is not None
+        state = load_safely(self.checkpoint_path)
+        try:
+            self.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.checkpoint_path}: does not fit this run ({str(error).splitlines()[0]})") from None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training's whole state: tensors, numbers, strings, lists and dicts only."""
+        return {
+            "step": self.step,
+            "student": self.objective.student.model.state_dict(),
+            "terms": self.objective.terms.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "weights": self.weights.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "random": random_state(self.objective.student),
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Back to a state from `state_dict`."""
+        self.objective.student.model.load_state_dict(state["student"])
+        self.objective.terms.load_state_dict(state["terms"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.weights.load_state_dict(state["weights"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        set_random_state(state["random"])
+
+
+@torch.no_grad()
+def test(objective: Objective, task: Any, loader: Any) -> dict[str, float]:
+    """Mean metrics of the objective's student over a loader's epoch, in evaluation mode."""
+    model = objective.student.model
+    was_training = objective.training
+    objective.eval()
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for batch in loader.epoch(0):
+        with objective.autocast():
+            output = model(batch.x)
+        for name, value in task.metrics(output, batch.y).items():
+            sums[name] = sums.get(name, 0) + value.double()
+        count += len(batch.y)
+    objective.train(was_training)
+    return {name: value.item() / count for name, value in sums.items()}

@@ -1,0 +1,228 @@
+"""Image folders and archives, decoded into memory or streamed."""
+
+import tarfile
+import zipfile
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from distpro.data import Loader, build_augment, datasets, load_data, split
+from distpro.data.augment import draw_for
+from pathways.registry import UserError
+
+SIZES = [(40, 30), (30, 40), (33, 33), (64, 20), (21, 50)]  # width, height
+SIZE = 16
+
+
+def write_images(root, sizes=SIZES):
+    """train/{bee,ant} with 7 and 5 images, val/{ant,bee} with 3 each, smooth random colours."""
+    rng = np.random.default_rng(0)
+    for part, label, count in (("train", "bee", 7), ("train", "ant", 5), ("val", "ant", 3), ("val", "bee", 3)):
+        folder = root / part / label
+        folder.mkdir(parents=True)
+        for n in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+            coarse.resize(sizes[n % len(sizes)], Image.Resampling.BICUBIC).save(folder / f"{n}.png")
+    (root / "train" / "ant" / "notes.txt").write_text("not an image")
+    (root / "train" / "ant" / "._0.png").write_text("left by an archiver")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def pack(tree, path, below=""):
+    files = [f for f in sorted(tree.rglob("*")) if f.is_file()]
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.write(file, below + file.relative_to(tree).as_posix())
+    else:
+        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+            for file in files:
+                archive.add(file, below + file.relative_to(tree).as_posix())
+    return path
+
+
+def load(root, **options):
+    return load_data("folder", root, **{"image_size": SIZE, **options})
+
+
+def loader(data, part="train", batch_size=4, **options):
+    options = {"augment": ["resized_crop", "flip"], "shuffle": True, "drop_last": False, **options}
+    return Loader(getattr(data, part), batch_size, mean=data.mean, std=data.std, **options)
+
+
+def assert_same(found, expected):
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected) > 0
+    assert all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_labels_are_the_sorted_folder_names(tree):
+    data = load(tree)
+    assert data.names == ["ant", "bee"]
+    assert data.train.labels.tolist() == [0] * 5 + [1] * 7
+    assert data.test.labels.tolist() == [0] * 3 + [1] * 3
+    assert data.image_shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("resize", [None, 20])
+def test_centres_are_those_of_torchvision(tree, resize):
+    data = load(tree, resize=resize)
+    centre = transforms.Compose([transforms.Resize(resize or SIZE), transforms.CenterCrop(SIZE)])
+    files = sorted((tree / "train").rglob("[0-9].png"))
+    expected = [np.asarray(centre(Image.open(file))).transpose(2, 0, 1) for file in files]
+    assert np.array_equal(data.train.images.numpy(), np.stack(expected))
+
+
+def test_images_of_one_size_are_taken_as_they_are(tmp_path):
+    data = load_data("folder", write_images(tmp_path, sizes=[(24, 20)]))
+    assert data.image_shape == (3, 20, 24)
+    first = np.asarray(Image.open(tmp_path / "train" / "ant" / "0.png"))
+    assert np.array_equal(data.train.images[0].permute(1, 2, 0).numpy(), first)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name, below", [("a.zip", ""), ("a.tar", ""), ("a.ZIP", "top/"), ("b.tar", "./")])
+def test_archives_hold_what_the_folder_holds(tree, tmp_path, name, below, stream):
+    path = pack(tree, tmp_path / name.lower(), below)
+    path = path.rename(tmp_path / name)
+    data, expected = load(path, stream=stream), load(tree)
+    assert data.signature == expected.signature
+    usual = {"augment": (), "shuffle": False}
+    assert_same(loader(data, **usual).epoch(0), loader(load(tree, stream=stream), **usual).epoch(0))
+
+
+@pytest.mark.parametrize("augment", [(), ["crop", "flip"]])
+def test_streamed_batches_equal_those_in_memory(tree, augment):
+    memory, stream = load(tree), load(tree, stream=True)
+    assert stream.train.streamed and not memory.train.streamed
+    assert stream.mean == memory.mean
+    assert_same(loader(stream, augment=augment).epoch(1), loader(memory, augment=augment).epoch(1))
+
+
+def test_large_sets_are_streamed(tree, monkeypatch):
+    size = 18 * 3 * SIZE**2
+    for limit, streamed in ((size, False), (size - 1, True)):
+        monkeypatch.setattr(datasets, "MEMORY_LIMIT", limit)
+        assert load(tree).train.streamed is streamed
+        assert not load(tree, stream=False).train.streamed
+
+
+def test_choices_from_a_streamed_set(tree):
+    data = load(tree, stream=True, classes=["bee"], samples=4)
+    train, val = split(data.train, 0.5, seed=0)
+    whole = load(tree).train.images
+    for part in (train, val):
+        assert torch.equal(part.peek(9), whole[part.index])
+    assert len(set(train.index.tolist()) | set(val.index.tolist())) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_has_no_state(tree, workers):
+    data = load(pack(tree, tree.parent / f"workers{workers}.zip"), stream=True)
+    before = torch.get_rng_state()
+    plain = loader(data)
+    row = [batch for epoch in range(2) for batch in plain.epoch(epoch)]
+    assert_same(loader(data, workers=workers).epoch(1, 1), row[4:])
+    assert_same(islice(loader(data, workers=workers).endless(2), 4), row[2:])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_streamed_sample_looks_the_same_in_any_batch(tree):
+    data = load(tree, stream=True)
+    usual, single = (
+        {int(n): x for b in loader(data, batch_size=size).epoch(3) for n, x in zip(b.index, b.x, strict=True)}
+        for size in (4, 1)
+    )
+    assert all(torch.equal(single[n], x) for n, x in usual.items())
+
+
+def test_random_parts_show_the_image_and_change_with_the_epoch(tree):
+    data = load(tree, stream=True)
+    whole = {"augment": [{"resized_crop": {"scale": [1, 1], "ratio": [1, 1]}}], "shuffle": False}
+    row = data.train.index[2].item()  # the third image is 33x33: its one square part is the whole
+    assert_same([loader(data, **whole).epoch(0).__next__().x[row]], [loader(data, augment=(), shuffle=False).epoch(0).__next__().x[row]])
+    first, second = (next(loader(data, augment=["resized_crop"], shuffle=False).epoch(e)).x for e in (0, 1))
+    assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def boxes(crop, width, height, count=2000):
+    drawn = draw_for("resized_crop", crop, torch.arange(count), seed=0, epoch=0).tolist()
+    return np.array([crop.box(width, height, numbers) for numbers in drawn])
+
+
+def test_random_parts_have_the_distribution_of_torchvision():
+    crop = build_augment(["resized_crop"])["resized_crop"]
+    left, top, right, bottom = boxes(crop, 120, 90).T
+    assert left.min() >= 0 and top.min() >= 0 and right.max() <= 120 and bottom.max() <= 90
+    torch.manual_seed(0)
+    image = Image.new("RGB", (120, 90))
+    reference = np.array([transforms.RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(2000)])
+    for ours, theirs in zip((top, left, bottom - top, right - left), reference.T, strict=True):
+        grid = np.arange(121)
+        distance = abs(np.searchsorted(np.sort(ours), grid) - np.searchsorted(np.sort(theirs), grid)).max() / 2000
+        assert distance < 1.95 * (2 / 2000) ** 0.5  # Kolmogorov-Smirnov at 0.1 %
+
+
+@pytest.mark.parametrize("width, height", [(100, 10), (10, 100), (100, 90)])
+def test_where_no_part_fits_the_centre_is_taken(width, height):
+    crop = build_augment([{"resized_crop": {"scale": [1, 1]}}])["resized_crop"]
+    crop.tries, drawn = 0, [0, 0]
+    left, top, right, bottom = crop.box(width, height, drawn)
+    image = Image.new("RGB", (width, height))
+    expected = transforms.RandomResizedCrop.get_params(image, [100, 100], [3 / 4, 4 / 3])  # never fits
+    assert (top, left, bottom - top, right - left) == expected
+
+
+def damage(tree):
+    (tree / "train" / "ant" / "1.png").write_bytes((tree / "train" / "ant" / "1.png").read_bytes()[:80])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named(tmp_path, workers):
+    damage(write_images(tmp_path))
+    message = r"train/ant/1.png is not a readable image"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+    data = load(tmp_path, stream=True, mean=[0.5] * 3, std=[0.2] * 3, classes=["bee"])  # the signature reads images
+    assert data.num_classes == 1
+
+
+def test_wrong_trees(tree, tmp_path):
+    with pytest.raises(UserError, match="but others are .*: give image_size"):
+        load_data("folder", tree)
+    with pytest.raises(UserError, match="resize needs image_size"):
+        load_data("folder", tree, resize=20)
+    with pytest.raises(UserError, match="1 <= image_size <= resize, got 16 and 10"):
+        load(tree, resize=10)
+    with pytest.raises(UserError, match="no image files in train/<class>/"):
+        load(tmp_path)
+    write_images(tmp_path / "x")
+    (tmp_path / "x" / "val" / "bee").rename(tmp_path / "x" / "val" / "bees")
+    with pytest.raises(UserError, match="test class 'bees' is not a training class; did you mean 'bee'"):
+        load(tmp_path / "x")
+    (tmp_path / "x" / "val").rename(tmp_path / "x" / "validation")
+    with pytest.raises(UserError, match="no image files in test/<class>/ or val/<class>/"):
+        load(tmp_path / "x")
+
+
+def test_wrong_archives(tree, tmp_path):
+    with pytest.raises(UserError, match="expected a folder, a .zip or an uncompressed .tar"):
+        load(pack(tree, tmp_path / "a.tar.gz"))
+    for name in ("a.zip", "a.tar"):
+        (tmp_path / name).write_bytes(b"no archive")
+        with pytest.raises(UserError, match=f"{name}: not a readable"):
+            load(tmp_path / name)
+
+
+def test_the_random_part_comes_first_of_the_augmentations(tree):
+    with pytest.raises(UserError, match="'resized_crop' must be the first"):
+        loader(load(tree, stream=True), augment=["flip", "resized_crop"])

@@ -1,0 +1,226 @@
+"""Weights from files: wrappers, names of other implementations, real checkpoints, and files that do not fit."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+from torch import nn
+
+from distpro.models import build_model, load_checkpoint
+from pathways import UserError
+
+DATA = Path(os.environ.get("DISTPRO_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+CIFAR10 = {
+    "resnet20": "resnet20-12fca82f.th",
+    "resnet32": "resnet32-d509ac18.th",
+    "resnet44": "resnet44-014dd654.th",
+    "resnet56": "resnet56-4bfd9763.th",
+}
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def prefixed(prefix):
+    return lambda state: {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3, "best": 91.5},
+        lambda state: {"model": state, "opt": {"lr": 0.1}},
+        lambda state: {"net": state},
+        lambda state: {"student": state},
+        lambda state: {"model": {"state_dict": state}},
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        prefixed("module._orig_mod."),
+        lambda state: {"state_dict": prefixed("module.")(state)},
+        lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+    ],
+)
+def test_wrappers(wrap, tmp_path):
+    source, target = build_model("resnet8"), build_model("resnet8")
+    torch.save(wrap(source.state_dict()), tmp_path / "x.pt")
+    assert load_checkpoint(target, tmp_path / "x.pt").ok
+    assert same(source, target)
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    source, target = build_model("resnet8"), build_model("resnet8")
+    safetensors.save_file(source.state_dict(), tmp_path / "x.safetensors")
+    load_checkpoint(target, str(tmp_path / "x.safetensors"))
+    assert same(source, target)
+    (tmp_path / "x.safetensors").write_bytes(b"no safetensors file")
+    with pytest.raises(UserError, match="x.safetensors: cannot be read"):
+        load_checkpoint(target, tmp_path / "x.safetensors")
+
+
+def test_parallel_model_keeps_its_prefix(tmp_path):
+    source, target = nn.DataParallel(build_model("resnet8")), nn.DataParallel(build_model("resnet8"))
+    torch.save(source.state_dict(), tmp_path / "x.pt")
+    load_checkpoint(target, tmp_path / "x.pt")
+    assert same(source, target)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [  # ours → the name in RepDistiller's checkpoints
+        ("ResNet50", {"fc.": "linear.", ".downsample.": ".shortcut."}),
+        ("wrn_16_2", {"block1.": "block1.layer.", "block2.": "block2.layer.", ".shortcut.": ".convShortcut."}),
+        ("vgg8", {"fc.": "classifier."}),
+        ("mobilenet_v2", {"fc.": "classifier.0."}),
+        ("shufflenet_v1", {"fc.": "linear."}),
+        ("shufflenet_v2", {"fc.": "linear."}),
+    ],
+)
+def test_names_of_other_implementations(name, theirs, tmp_path):
+    source, target = build_model(name), build_model(name)
+    state = source.state_dict()
+    for ours, other in theirs.items():
+        assert any(ours in key for key in state)
+        state = {key.replace(ours, other): value for key, value in state.items()}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    load_checkpoint(target, tmp_path / "x.pth")
+    assert same(source, target)
+
+
+def test_a_users_aliases(tmp_path):
+    class Net(nn.Module):
+        checkpoint_aliases = {"classifier.": "head."}
+
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+    torch.save({"classifier.weight": torch.ones(2, 2), "classifier.bias": torch.ones(2)}, tmp_path / "x.pt")
+    net = Net()
+    load_checkpoint(net, tmp_path / "x.pt")
+    assert net.head.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("name", CIFAR10)
+def test_cifar10_checkpoints(name):
+    path = DATA / "checkpoints" / CIFAR10[name]
+    if not path.is_file():
+        pytest.skip(f"no {path} (set DISTPRO_DATA)")
+    assert load_checkpoint(build_model(name, num_classes=10, shortcut="zero_pad"), path).ok
+
+
+def test_cifar100_checkpoint():
+    path = DATA / "checkpoints" / "cifar100_resnet56_18epochs.pt"
+    if not path.is_file():
+        pytest.skip(f"no {path} (set DISTPRO_DATA)")
+    assert load_checkpoint(build_model("resnet56", num_classes=100), path).ok
+
+
+def cifar10_test_images(per_class):
+    """The first images of each class: normalised (10·n, 3, 32, 32), labels (10·n,)."""
+    images, labels = [], []
+    with zipfile.ZipFile(DATA / "cifar10" / "test.zip") as archive:
+        for label in range(10):
+            name = min(n for n in archive.namelist() if n.startswith(f"test/{label}_"))
+            mosaic = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
+            rows, columns = mosaic.shape[0] // 32, mosaic.shape[1] // 32
+            tiles = mosaic.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
+            images.append(torch.from_numpy(tiles[:per_class].copy()))
+            labels += [label] * per_class
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (torch.cat(images) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor(labels)
+
+
+@pytest.mark.skipif(not (DATA / "cifar10" / "test.zip").is_file(), reason=f"no CIFAR-10 in {DATA} (set DISTPRO_DATA)")
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_loaded_weights_classify():
+    """The file's ResNet-20 has 91.5 % on these images: 500 of them are within four standard errors, 5 points."""
+    model = build_model("resnet20", num_classes=10, shortcut="zero_pad").eval()
+    load_checkpoint(model, DATA / "checkpoints" / CIFAR10["resnet20"])
+    images, labels = cifar10_test_images(50)
+    with torch.no_grad():
+        assert (model(images).argmax(1) == labels).double().mean().item() == pytest.approx(0.915, abs=0.05)
+
+
+def test_no_such_file(tmp_path):
+    for name in ("absent.pt", "absent.safetensors"):
+        with pytest.raises(UserError, match=f"{name}: no such file"):
+            load_checkpoint(build_model("resnet8"), tmp_path / name)
+
+
+def test_code_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was run"),)
+
+    torch.save({"state_dict": Trap()}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt: holds more than tensors"):
+        load_checkpoint(build_model("resnet8"), tmp_path / "x.pt")
+    assert not (tmp_path / "was run").exists()
+
+
+def test_damaged_file(tmp_path):
+    torch.save(build_model("resnet8").state_dict(), tmp_path / "x.pt")
+    whole = (tmp_path / "x.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-100]):
+        (tmp_path / "x.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match="x.pt: "):
+            load_checkpoint(build_model("resnet8"), tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds no state dict but list"),
+        ({"epoch": 3, "weights": {}}, r"holds no state dict \(its keys: epoch, weights\)"),
+        ({"model": {}}, r"holds no state dict \(its keys: none\)"),
+    ],
+)
+def test_no_state_dict(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(build_model("resnet8"), tmp_path / "x.pt")
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    state = build_model("resnet8", num_classes=10).state_dict()
+    del state["conv1.weight"]
+    torch.save({**state, "more": torch.zeros(1)}, tmp_path / "x.pt")
+    model = build_model("resnet8", num_classes=100)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    with pytest.raises(UserError) as error:
+        load_checkpoint(model, tmp_path / "x.pt")
+    for part in (
+        "x.pt does not fit ResNet",
+        "1 missing (conv1.weight)",
+        "1 unexpected (more)",
+        "2 of another shape (fc.weight: [10, 64] in the file, [100, 64] in the model",
+    ):
+        assert part in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    report = load_checkpoint(model, tmp_path / "x.pt", strict=False)
+    assert not report.ok
+    assert report.missing == ("conv1.weight",)
+    assert report.unexpected == ("more",)
+    assert report.mismatched == (("fc.weight", (10, 64), (100, 64)), ("fc.bias", (10,), (100,)))
+    left = {"conv1.weight", "fc.weight", "fc.bias"}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name in left else state[name])
+
+
+def test_long_lists_are_cut(tmp_path):
+    torch.save(build_model("resnet14").state_dict(), tmp_path / "x.pt")
+    with pytest.raises(UserError) as error:
+        load_checkpoint(build_model("resnet8"), tmp_path / "x.pt")
+    assert str(error.value).endswith(
+        "36 unexpected (layer1.1.conv1.weight, layer1.1.bn1.weight, layer1.1.bn1.bias, ...)"
+    )
