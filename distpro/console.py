@@ -54,10 +54,11 @@ class Progress:
             self._bar.stop()
 
     def update(self, done: int, **values: Any) -> None:
-        """Say that ``done`` of ``total`` units are done, and show numbers beside it (tensors of one element are read
-        only when they are shown). Cheap enough for every step."""
+        """Say that ``done`` of ``total`` units are done. Numbers are shown beside it until others of the same names
+        come (tensors of one element are read only when they are shown). Cheap enough for every step."""
         now = monotonic()
-        self._done, self._values = done, values
+        self._done = done
+        self._values |= values
         # The first unit often pays for compilation, and a resumed run starts in the middle: speed counts from here.
         self._first = self._first or (done, now)
         if now - self._last >= (BAR_SECONDS if self._bar else LOG_SECONDS):

@@ -184,7 +184,7 @@ def _count(number: int, noun: str) -> str:
 
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items())
+        return ", ".join(f"{'' if name == 'name' else f'{name} '}{_words(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_words, value)) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -11,20 +11,18 @@ All passes use batch statistics as training does, and leave buffers and the rand
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distpro.objective import Evaluation, Objective, entries_of
+from distpro.tangents import forward_mode
 from pathways.registry import Registry, UserError
+from pathways.taps import LOGITS
 
 ESTIMATORS = Registry("hypergradient estimator")
 
@@ -225,7 +223,7 @@ class ForwardMode(Estimator):
     student alone along u gives the tangents ḟ and with them every h_p. Parameters of a term's own (transforms) come in
     only where clipping gives u a part along them; their gradient is theirs alone and known too.
 
-    The tangent pass runs in full precision, and attention in its plain form (the fused kernels have no forward mode). A term of weight zero has no signal: its h_p is 0.
+    The tangent pass runs in full precision. A term of weight zero has no signal: its h_p is 0.
     """
 
     needs_views = True
@@ -246,29 +244,18 @@ class ForwardMode(Estimator):
         return torch.where(step.weights != 0, h / step.weights, torch.zeros_like(h))
 
     def feature_tangents(self, step: TrainingStep, u: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-        """ḟ of the student's output and taps along u at θ_t: one forward-mode pass on the training batch."""
+        """ḟ of the student's taps and output along u at θ_t: one forward-mode pass on the training batch."""
         student = self.objective.student
-        state = random_state(student)
-        with torch.no_grad(), forward_ad.dual_level(), _quiet_jvp(), sdpa_kernel(SDPBackend.MATH):
-            parameters = {
-                name: forward_ad.make_dual(step.theta[p], u[p]) if p in u else step.theta.get(p, p)
-                for name, p in student.named_parameters()
-            }
-            buffers = {name: b.clone() for name, b in student.named_buffers()}
-            set_random_state(step.state)
-            output, features = functional_call(student, (parameters, buffers), (step.batch.x,))
-            set_random_state(state)
-            tangents = {name: forward_ad.unpack_dual(f).tangent for name, f in {**features, "logits": output}.items()}
-        zero = torch.zeros(())
-        return {name: zero if t is None else t for name, t in tangents.items()}
-
-
-@contextmanager
-def _quiet_jvp() -> Iterator[None]:
-    # The first forward-mode pass of a process makes torch load decompositions that use its own deprecated jit.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=Warning)
-        yield
+        now = random_state(student)
+        set_random_state(step.state)
+        output, features = forward_mode(
+            student,
+            {name: step.theta.get(p, p) for name, p in student.named_parameters()},
+            {name: u[p] for name, p in student.named_parameters() if p in u},
+            step.batch.x,
+        )
+        set_random_state(now)
+        return {**features, LOGITS: output}
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -193,6 +193,11 @@ class _CannotTrace(Exception):
     pass
 
 
+def _contexts() -> tuple[bool, ...]:
+    """What a ``with`` block inside a forward may switch, and a trace does not record."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracer that remembers what went into and came out of every module."""
 
@@ -202,9 +207,10 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.inputs: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}
+        self.contexts = _contexts()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if not torch.is_grad_enabled():  # inside no_grad or an autograd.Function, neither of which is recorded
+        if _contexts() != self.contexts:  # no_grad, autocast, or an autograd.Function
             raise _CannotTrace
         return super().create_node(*args, **kwargs)
 
@@ -296,20 +302,23 @@ def _traced_nodes(
 
 def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
     """The model's graph. Raises _CannotTrace where running the graph would not do what running the model does."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise _CannotTrace  # an argument that forward may ask for
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        raise _CannotTrace  # the graph goes past the hooks of all modules but the innermost
+    if "forward" in vars(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        raise _CannotTrace  # the graph goes past both
 
     def state() -> tuple[Any, ...]:
-        attributes = [(m, k, id(v)) for m in model.modules() for k, v in vars(m).items() if k != "training"]
+        values = [vars(m).items() for m in model.modules()] + [m._buffers.items() for m in model.modules()]
+        attributes = [(k, id(v)) for items in values for k, v in items if k != "training"]
         return attributes, random.getstate(), torch.get_rng_state().tolist()
 
     attributes = {m: dict(vars(m)) for m in model.modules()}
     random_state = random.getstate()
     try:
-        with untouched(model), torch.enable_grad():
+        parameters = inspect.signature(model.forward).parameters.values()
+        if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            raise _CannotTrace  # an argument that forward may ask for
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        # The graphs of both modes have to agree, so autocast in one of them shows who switches it on or off.
+        with untouched(model), torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=training):
             model.train(training)
             before = state()
             tracer = _Tracer()
@@ -321,7 +330,8 @@ def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
     finally:
         random.setstate(random_state)
         for module, values in attributes.items():
-            vars(module).clear()
+            for name in vars(module).keys() - values.keys():
+                del vars(module)[name]
             vars(module).update(values)
     return tracer, graph
 

@@ -1,12 +1,12 @@
-"""Every golden file of a loss is reproduced, in float32 and float64."""
+"""Every golden file of a loss is reproduced: value, gradients and buffers in float32, value in float64."""
 
 import pytest
 import torch
 
-from tests.losses import golden
-from tests.losses.golden_response_relation import CASES
+from tests.losses import golden, golden_feature_dense, golden_response_relation
 
-NO_LOSS = {"hypergrad_sgd", "hypergrad_momentum", "hypergrad_nesterov"}  # tested with the hypergradient
+CASES = {**golden_feature_dense.CASES, **golden_response_relation.CASES}
+NO_LOSS = {"hypergrad_sgd", "hypergrad_momentum", "hypergrad_nesterov"}  # compared where the hypergradient is tested
 FILES = sorted(p.stem for p in golden.GOLDEN.glob("*.npz") if p.stem not in NO_LOSS)
 
 pytestmark = pytest.mark.skipif(not FILES, reason=f"no golden files in {golden.GOLDEN} (set DISTPRO_GOLDEN)")

@@ -129,8 +129,9 @@ class ResizedCrop(Augmentation):
     draws = 2 * tries + 2
 
     def __init__(self, scale: Sequence[float] = (0.08, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)):
-        _check("resized_crop", "scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1")
-        _check("resized_crop", "ratio", ratio, len(ratio) == 2 and 0 < ratio[0] <= ratio[1], "0 < low <= high")
+        for name, value, most in (("scale", scale, 1), ("ratio", ratio, math.inf)):
+            holds = len(value) == 2 and 0 < value[0] <= value[1] <= most
+            _check("resized_crop", name, value, holds, f"[low, high] with 0 < low <= high <= {most}")
         self.scale, self.ratio = scale, ratio
 
     def box(self, width: int, height: int, drawn: Sequence[int]) -> tuple[int, int, int, int]:
@@ -190,7 +191,9 @@ def draw_for(name: str, augmentation: Augmentation, index: Tensor, seed: int, ep
     return torch.stack([draw(key, index) for key in keys], dim=1)
 
 
-def apply(augmentations: Sequence[Augmentation], images: Tensor, drawn: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def apply(
+    augmentations: Sequence[Augmentation], images: Tensor, drawn: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
     """Augment uint8 ``images`` (B, C, H, W). ``drawn``: per augmentation (B, draws). Returns the images and the mask
     of the pixels to be kept (bool, broadcastable to (B, H, W)), None if all are."""
     if not augmentations:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -99,12 +100,11 @@ def _with_classes(source: Source, classes: int | Sequence[int | str]) -> Source:
 
 
 def _decoded(source: Source) -> tuple[Split, Split]:
-    splits = (source.train, source.test)
-    stream = source.stream
+    train, test, stream = source.train, source.test, source.stream
     if stream is None:
-        stream = sum(len(s) * int(np.prod(s.image_shape)) for s in splits) > MEMORY_LIMIT
-    train, test = (s if stream or isinstance(s.images, Tensor) else replace(s, images=s.images.decode_all()) for s in splits)
-    return train, test
+        size = (len(train) + len(test)) * math.prod(train.image_shape)
+        stream = size > MEMORY_LIMIT
+    return (train, test) if stream else (train.decoded(), test.decoded())
 
 
 def statistics(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -139,11 +139,11 @@ def fingerprint(train: Split, test: Split, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def locate(dataset: str, root: str | os.PathLike[str] | None, below: str = "", hint: str = "") -> Path:
-    """``root/below`` as given, else under ``$DISTPRO_DATA``. Raises UserError, which ends with ``hint``, if neither
-    exists."""
+def locate(what: str, root: str | os.PathLike[str] | None, below: str = "", hint: str = "") -> Path:
+    """``root/below`` as given, else under ``$DISTPRO_DATA``. Raises UserError, which begins with ``what`` and ends
+    with ``hint``, if neither exists."""
     if root is None and not below:
-        raise UserError(f"dataset '{dataset}' needs 'root', the path of its data")
+        raise UserError(f"{what} needs 'root', the path of its data")
     path = Path(root or ".").expanduser() / below
     tried = [path]
     if not path.is_absolute() and os.environ.get("DISTPRO_DATA"):
@@ -152,7 +152,7 @@ def locate(dataset: str, root: str | os.PathLike[str] | None, below: str = "", h
         if place.exists():
             return place
     aside = "" if path.is_absolute() or len(tried) > 1 else "; $DISTPRO_DATA is not set"
-    raise UserError(f"dataset '{dataset}': nothing at {' or at '.join(map(str, tried))}{aside}{hint}")
+    raise UserError(f"{what}: nothing at {' or at '.join(map(str, tried))}{aside}{hint}")
 
 
 @DATASETS.register("cifar10")
@@ -175,11 +175,12 @@ def _cifar(dataset: str, kind: str, root: str | None, download: bool) -> Source:
         folder = Path(root or ".").expanduser()
     else:
         hint = "; unpack the official python version there, or set download: true"
-        folder = locate(dataset, root, build.base_folder, hint).parent
+        folder = locate(f"dataset '{dataset}'", root, build.base_folder, hint).parent
     try:
         train, test = (build(folder, train=train, download=download) for train in (True, False))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"dataset '{dataset}': {folder / build.base_folder} is incomplete or damaged ({error})") from None
+        place = folder / build.base_folder
+        raise UserError(f"dataset '{dataset}': {place} is incomplete or damaged ({error})") from None
     parts = [_from_arrays(s.data, np.asarray(s.targets)) for s in (train, test)]
     return Source(parts[0], parts[1], list(train.classes), CIFAR_MEAN, CIFAR_STD)
 
@@ -188,7 +189,7 @@ def _cifar(dataset: str, kind: str, root: str | None, download: bool) -> Source:
 def npz(root: str | None = None) -> Source:
     """A numpy archive: ``x_train`` and ``x_test`` uint8 (N, H, W, C), ``y_train`` and ``y_test`` whole numbers (N,),
     ``names`` of the classes (optional)."""
-    path = locate("npz", root)
+    path = locate("dataset 'npz'", root)
     arrays = _read_npz(path)
     _check_arrays(path, arrays)
     count = 1 + max(int(arrays["y_train"].max()), int(arrays["y_test"].max()))
@@ -256,13 +257,13 @@ def folder(
     side is scaled before the centre crop, default ``image_size``; ImageNet's protocol is 224 and 256. stream: decode
     at each use (true), once (false), or by size: beyond 2 GiB of decoded images at each use.
     """
-    store = open_store(locate("folder", root))
+    store = open_store(locate("dataset 'folder'", root))
     tree = _image_tree(store)
     train, test = tree["train"], tree.get("test") or tree["val"]
     names = sorted({label for label, _ in train})
-    unknown = next((label for label, _ in test if label not in set(names)), None)
-    if unknown is not None:
-        raise UserError(f"{store.path}: test class '{unknown}' is not a training class{nearest(unknown, names)}")
+    unknown = sorted({label for label, _ in test}.difference(names))
+    if unknown:
+        raise UserError(f"{store.path}: test class '{unknown[0]}' is not a training class{nearest(unknown[0], names)}")
     size = _image_size(store, train[0][1], image_size, resize)
     number = {name: i for i, name in enumerate(names)}
 

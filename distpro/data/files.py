@@ -20,6 +20,7 @@ from torch import Tensor
 from pathways.registry import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
+THREADS = os.cpu_count() or 1
 
 Box = Callable[[int, int], tuple[int, int, int, int]]
 """(width, height) of an image -> (left, top, right, bottom) of the part to be shown."""
@@ -123,7 +124,7 @@ class ImageFiles:
     def select(self, rows: Sequence[int]) -> ImageFiles:
         return replace(self, names=[self.names[row] for row in rows])
 
-    def decode(self, rows: Sequence[int], boxes: Sequence[Box] | None = None, threads: int = 1) -> Tensor:
+    def decode(self, rows: Sequence[int], boxes: Sequence[Box] | None = None, threads: int = THREADS) -> Tensor:
         """The images of ``rows``, (N, 3, H, W) uint8: of each its part ``boxes[i]`` scaled to ``size``, without
         ``boxes`` its centre. Raises UserError if a file is damaged or of the wrong size."""
         out = np.empty((len(rows), 3, *self.size), np.uint8)
@@ -135,10 +136,6 @@ class ImageFiles:
         with ThreadPoolExecutor(threads) as pool:  # Pillow decodes outside the interpreter lock
             list(pool.map(fill, range(len(rows))))
         return torch.from_numpy(out)
-
-    def decode_all(self) -> Tensor:
-        """All images, (N, 3, H, W) uint8."""
-        return self.decode(range(len(self)), threads=os.cpu_count() or 1)
 
     def open(self, row: int) -> Image.Image:
         """One image in full resolution, RGB. Raises UserError if the file is damaged."""

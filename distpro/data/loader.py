@@ -87,7 +87,11 @@ class Loader:
         index = self._index[rows]
         drawn = [draw_for(name, a, index, self.seed, epoch) for name, a in self._augmentations.items()]
         parts = [self._part(step) for step in range(start, len(self))]
-        for part, images in zip(parts, self._read([order[p] for p in parts], epoch), strict=True):
+        if isinstance(self._images, ImageFiles):
+            read = self._stream(self._images, [order[part].tolist() for part in parts], epoch)
+        else:
+            read = (self._images.index_select(0, rows[part]) for part in parts)
+        for part, images in zip(parts, read, strict=True):
             x = self._finish(images, [numbers[part] for numbers in drawn])
             yield Batch(x, self._labels[rows[part]], index[part])
 
@@ -109,20 +113,13 @@ class Loader:
         first, size = step * self.global_batch, self._ends[step] - step * self.global_batch
         return slice(first + size * self.rank // self.world_size, first + size * (self.rank + 1) // self.world_size)
 
-    def _read(self, batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
-        """The images of each batch of positions, uint8 (B, C, H, W)."""
-        if isinstance(self._images, Tensor):
-            for rows in batches:
-                yield self._images.index_select(0, rows.to(self.device))
-        else:
-            yield from self._stream(self._images, batches, epoch)
-
-    def _stream(self, files: ImageFiles, batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
+    def _stream(self, files: ImageFiles, batches: list[list[int]], epoch: int) -> Iterator[Tensor]:
+        """The images of each batch of positions, uint8 (B, 3, H, W)."""
         decoder = _Decoder(files, self._stored_index, self._crop, self.seed, epoch)
         ahead = DataLoader(
             decoder,
             batch_size=None,
-            sampler=[rows.tolist() for rows in batches],  # type: ignore[arg-type]  # a sampler of whole batches
+            sampler=batches,  # type: ignore[arg-type]  # a sampler of whole batches
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=make_generator(self.seed, epoch, "workers"),  # else it would draw from the global one
@@ -148,7 +145,7 @@ class _Decoder(TorchDataset):
 
     def __getitem__(self, rows: list[int]) -> Tensor | UserError:
         try:
-            return self.files.decode(rows, self._boxes(rows))
+            return self.files.decode(rows, self._boxes(rows), threads=1)
         except UserError as error:  # raised here it would reach the user as a worker's traceback
             return error
 

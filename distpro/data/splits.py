@@ -44,9 +44,14 @@ class Split:
         images = self.images.select(rows.tolist()) if isinstance(self.images, ImageFiles) else self.images[rows]
         return Split(images, self.labels[rows], self.index[rows])
 
+    def decoded(self) -> Split:
+        """The same samples with their images in memory."""
+        return replace(self, images=self.peek(len(self))) if self.streamed else self
+
     def peek(self, count: int) -> Tensor:
         """At most ``count`` images, evenly spaced over the split, uint8 (K, C, H, W)."""
-        rows = torch.linspace(0, len(self) - 1, min(count, len(self))).long()
+        count = min(count, len(self))
+        rows = torch.arange(count) * len(self) // count if count else torch.arange(0)
         return self.images.decode(rows.tolist()) if isinstance(self.images, ImageFiles) else self.images[rows]
 
 

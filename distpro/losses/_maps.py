@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,20 @@ from pathways.registry import UserError
 class PairedLevels(DistillationLoss):
     """A loss that compares the i-th student tensor with the i-th teacher tensor and adds up over i.
 
-    A subclass implements ``level``. The teacher arrives there detached, and half precision as float32.
+    A subclass implements ``level``. The teacher arrives there detached, and half precision as float32. ``shapes`` holds
+    the checked (student, teacher) shapes per level.
     """
+
+    dims: ClassVar[Sequence[int]] = (3,)  # allowed numbers of dimensions without the batch
+    equal_channels: ClassVar[bool] = False
+    needs_shapes: ClassVar[bool] = True  # False: a loss without parameters can be built without shapes
+
+    def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
+        super().__init__(student_shapes, teacher_shapes)
+        self.shapes: list[tuple[Shape, Shape]] = []
+        if self.needs_shapes or self.student_shapes or self.teacher_shapes:
+            given = self.student_shapes, self.teacher_shapes
+            self.shapes = paired_shapes(self.what, *given, self.dims, self.equal_channels)
 
     @property
     def what(self) -> str:
@@ -76,6 +89,16 @@ def paired_shapes(
         if s[0] != t[0]:
             raise UserError(f"{what} needs equal channel counts, got {s[0]} (student) and {t[0]} (teacher)")
     return shapes
+
+
+def one_pair(
+    what: str, student: Sequence[Shape], teacher: Sequence[Shape], dims: Sequence[int] = (3,)
+) -> tuple[Shape, Shape]:
+    """The (student, teacher) shapes of a loss that reads one tensor per model. Raises UserError otherwise."""
+    first, *more = paired_shapes(what, student, teacher, dims)
+    if more:
+        raise UserError(f"{what} reads one tensor per model, got {len(more) + 1}")
+    return first
 
 
 def full(x: Tensor) -> Tensor:

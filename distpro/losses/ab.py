@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, paired_shapes, same_size
+from distpro.losses._maps import PairedLevels, full, same_size
 from distpro.losses.base import LOSSES, Shape
 from distpro.losses.hint import ConvRegressor
 
@@ -38,9 +38,10 @@ class ActivationBoundary(PairedLevels):
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), margin: float = 1.0):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes(self.what, self.student_shapes, self.teacher_shapes)
         self.margin = margin
-        self.connectors = nn.ModuleList(nn.Identity() if s == t else ConvRegressor(s, t, relu=False) for s, t in shapes)
+        self.connectors = nn.ModuleList(
+            nn.Identity() if s == t else ConvRegressor(s, t, relu=False) for s, t in self.shapes
+        )
 
     def weight(self, i: int) -> float:
         """Weight of level ``i``, 0 the shallowest."""

@@ -30,6 +30,7 @@ class AttentionTransfer(PairedLevels):
     year = 2017
     family = "feature"
     reads = "features"
+    needs_shapes = False
     formula = "mean (a(s) - a(t))^2, a(f) = normalise(mean_c |f|^p)"
 
     def __init__(

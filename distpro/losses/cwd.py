@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, paired_shapes, resized
+from distpro.losses._maps import PairedLevels, full, resized
 from distpro.losses.base import LOSSES, Shape
 
 
@@ -37,9 +37,8 @@ class ChannelWise(PairedLevels):
         temperature: float = 4.0,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'cwd'", self.student_shapes, self.teacher_shapes)
         self.temperature = temperature
-        self.align = nn.ModuleList(nn.Identity() if s[0] == t[0] else nn.Conv2d(s[0], t[0], 1) for s, t in shapes)
+        self.align = nn.ModuleList(nn.Identity() if s[0] == t[0] else nn.Conv2d(s[0], t[0], 1) for s, t in self.shapes)
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
         student = full(self.align[i](resized(student, teacher.shape[2:])))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, linalg, nn
 
-from distpro.losses._maps import BatchNorm2d, full, paired_shapes, same_size
+from distpro.losses._maps import BatchNorm2d, full, one_pair, same_size
 from distpro.losses.at import attention_map
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
 from pathways.registry import UserError, nearest
@@ -73,9 +73,7 @@ class FactorTransfer(DistillationLoss):
         form: str = "attention",
     ):
         super().__init__(student_shapes, teacher_shapes)
-        [(student, teacher), *more] = paired_shapes("loss 'ft'", self.student_shapes, self.teacher_shapes)
-        if more:
-            raise UserError(f"loss 'ft' reads one map per model, got {len(more) + 1}")
+        student, teacher = one_pair("loss 'ft'", self.student_shapes, self.teacher_shapes)
         if form not in ("attention", "flat"):
             hint = nearest(form, ("attention", "flat"))
             raise UserError(f"loss 'ft': form must be attention or flat, got '{form}'{hint}")

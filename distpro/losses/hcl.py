@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from distpro.losses._maps import PairedLevels, paired_shapes, same_size
+from distpro.losses._maps import PairedLevels, same_size
 from distpro.losses.base import LOSSES, Shape
 from pathways.distances import HCL
 
@@ -27,6 +27,8 @@ class HierarchicalContext(PairedLevels):
     year = 2021
     family = "feature"
     reads = "features"
+    needs_shapes = False
+    equal_channels = True
     formula = "sum_l w_l MSE(pool_l(s), pool_l(t)) / sum_l w_l"
 
     def __init__(
@@ -39,8 +41,6 @@ class HierarchicalContext(PairedLevels):
         pooling: str = "avg",
     ):
         super().__init__(student_shapes, teacher_shapes)
-        if self.student_shapes or self.teacher_shapes:
-            paired_shapes("loss 'hcl'", self.student_shapes, self.teacher_shapes, equal_channels=True)
         self.distance = HCL(levels, level_weights, decay, pooling)
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm2d, PairedLevels, paired_shapes, same_size
+from distpro.losses._maps import BatchNorm2d, PairedLevels, same_size
 from distpro.losses.base import LOSSES, Shape
 
 
@@ -61,8 +61,7 @@ class Hint(PairedLevels):
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'hint'", self.student_shapes, self.teacher_shapes)
-        self.regressors = nn.ModuleList(ConvRegressor(s, t) for s, t in shapes)
+        self.regressors = nn.ModuleList(ConvRegressor(s, t) for s, t in self.shapes)
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
         return F.mse_loss(*same_size(self.regressors[i](student), teacher))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm2d, PairedLevels, full, matmul, paired_shapes
+from distpro.losses._maps import BatchNorm2d, PairedLevels, full, matmul
 from distpro.losses.base import LOSSES, Shape
 
 
@@ -34,8 +34,7 @@ class InterChannelCorrelation(PairedLevels):
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'ickd'", self.student_shapes, self.teacher_shapes)
-        self.embed = nn.ModuleList(_embedding(s[0], t[0]) for s, t in shapes)
+        self.embed = nn.ModuleList(_embedding(s[0], t[0]) for s, t in self.shapes)
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
         difference = _correlation(full(self.embed[i](student))) - _correlation(teacher)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.losses._maps import full, matmul, same_size
+from distpro.losses._maps import full, matmul, one_pair, same_size
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
 from pathways.registry import UserError
 
@@ -51,6 +51,8 @@ class IntraClassVariation(DistillationLoss):
         num_classes: int | None = None,
     ):
         super().__init__(student_shapes, teacher_shapes)
+        if self.student_shapes or self.teacher_shapes:
+            one_pair("loss 'ifvd'", self.student_shapes, self.teacher_shapes)
         if num_classes is None:
             raise UserError("loss 'ifvd' needs num_classes, the number of classes in the labels")
         self.num_classes = num_classes

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, linalg, nn
 
-from distpro.losses._maps import BatchNorm2d, full, paired_shapes, same_size
+from distpro.losses._maps import BatchNorm2d, full, one_pair, same_size
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
 from distpro.losses.ft import Paraphraser
 from pathways.registry import UserError
@@ -52,9 +52,7 @@ class KnowledgeAdaptation(DistillationLoss):
         code_weight: float = 1e-7,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        [(student, teacher), *more] = paired_shapes("loss 'ktaad'", self.student_shapes, self.teacher_shapes)
-        if more:
-            raise UserError(f"loss 'ktaad' reads one map per model, got {len(more) + 1}")
+        student, teacher = one_pair("loss 'ktaad'", self.student_shapes, self.teacher_shapes)
         if p not in (1, 2):
             raise UserError(f"loss 'ktaad': p must be 1 or 2, got {p}")
         codes = max(1, int(teacher[0] * rate))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, paired_shapes, same_size
+from distpro.losses._maps import PairedLevels, full, same_size
 from distpro.losses.base import LOSSES, Shape
 from pathways.registry import UserError
 
@@ -41,12 +41,12 @@ class L2(PairedLevels):
     year = 2020
     family = "feature"
     reads = "features or embedding"
+    dims = (1, 2, 3)
     formula = "mean (project(s) - t)^2"
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'l2'", self.student_shapes, self.teacher_shapes, dims=(1, 2, 3))
-        self.project = nn.ModuleList(projection(s, t) for s, t in shapes)
+        self.project = nn.ModuleList(projection(s, t) for s, t in self.shapes)
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
         if student.dim() == 4:

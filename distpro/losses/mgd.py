@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, paired_shapes, resized
+from distpro.losses._maps import PairedLevels, full, resized
 from distpro.losses.base import LOSSES, Shape
 from pathways.registry import UserError, nearest
 
@@ -42,15 +42,14 @@ class MaskedGeneration(PairedLevels):
         mask: str = "channel",
     ):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'mgd'", self.student_shapes, self.teacher_shapes)
         if mask not in ("channel", "position"):
             hint = nearest(mask, ("channel", "position"))
             raise UserError(f"loss 'mgd': mask must be channel or position, got '{mask}'{hint}")
         if not 0 <= ratio < 1:
             raise UserError(f"loss 'mgd': ratio must be at least 0 and below 1, got {ratio}")
         self.ratio, self.alpha, self.mask = ratio, alpha, mask
-        self.align = nn.ModuleList(nn.Identity() if s[0] == t[0] else nn.Conv2d(s[0], t[0], 1) for s, t in shapes)
-        self.generation = nn.ModuleList(_generator(t[0]) for _, t in shapes)
+        self.align = nn.ModuleList(nn.Identity() if s[0] == t[0] else nn.Conv2d(s[0], t[0], 1) for s, t in self.shapes)
+        self.generation = nn.ModuleList(_generator(t[0]) for _, t in self.shapes)
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
         x = self.align[i](resized(student, teacher.shape[2:]))

@@ -28,6 +28,7 @@ class NeuronSelectivity(PairedLevels):
     year = 2017
     family = "feature"
     reads = "features"
+    needs_shapes = False
     formula = "mean k(t,t) + mean k(s,s) - 2 mean k(s,t), k(a,b) = (a.b)^2 of normalised channels"
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm2d, PairedLevels, full, paired_shapes, same_size
+from distpro.losses._maps import BatchNorm2d, PairedLevels, full, same_size
 from distpro.losses.base import LOSSES, Shape
 from pathways.registry import UserError
 
@@ -62,14 +62,11 @@ class Overhaul(PairedLevels):
         margins: Sequence[Tensor | Sequence[float]] | None = None,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'ofd'", self.student_shapes, self.teacher_shapes)
-        self.connectors = nn.ModuleList(_connector(s[0], t[0]) for s, t in shapes)
+        self.connectors = nn.ModuleList(_connector(s[0], t[0]) for s, t in self.shapes)
         self.has_margins = margins is not None
-        found = [len(m) for m in margins] if margins is not None else []
-        if self.has_margins and found != [t[0] for _, t in shapes]:
-            raise UserError(
-                f"loss 'ofd' needs one margin per teacher channel and level, {[t[0] for _, t in shapes]}, got {found}"
-            )
+        needed, found = [t[0] for _, t in self.shapes], [len(m) for m in margins or ()]
+        if margins is not None and found != needed:
+            raise UserError(f"loss 'ofd' needs margins of {needed} channels, one vector per level, got {found}")
         for i, values in enumerate(margins or ()):
             self.register_buffer(f"margin{i}", torch.as_tensor(values).detach().float().view(1, -1, 1, 1))
 

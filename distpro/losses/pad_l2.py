@@ -17,10 +17,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm1d, full, paired_shapes
+from distpro.losses._maps import BatchNorm1d, full, one_pair
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
 from distpro.losses.l2 import projection
-from pathways.registry import UserError
 
 
 @LOSSES.register("pad_l2")
@@ -37,10 +36,8 @@ class PrimeAwareL2(DistillationLoss):
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), eps: float = 1e-6):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'pad_l2'", self.student_shapes, self.teacher_shapes, dims=(1, 3))
-        if len(shapes) != 1:
-            raise UserError(f"loss 'pad_l2' reads one embedding per model, got {len(shapes)}")
-        student, teacher = shapes[0][0][:1], shapes[0][1][:1]
+        shapes = one_pair("loss 'pad_l2'", self.student_shapes, self.teacher_shapes, dims=(1, 3))
+        student, teacher = (shape[:1] for shape in shapes)
         self.eps = eps
         self.project = projection(student, teacher)
         self.variance = nn.Sequential(nn.Linear(teacher[0], teacher[0]), BatchNorm1d(teacher[0]))

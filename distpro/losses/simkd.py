@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm2d, full, paired_shapes, same_size
+from distpro.losses._maps import BatchNorm2d, full, one_pair, same_size
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
-from pathways.registry import UserError
 
 
 @LOSSES.register("simkd")
@@ -35,9 +34,7 @@ class SimKD(DistillationLoss):
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), factor: int = 2):
         super().__init__(student_shapes, teacher_shapes)
-        [(student, teacher), *more] = paired_shapes("loss 'simkd'", self.student_shapes, self.teacher_shapes)
-        if more:
-            raise UserError(f"loss 'simkd' reads one map per model, got {len(more) + 1}")
+        student, teacher = one_pair("loss 'simkd'", self.student_shapes, self.teacher_shapes)
         mid = max(1, teacher[0] // factor)
         self.projector = nn.Sequential(
             *_block(student[0], mid, 1),

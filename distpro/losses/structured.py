@@ -32,6 +32,7 @@ class PairWise(PairedLevels):
     year = 2019
     family = "dense"
     reads = "features"
+    needs_shapes = False
     formula = "mean_(n,a,b) (cos(s_a, s_b) - cos(t_a, t_b))^2 of max-pooled maps"
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), scale: float = 0.5):

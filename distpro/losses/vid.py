@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, paired_shapes, same_size
+from distpro.losses._maps import PairedLevels, full, same_size
 from distpro.losses.base import LOSSES, Shape
 
 
@@ -64,8 +64,9 @@ class VariationalInformation(PairedLevels):
         eps: float = 1e-5,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'vid'", self.student_shapes, self.teacher_shapes)
-        self.gaussians = nn.ModuleList(_Gaussian(s[0], mid_channels or t[0], t[0], variance, eps) for s, t in shapes)
+        self.gaussians = nn.ModuleList(
+            _Gaussian(s[0], mid_channels or t[0], t[0], variance, eps) for s, t in self.shapes
+        )
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
         return self.gaussians[i](*same_size(student, teacher))

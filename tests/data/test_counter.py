@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distpro.data.augment import Crop, draw_for
+from distpro.data.augment import Crop, Cutout, draw_for
 from distpro.data.counter import below, chance, draw, splitmix64
 
 # First outputs of the reference SplitMix64 seeded with 1234567 (Vigna's splitmix64.c).
@@ -41,13 +41,22 @@ def pairs(of):
         return offsets(index, 0)[:, 0], offsets(index, 1)[:, 0]
     if of == "neighbouring samples":
         return offsets(index, 0)[:, 0], offsets(index + 1, 0)[:, 0]
+    if of == "two augmentations":
+        return offsets(index, 0)[:, 0], below(draw_for("cutout", Cutout(), index, seed=3, epoch=0), 9)[:, 0]
     return tuple(torch.stack([offsets(torch.tensor([7]), e)[0] for e in range(4000)]).unbind(1))
 
 
 @pytest.mark.parametrize(
-    "of", ["top and left of a sample", "a sample in two epochs", "neighbouring samples", "epochs of one sample"]
+    "of",
+    [
+        "top and left of a sample",
+        "a sample in two epochs",
+        "neighbouring samples",
+        "two augmentations",
+        "epochs of one sample",
+    ],
 )
-def test_crop_offsets_are_uniform_and_independent(of):
+def test_draws_are_uniform_and_independent(of):
     first, second = pairs(of)
     counts = torch.bincount(9 * first + second, minlength=81).double()
     expected = len(first) / 81

@@ -246,9 +246,7 @@ def test_real_cifar_images(tmp_path):
 
     search, validation = split(data.train, 0.8, seed=0)
     assert (len(search), len(validation)) == (1600, 400)
-    loader = Loader(
-        search, 128, mean=data.mean, std=data.std, augment=["crop", "flip"], shuffle=True, drop_last=False
-    )
+    loader = Loader(search, 128, mean=data.mean, std=data.std, augment=["crop", "flip"], shuffle=True, drop_last=False)
     batches = list(loader.epoch(0))
     index = torch.cat([b.index for b in batches])
     assert torch.equal(index.sort().values, search.index)

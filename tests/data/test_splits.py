@@ -97,6 +97,11 @@ def test_wrong_classes(classes, message):
         class_numbers(classes, NAMES)
 
 
+@pytest.mark.parametrize("count, expected", [(0, []), (4, [0, 50, 100, 150]), (200, range(200)), (999, range(200))])
+def test_a_peek_is_evenly_spaced(whole, count, expected):
+    assert whole.peek(count)[:, 0, 0, 0].tolist() == list(expected)
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 0.001, 0.999])
 def test_a_split_without_a_part_is_refused(whole, fraction):
     with pytest.raises(UserError, match="fraction"):

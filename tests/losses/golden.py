@@ -20,7 +20,8 @@ from distpro.losses import DistillationLoss, build_loss
 
 GOLDEN = Path(os.environ.get("DISTPRO_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 FLOOR = 1e-5  # smallest tolerance: float32 sums in another order differ by less
-FLOAT64 = 1e-9  # tolerance of the float64 run, where only the formula can differ
+ROUNDING = 1e-6  # what float32 leaves of a gradient that cancels, such as a bias before BatchNorm, relative to the others
+FLOAT64 = 1e-7  # tolerance of the float64 run, where only the formula can differ (one reference accumulates in float32)
 
 Arrays = dict[str, Tensor]
 
@@ -79,7 +80,7 @@ def check(file: str, case: Case, dtype: torch.dtype = torch.float32) -> None:
 
     value = _value(loss, case, arrays)
     if dtype == torch.float64:
-        return _assert_close("loss_f64", value.sum(), arrays["loss_f64"], FLOAT64 + tolerances(file)[1] * FLOAT64)
+        return _assert_close("loss_f64", value.sum(), arrays["loss_f64"], FLOAT64)
     value.sum().backward()
 
     tol_loss, tol_grad = tolerances(file)
@@ -92,8 +93,10 @@ def check(file: str, case: Case, dtype: torch.dtype = torch.float32) -> None:
     for name in case.teacher:
         assert arrays[name].grad is None, f"a gradient reaches the teacher's {name}"
     own_parameters, own_state = dict(loss.named_parameters()), loss.state_dict()
-    for name, own in _mapped("pgrad.", case, arrays):
-        _assert_close(f"pgrad.{name}", own_parameters[own].grad, arrays[f"pgrad.{name}"], tol_grad)
+    mapped = _mapped("pgrad.", case, arrays)
+    noise = ROUNDING * max((arrays[f"pgrad.{name}"].abs().max().item() for name, _ in mapped), default=0.0)
+    for name, own in mapped:
+        _assert_close(f"pgrad.{name}", own_parameters[own].grad, arrays[f"pgrad.{name}"], tol_grad, noise)
     for name, own in _mapped("after.", case, arrays):
         _assert_close(f"after.{name}", own_state[own], arrays[f"after.{name}"], tol_loss)
 
@@ -157,10 +160,9 @@ def _mapped(kind: str, case: Case, arrays: Arrays) -> list[tuple[str, str]]:
     return pairs
 
 
-def _assert_close(what: str, value: Tensor | None, golden: Tensor, tolerance: float) -> None:
-    """Largest difference relative to the largest golden entry."""
+def _assert_close(what: str, value: Tensor | None, golden: Tensor, tolerance: float, noise: float = 0.0) -> None:
+    """Largest difference at most ``tolerance`` times the largest golden entry, or ``noise``."""
     assert value is not None, f"{what}: nothing to compare"
     value, golden = value.detach().double().reshape(golden.shape), golden.detach().double()
-    scale = golden.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    error = ((value - golden).abs().max() / scale).item()
-    assert error <= tolerance, f"{what}: relative difference {error:.2e}, allowed {tolerance:.1e}"
+    error, scale = (value - golden).abs().max().item(), golden.abs().max().item()
+    assert error <= max(tolerance * scale, noise), f"{what}: largest difference {error:.2e} of {scale:.2e}"

@@ -98,6 +98,8 @@ def test_unequal_numbers_of_levels_are_refused(name):
     [
         ("hint", [(4, 8, 8)], [(4,)], {}, r"\(C, H, W\)"),
         ("hint", [], [], {}, "one student shape per teacher shape"),
+        ("at", [(9, 4)], [(9, 4)], {}, r"\(C, H, W\), got \(9, 4\)"),
+        ("ft", [(4, 8, 8)] * 2, [(4, 8, 8)] * 2, {}, "one tensor per model, got 2"),
         ("kdsvd", [(4, 8, 8)] * 2, [(4, 8, 8), (5, 8, 8)], {}, "equal channel"),
         ("hcl", [(4, 8, 8)], [(5, 8, 8)], {}, "equal channel"),
         ("l2", [(9, 4)], [(10, 4)], {}, "cannot compare"),

@@ -1,0 +1,139 @@
+"""What the response- and relation-based losses share: tensors as matrices with one row per sample, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distpro.losses._maps import full
+from distpro.losses.base import DistillationLoss, Shape, as_list, single
+from pathways.registry import UserError, nearest
+
+
+class RowLoss(DistillationLoss):
+    """A loss that compares two matrices with one row per sample. A subclass implements ``compare``.
+
+    The teacher arrives there detached, and half precision as float32.
+    """
+
+    smallest_batch: ClassVar[int] = 1  # fewer rows than this have no relation to compare
+    uses_teacher: bool = True  # False for losses that stand in for a teacher
+
+    @property
+    def what(self) -> str:
+        """The loss in an error message; files are named after the registry entry."""
+        return f"loss '{type(self).__module__.rpartition('.')[2]}'"
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x`` as a matrix."""
+        raise NotImplementedError
+
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """Scalar loss of two matrices. Without ``uses_teacher``, ``teacher`` is the student's own, detached."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        student: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor],
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        s = self.rows(full(single(student, self.what)))
+        t = self.rows(full(single(teacher, self.what))).detach() if self.uses_teacher else s.detach()
+        if len(s) != len(t):
+            raise UserError(f"{self.what} compares row by row, got {len(s)} student and {len(t)} teacher rows")
+        if len(s) < self.smallest_batch:
+            raise UserError(f"{self.what} needs a batch of at least {self.smallest_batch} samples, got {len(s)}")
+        if target is None and self.needs_target:
+            raise UserError(f"{self.what} needs the labels: pass target")
+        return self.compare(s, t, target)
+
+
+class ResponseLoss(RowLoss):
+    """A loss of logits (N, K) or dense logits (N, K, ...) whose positions are then samples of their own.
+
+    ``target`` holds one label per row: (N,) or (N, ...).
+    """
+
+    family = "response"
+    reads = "logits"
+
+    def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
+        super().__init__(student_shapes, teacher_shapes)
+        same_shapes(self.what, self.student_shapes, self.teacher_shapes)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return logit_rows(x)
+
+    def forward(
+        self,
+        student: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor],
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        if self.uses_teacher:
+            same_shapes(self.what, *([x.shape[1:] for x in as_list(xs)] for xs in (student, teacher)))
+        return super().forward(student, teacher, None if target is None else target.flatten(), index)
+
+
+class RelationLoss(RowLoss):
+    """A loss of embeddings (N, D), or maps (N, C, H, W) read as vectors; widths of student and teacher may differ."""
+
+    family = "relation"
+    reads = "embedding"
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+def logit_rows(logits: Tensor) -> Tensor:
+    """Logits (N, K, ...) as (M, K), M the number of samples and positions."""
+    return logits if logits.dim() == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
+def same_shapes(what: str, student: Sequence[Shape], teacher: Sequence[Shape]) -> None:
+    """Raise UserError if two shapes (without the batch) that are compared differ."""
+    for s, t in zip(student, teacher, strict=False):
+        if tuple(s) != tuple(t):
+            raise UserError(f"{what} needs tensors of one shape, got {tuple(s)} (student) and {tuple(t)} (teacher)")
+
+
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
+    """T^2 KL(softmax(t/T) || softmax(s/T)) of logits (M, K), averaged over rows."""
+    log_p = F.log_softmax(student / temperature, dim=1)
+    return F.kl_div(log_p, F.softmax(teacher / temperature, dim=1), reduction="batchmean") * temperature**2
+
+
+def one_of(what: str, value: str, allowed: Sequence[str]) -> str:
+    """``value`` if it is allowed, else UserError."""
+    if value not in allowed:
+        raise UserError(f"{what} must be {' or '.join(allowed)}, got '{value}'{nearest(value, allowed)}")
+    return value
+
+
+def two(what: str, tensors: Tensor | Sequence[Tensor], names: str) -> tuple[Tensor, Tensor]:
+    """The two tensors of a loss that reads two per model, else UserError."""
+    found = as_list(tensors)
+    if len(found) != 2:
+        raise UserError(f"{what} reads two tensors per model ({names}), got {len(found)}")
+    return found[0], found[1]
+
+
+def pooled_embedding(x: Tensor) -> Tensor:
+    """Map (N, C, H, W) averaged over positions, or embedding (N, C) as it is."""
+    return x.mean((2, 3)) if x.dim() == 4 else x
+
+
+def linear_embeds(
+    what: str, student: Sequence[Shape], teacher: Sequence[Shape], width: int
+) -> tuple[nn.Linear, nn.Linear]:
+    """One linear layer to ``width`` per model, for flattened tensors. Raises UserError without one shape of each."""
+    if len(student) != 1 or len(teacher) != 1:
+        raise UserError(f"{what} needs one student and one teacher shape, got {len(student)} and {len(teacher)}")
+    return nn.Linear(math.prod(student[0]), width), nn.Linear(math.prod(teacher[0]), width)

@@ -1,0 +1,55 @@
+"""Logit standardisation in knowledge distillation (Sun et al., CVPR 2024), Algorithm 1.
+
+    z(x) = (x - mean_K x) / (eps + std_K x)
+    loss = T^2 * mean over the batch of KL(softmax(z(t)/T) || softmax(z(s)/T))
+
+Each sample's logits (N, K), or (N, K, H, W) position by position, are standardised over the classes (unbiased standard
+deviation, ``eps`` = 1e-7), so that the student need not match the teacher's scale. ``temperature`` = 2 is the authors' base
+temperature; their weight for this term is 9, next to a cross-entropy of weight 0.1.
+
+``of`` names the loss of the standardised logits, `kd` (default) or `dkd`, to which further options are passed
+(``of="dkd", beta=2`` is the authors' DKD+LS). Departure: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distpro.losses._rows import ResponseLoss, one_of
+from distpro.losses.base import LOSSES, Shape, build_loss
+
+
+def standardized(logits: Tensor, eps: float) -> Tensor:
+    """Logits (M, K) with zero mean and unit (unbiased) standard deviation in every row."""
+    return (logits - logits.mean(1, keepdim=True)) / (eps + logits.std(1, keepdim=True))
+
+
+@LOSSES.register("logit_std")
+class LogitStandardization(ResponseLoss):
+    """KD or DKD of logits brought to zero mean and unit standard deviation."""
+
+    title = "Logit Standardization in Knowledge Distillation"
+    paper = "Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024"
+    year = 2024
+    formula = "T^2 KL(softmax(z(t)/T) || softmax(z(s)/T)), z = standardise over classes"
+
+    def __init__(
+        self,
+        student_shapes: Sequence[Shape] = (),
+        teacher_shapes: Sequence[Shape] = (),
+        temperature: float = 2.0,
+        eps: float = 1e-7,
+        of: str = "kd",
+        **params: Any,
+    ):
+        super().__init__(student_shapes, teacher_shapes)
+        self.eps = eps
+        one_of("loss 'logit_std': of", of, ("kd", "dkd"))
+        self.inner = build_loss(of, student_shapes, teacher_shapes, temperature=temperature, **params)
+        self.needs_target = self.inner.needs_target  # type: ignore[misc]
+
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        return self.inner(standardized(student, self.eps), standardized(teacher, self.eps), target)

@@ -1,0 +1,117 @@
+"""One forward-mode pass of a model: outputs and their tangents along a direction of its parameters.
+
+PyTorch's own forward-mode rule of train-mode BatchNorm is a chain of elementwise operations that takes half of such a
+pass on a CPU; `_BatchNorm` replaces it by the fused backward kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+def forward_mode(model: nn.Module, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], x: Tensor) -> Any:
+    """Tangents of ``model(x)`` at ``parameters`` along ``direction``, in the structure of the output.
+
+    Runs in full precision with the model's mode (batch statistics in training), attention in its plain form (the fused
+    kernels have no forward mode); buffers stay as they are.
+
+    Args:
+        parameters: name → value, all parameters of the model.
+        direction: name → tangent, for the parameters that move.
+
+    Returns the model's output with every tensor replaced by its tangent (zeros where it does not move).
+    """
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    with torch.no_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), _FusedBatchNorm():
+        duals = {
+            name: forward_ad.make_dual(value, direction[name]) if name in direction else value
+            for name, value in parameters.items()
+        }
+        return _tangents(functional_call(model, (duals, buffers), (x,)))
+
+
+def _tangents(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        tangent = forward_ad.unpack_dual(output).tangent
+        return torch.zeros_like(output) if tangent is None else tangent
+    if isinstance(output, Mapping):
+        return {key: _tangents(value) for key, value in output.items()}
+    return tuple(_tangents(value) for value in output)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # The first forward-mode pass of a process makes torch load decompositions that use its own deprecated jit.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=Warning)
+        yield
+
+
+class _FusedBatchNorm(TorchFunctionMode):
+    """Sends train-mode F.batch_norm to `_BatchNorm`. Running statistics are not touched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    weight = x.new_ones(x.shape[1]) if weight is None else weight
+    bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    return _BatchNorm.apply(x, weight, bias, eps)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Train-mode BatchNorm with a fused forward-mode rule.
+
+    With x̂ = (x − μ) / σ the tangent of y = γ x̂ + β is  γ/σ (ẋ − mean ẋ − x̂ mean(x̂ ẋ)) + γ̇ x̂ + β̇. Its first part is a
+    symmetric matrix times ẋ, so it is what BatchNorm's backward kernel returns for an incoming gradient ẋ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        ctx.eps = eps
+        ctx.save_for_forward(x, weight, mean, inverse)
+        return y
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, _: None) -> Tensor:
+        x, weight, mean, inverse = ctx.saved_tensors
+        dy = None
+        if dx is not None:
+            dy, _, _ = torch.ops.aten.native_batch_norm_backward(
+                dx, x, weight, None, None, mean, inverse, True, ctx.eps, [True, False, False]
+            )
+        if dweight is not None or dbias is not None:
+            shape = (1, -1) + (1,) * (x.dim() - 2)
+            scale = torch.zeros_like(mean) if dweight is None else dweight * inverse
+            shift = -scale * mean if dbias is None else dbias - scale * mean
+            affine = torch.addcmul(shift.view(shape), x, scale.view(shape))
+            dy = affine if dy is None else dy.add_(affine)
+        assert dy is not None
+        return dy
