@@ -259,7 +259,9 @@ class ForwardMode(Estimator):
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a.to(b.dtype) * b).sum()
+    # In the order in which ``a`` lies in memory, so that channels_last features are not copied to be flattened.
+    order = sorted(range(a.dim()), key=a.stride, reverse=True)
+    return torch.dot(a.permute(order).reshape(-1).to(b.dtype), b.permute(order).reshape(-1))
 
 
 @ESTIMATORS.register("finite_difference")

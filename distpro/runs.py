@@ -24,6 +24,7 @@ import yaml
 from torch import nn
 
 from distpro import build
+from distpro.allocator import keep_freed_memory
 from distpro.checkpoint import save_atomically, write_atomically
 from distpro.config import Config, read_config
 from distpro.data import Dataset
@@ -64,7 +65,7 @@ def search(
     the steps done are written first).
     """
     checked = _checked(config, overrides)
-    _use_threads(checked)
+    _set_up_process(checked)
     folder = _open_folder(out, checked, resume)
     data = build.build_data(checked)
     trainer = build.build_search(checked, data, folder)
@@ -98,7 +99,7 @@ def retrain(
     Raises UserError for bad input, `distpro.trainer.Interrupted` after SIGINT or SIGTERM.
     """
     checked = retrain_config(config, schedule, overrides)
-    _use_threads(checked)
+    _set_up_process(checked)
     learned = _schedule_of(checked, schedule)
     folder = _open_folder(out, checked, resume)
     data = build.build_data(checked)
@@ -139,7 +140,7 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Pa
         raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
     else:
         checked, checkpoint = read_config(config, overrides), build.locate("checkpoint", path)
-    _use_threads(checked)
+    _set_up_process(checked)
     data = build.build_data(checked)
     device = build.device_of(checked)
     model = build.build_network(checked.student, data.num_classes, load=False)
@@ -184,7 +185,8 @@ def _schedule_of(config: Config, schedule: str | Path | Schedule | None) -> Sche
     return source if isinstance(source, Schedule) or source is None else Schedule.load(source)
 
 
-def _use_threads(config: Config) -> None:
+def _set_up_process(config: Config) -> None:
+    keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 

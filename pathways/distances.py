@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,23 +91,52 @@ class HCL(nn.Module):
             return _mean((x - target).square())
         sizes = [level for level in self.levels if level < min(x.shape[2:])]
         weights = self.level_weights[: len(sizes) + 1]
-        if self.pooling == "avg":
-            # Average pooling is linear, so the difference is pooled instead of both maps, and from the level before
-            # where the windows of both are even (uneven ones overlap: their means cannot be averaged again).
-            difference = even = x - target
-            loss = weights[0] * _mean(difference.square())
-            for size, weight in zip(sizes, weights[1:], strict=True):
-                nested = all(side % size == 0 for side in even.shape[2:])
-                pooled = F.adaptive_avg_pool2d(even if nested else difference, size)
-                loss = loss + weight * _mean(pooled.square())
-                if nested:
-                    even = pooled
+        if self.pooling == "max":
+            pools = [F.adaptive_max_pool2d(x, size) - F.adaptive_max_pool2d(target, size) for size in sizes]
+            loss = sum(w * _mean(level.square()) for w, level in zip(weights, [x - target, *pools], strict=True))
         else:
-            loss = weights[0] * _mean((x - target).square())
-            for size, weight in zip(sizes, weights[1:], strict=True):
-                pooled = F.adaptive_max_pool2d(x, size) - F.adaptive_max_pool2d(target, size)
-                loss = loss + weight * _mean(pooled.square())
+            # Average pooling is linear, so the difference is pooled instead of both maps.
+            difference = x - target
+            if all(big % small == 0 for side in x.shape[2:] for big, small in pairwise([side, *sizes])):
+                loss = _PyramidSquares.apply(difference, sizes, weights)
+            else:  # uneven windows overlap, so their means cannot be averaged again
+                levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in sizes)]
+                loss = sum(w * _mean(level.square()) for w, level in zip(weights, levels, strict=True))
         return loss / sum(weights)
+
+
+class _PyramidSquares(torch.autograd.Function):
+    """Σ_l w_l mean(d_l²) of a difference d_0 (N, C, H, W) and its poolings d_l to sizes that divide each other.
+
+    What autograd would record takes about fifteen passes over d; this takes two forward and five backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, d: Tensor, sizes: Sequence[int], weights: Sequence[float]) -> Tensor:
+        ctx.save_for_backward(d)
+        ctx.sizes, ctx.weights = sizes, weights
+        levels = _pyramid(d, sizes)
+        return torch.stack([w * _mean(level.square()) for w, level in zip(weights, levels, strict=True)]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (d,) = ctx.saved_tensors
+        result = None
+        for level, weight in zip(reversed(_pyramid(d, ctx.sizes)), reversed(ctx.weights), strict=True):
+            own = level * (2 * weight / level.numel() * gradient)
+            if result is not None:  # a window's mean hands its gradient down in equal shares
+                share = result.shape[2] * result.shape[3] / (level.shape[2] * level.shape[3])
+                own = own + F.interpolate(result * share, size=level.shape[2:], mode="nearest")
+            result = own
+        assert result is not None
+        return result, None, None
+
+
+def _pyramid(d: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    levels = [d]
+    for size in sizes:
+        levels.append(F.adaptive_avg_pool2d(levels[-1], size))
+    return levels
 
 
 @DISTANCES.register("attention")

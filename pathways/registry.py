@@ -45,7 +45,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
         return add
 
-    def build(self, name: str, *args: Any, **params: Any) -> Any:
+    def build(self, name: str, /, *args: Any, **params: Any) -> Any:
         """Look ``name`` up and call it. Raises UserError for an unknown name, and for parameters that are unknown,
         missing, or given already by ``args``."""
         entry = self[name]

@@ -114,13 +114,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps (N, C, H, W) at the smaller of their heights and widths, by average pooling."""
-    size = tuple(min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
     return pooled(student, size), pooled(teacher, size)
 
 
 def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
     """Map (N, C, H, W) average-pooled to ``size`` (height, width)."""
-    return x if tuple(x.shape[2:]) == tuple(size) else F.adaptive_avg_pool2d(x, tuple(size))
+    height, width = size
+    return x if tuple(x.shape[2:]) == (height, width) else F.adaptive_avg_pool2d(x, (height, width))
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import full
+from distpro.losses._maps import full, one_pair
 from distpro.losses.base import DistillationLoss, Shape, as_list, single
 from pathways.registry import UserError, nearest
 
@@ -133,7 +133,6 @@ def pooled_embedding(x: Tensor) -> Tensor:
 def linear_embeds(
     what: str, student: Sequence[Shape], teacher: Sequence[Shape], width: int
 ) -> tuple[nn.Linear, nn.Linear]:
-    """One linear layer to ``width`` per model, for flattened tensors. Raises UserError without one shape of each."""
-    if len(student) != 1 or len(teacher) != 1:
-        raise UserError(f"{what} needs one student and one teacher shape, got {len(student)} and {len(teacher)}")
-    return nn.Linear(math.prod(student[0]), width), nn.Linear(math.prod(teacher[0]), width)
+    """One linear layer to ``width`` per model, for flattened tensors. UserError unless there is one shape of each."""
+    s, t = one_pair(what, student, teacher, dims=(1, 2, 3))
+    return nn.Linear(math.prod(s), width), nn.Linear(math.prod(t), width)

@@ -1,15 +1,16 @@
 """Correlation congruence (Peng et al., ICCV 2019).
 
-    neighbour: d = |e_s - e_t|;  loss = mean over i < N of <d_i, d_(i+1)>           (RepDistiller; by the first author)
-    bilinear:  K = E E^T;        loss = ||K_s - K_t||_F / N^2                       (Eq. 4, Eq. 7)
-    gaussian:  K = exp(-2g) sum_{p=0..P} (2g)^p / p! (E E^T)^p, elementwise powers  (Eq. 5-7, torchdistill)
+    neighbour: d = |e_s - e_t|;  loss = mean over i < N of <d_i, d_(i+1)>           (RepDistiller)
+    bilinear:  K = E E^T;        loss = ||K_s - K_t||_F / N^2                       (torchdistill)
+    gaussian:  K = exp(-2g) sum_{p=0..P} (2g)^p / p! (E E^T)^p, elementwise powers  (torchdistill)
 
-``E`` are embeddings (N, ``feat_dim``) by a linear layer per model, both trained with the student; ``feat_dim=None`` compares
-what is given, of one width in the neighbour form. ``form="neighbour"`` and ``feat_dim`` = 128 are RepDistiller's, whose weight
-is 0.02; ``gamma`` g = 0.4 and ``max_p`` P = 2 the paper's. The neighbour form needs N >= 2 and depends on the order of the batch.
+``E`` are embeddings (N, ``feat_dim``) by a linear layer per model, both trained with the student; ``feat_dim=None``
+compares what is given, of one width in the neighbour form. ``form="neighbour"`` and ``feat_dim`` = 128 are
+RepDistiller's, whose weight is 0.02; ``gamma`` g = 0.4 and ``max_p`` P = 2 the paper's. The neighbour form needs
+N >= 2 and depends on the order of the batch.
 
-Departures: torchdistill's norm is not squared, the paper's is; the expansion of the Gaussian kernel holds for unit vectors,
-which the reference does not enforce either.
+Departures: torchdistill's norm is not squared, the paper's is; the expansion of the Gaussian kernel holds for unit
+vectors, which the reference does not enforce either.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class CorrelationCongruence(RelationLoss):
         if self.form != "neighbour":
             return (self._kernel(e_s) - self._kernel(e_t)).norm() / len(e_s) ** 2
         if e_s.shape != e_t.shape:
-            raise UserError(f"loss 'cc' compares widths {e_s.shape[1]} and {e_t.shape[1]}: give feat_dim, for instance 128")
+            raise UserError(
+                f"loss 'cc' compares widths {e_s.shape[1]} and {e_t.shape[1]}: give feat_dim, for instance 128"
+            )
         delta = (e_s - e_t).abs()
         return (delta[:-1] * delta[1:]).sum(1).mean()
 

@@ -1,19 +1,20 @@
-"""Contrastive representation distillation (Tian et al., ICLR 2020), Eq. 10-19, with the memory bank of the authors' code.
+"""Contrastive representation distillation (Tian et al., ICLR 2020) with the authors' memory bank.
 
     e = linear(f) / ||linear(f)||                                 (N, feat_dim), one linear layer per model
     P = exp(<memory of the other model[j], e> / nce_t) / Z        j = the sample itself, then K negatives
     loss = sum over both sides of -mean over the batch of
            (log P_0 / (P_0 + K/n + eps) + sum_{j=1..K} log (K/n) / (P_j + K/n + eps))
 
-The student's embedding is contrasted with the bank of teacher embeddings and the reverse. Z is fixed by the first training
-call (n times the mean of the exponentials). After each training call the batch's rows of both banks move:
+The student's embedding is contrasted with the bank of teacher embeddings and the reverse. Z is fixed by the first
+training call (n times the mean of the exponentials). After each training call the batch's rows of both banks move:
 memory <- normalise(nce_m memory + (1 - nce_m) e).
 
 Embeddings (N, D) before the classifier (maps are flattened). ``index`` (N,): numbers of the samples in the data set of
-``n_data`` = n samples; the K = ``nce_k`` negatives are then drawn here with replacement: from the other classes if ``labels``
-(n,) of the whole set are given (RepDistiller's "exact" mode), else from the whole set. ``index`` (N, 1 + K) states the
-negatives, after the sample itself. ``feat_dim`` = 128, ``nce_k`` = 16384, ``nce_t`` = 0.07, ``nce_m`` = 0.5, eps = 1e-7 are
-RepDistiller's, whose weight is 0.8. The embeddings are parameters, the banks buffers (2 n feat_dim numbers).
+``n_data`` = n samples; the K = ``nce_k`` negatives are then drawn here with replacement: from the other classes if
+``labels`` (n,) of the whole set are given (RepDistiller's "exact" mode), else from the whole set. ``index`` (N, 1 + K)
+states the negatives, after the sample itself. ``feat_dim`` = 128, ``nce_k`` = 16384, ``nce_t`` = 0.07, ``nce_m`` =
+0.5, eps = 1e-7 are RepDistiller's, whose weight is 0.8. The embeddings are parameters, the banks buffers (2 n feat_dim
+numbers).
 
 Departures: RepDistiller draws negatives without replacement in its data set; banks rest in evaluation mode.
 """
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.losses._maps import full
+from distpro.losses._maps import full, matmul
 from distpro.losses._rows import linear_embeds
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
 from pathways.registry import UserError
@@ -77,14 +78,14 @@ class Contrastive(DistillationLoss):
         self._index_classes(labels)
 
     def _index_classes(self, labels: Sequence[int] | Tensor | None) -> None:
-        known = torch.zeros(self.n_data, dtype=torch.int64) if labels is None else torch.as_tensor(labels).long()
-        if known.shape != (self.n_data,):
-            raise UserError(f"loss 'crd': labels must be n_data = {self.n_data} numbers, got shape {tuple(known.shape)}")
-        sizes = torch.bincount(known)
-        if labels is None:
-            sizes = torch.zeros(1, dtype=torch.int64)  # nobody's class is left out
-        elif sizes.max() == self.n_data:
-            raise UserError("loss 'crd': all labels are one class, there are no negatives")
+        known, sizes = torch.zeros(self.n_data, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)  # one empty class
+        if labels is not None:
+            known = torch.as_tensor(labels, dtype=torch.int64)
+            if known.shape != (self.n_data,):
+                raise UserError(f"loss 'crd': labels must be n_data = {self.n_data} numbers, got {known.numel()}")
+            sizes = torch.bincount(known)
+            if sizes.max() == self.n_data:
+                raise UserError("loss 'crd': all labels are one class, there are no negatives")
         self.register_buffer("labels", known, persistent=False)
         self.register_buffer("by_class", known.argsort(stable=True), persistent=False)
         self.register_buffer("class_sizes", sizes, persistent=False)
@@ -117,10 +118,12 @@ class Contrastive(DistillationLoss):
         begin = (self.class_sizes.cumsum(0) - self.class_sizes)[own][:, None]
         uniform = torch.rand(len(index), self.nce_k, dtype=torch.float64, device=index.device)
         position = (uniform * (self.n_data - size)).long()
-        return self.by_class[position + size * (position >= begin)]  # samples sorted by class, the own class jumped over
+        return self.by_class[
+            position + size * (position >= begin)
+        ]  # samples sorted by class, the own class jumped over
 
     def _scores(self, memory: Tensor, samples: Tensor, embedding: Tensor) -> Tensor:
-        return ((memory[samples] * embedding[:, None]).sum(2) / self.nce_t).exp()
+        return (matmul(memory[samples], embedding[:, :, None]).squeeze(2) / self.nce_t).exp()
 
     def _normalizers(self, scores: list[Tensor]) -> Tensor:
         first = torch.stack([s.detach().mean() for s in scores]) * self.n_data

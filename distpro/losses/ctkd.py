@@ -1,15 +1,15 @@
-"""Curriculum temperature (Li et al., AAAI 2023), Eq. 4-8, with the global temperature.
+"""Curriculum temperature (Li et al., AAAI 2023) with the global temperature.
 
     T    = start + span * sigmoid(theta),   theta a learned scalar, 1 at the start
     loss = T^2 * mean over the batch of KL(softmax(t/T) || softmax(s/T))
 
 The student minimises the loss and theta maximises it: the gradient by theta is multiplied by -lambda, which grows over
 ``warmup_steps`` training calls as (1 - cos(pi * n / warmup_steps)) / 2 from 0 to 1 and stays there. Logits (N, K) or
-(N, K, H, W). ``start`` = 1, ``span`` = 20, so 1 < T < 21 (authors' scripts); ``warmup_steps`` = 7820 is their 10 epochs of
-CIFAR-100 in batches of 64. theta is a parameter of the loss and goes to the same optimiser as the student.
+(N, K, H, W). ``start`` = 1, ``span`` = 20, so 1 < T < 21 (authors' scripts); ``warmup_steps`` = 7820 is their 10
+epochs of CIFAR-100 in batches of 64. theta is a parameter of the loss and goes to the same optimiser as the student.
 
-Departures: lambda grows per step instead of per epoch; the instance-wise temperature (a small network on both logits) is
-not included.
+Departures: lambda grows per step instead of per epoch; the instance-wise temperature (a small network on both logits)
+is not included.
 """
 
 from __future__ import annotations

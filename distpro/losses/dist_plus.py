@@ -4,12 +4,13 @@
     channel = 1 - mean over samples and positions of rho over the channels
     spatial = 1 - mean over positions of rho over the samples, of maps summed over channels
 
-``rho`` is the Pearson correlation of student and teacher. Reads [logits (N, K), map (N, C, H, W)] of each model; equal channel
-counts; of different sizes the larger map is average-pooled. ``beta``, ``gamma``, ``tau`` and ``eps`` as in `dist`; all weights
-1 (torchdistill's example has ``beta`` = ``gamma`` = 2). The paper's adaptive teacher is another matter than this loss.
+``rho`` is the Pearson correlation of student and teacher. Reads [logits (N, K), map (N, C, H, W)] of each model; equal
+channel counts; of different sizes the larger map is average-pooled. ``beta``, ``gamma``, ``tau`` and ``eps`` as in
+`dist`; all weights 1 (torchdistill's example has ``beta`` = ``gamma`` = 2). The paper's adaptive teacher is another
+matter than this loss.
 
 Departures: torchdistill 1.1.5 *adds* the channels' correlation where a distance is meant, which drives the maps apart;
-``form="torchdistill"`` reproduces that, without the 1 -. eps is added to the product of norms, as in `dist`.
+``form="torchdistill"`` reproduces that, without the ``1 -``. eps is added to the product of norms, as in `dist`.
 """
 
 from __future__ import annotations
@@ -65,5 +66,6 @@ class DISTPlus(DistillationLoss):
         f_s, f_t = same_size(full(f_s), full(f_t.detach()))
         rho = pearson(logit_rows(f_s), logit_rows(f_t), self.eps).mean()
         channel = rho if self.form == "torchdistill" else 1 - rho
-        spatial = 1 - pearson(*(f.sum(1).flatten(1).T for f in (f_s, f_t)), self.eps).mean()
+        summed_s, summed_t = (f.sum(1).flatten(1).T for f in (f_s, f_t))
+        spatial = 1 - pearson(summed_s, summed_t, self.eps).mean()
         return self.dist(logits_s, logits_t) + self.iota * channel + self.kappa * spatial

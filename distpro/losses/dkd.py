@@ -4,11 +4,11 @@
 
 TCKD compares the binary distributions [p_y, 1 - p_y] of the labelled class y, NCKD the distributions over the other
 classes alone; p = softmax(logits / T). Logits (N, K) or (N, K, H, W), labels in 0..K-1 of shape (N,) or (N, H, W).
-``alpha`` = 1, ``beta`` = 8, ``temperature`` = 4 are mdistiller's; its ``beta`` on CIFAR-100 ranges from 1 to 8 with the
-pair (2 for ResNet-56 to ResNet-20). ``alpha=0`` or ``beta=0`` gives one part alone.
+``alpha`` = 1, ``beta`` = 8, ``temperature`` = 4 are mdistiller's; its ``beta`` on CIFAR-100 ranges from 1 to 8 with
+the pair (2 for ResNet-56 to ResNet-20). ``alpha=0`` or ``beta=0`` gives one part alone.
 
-Departures: mdistiller's warm-up min(epoch/20, 1) is left to the weight's process; the probability of the other classes is
-a log-sum-exp of theirs instead of the log of a sum, so that sure predictions stay finite.
+Departures: mdistiller's warm-up min(epoch/20, 1) is left to the weight's process; the probability of the other classes
+is a log-sum-exp of theirs instead of the log of a sum, so that sure predictions stay finite.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class DKD(ResponseLoss):
         if self.alpha:
             loss = loss + self.alpha * self._target_part(student, teacher, labelled)
         if self.beta:
-            others = (x.masked_fill(labelled, _EXCLUDED * self.temperature) for x in (student, teacher))
-            loss = loss + self.beta * softened_kl(*others, self.temperature)
+            s, t = (x.masked_fill(labelled, _EXCLUDED * self.temperature) for x in (student, teacher))
+            loss = loss + self.beta * softened_kl(s, t, self.temperature)
         return loss
 
     def _target_part(self, student: Tensor, teacher: Tensor, labelled: Tensor) -> Tensor:

@@ -4,8 +4,8 @@
     loss_i = mean over all elements of (G_i^s - G_i^t)^2
 
 Maps (N, C, H, W), two or more per model; the larger of two neighbours is average-pooled to the smaller (RepDistiller).
-Student and teacher need equal channel counts; their sizes may differ. ``form="norm"`` gives torchdistill's convention: max
-pooling as in the paper, and the 2-norms of the columns of G^s - G^t, summed, divided by the batch size.
+Student and teacher need equal channel counts; their sizes may differ. ``form="norm"`` gives torchdistill's convention:
+max pooling as in the paper, and the 2-norms of the columns of G^s - G^t, summed, divided by the batch size.
 
 Published as a first stage that trains the student's layers alone (``pretrain``), before the task loss.
 Departure: the paper sums squares over the matrix instead of taking their mean.
@@ -37,9 +37,7 @@ class FlowOfSolution(DistillationLoss):
     formula = "sum_i mean (G_i^s - G_i^t)^2, G_i = F_i F_(i+1)^T / HW"
     stages = 2
 
-    def __init__(
-        self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), form: str = "mse"
-    ):
+    def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), form: str = "mse"):
         super().__init__(student_shapes, teacher_shapes)
         self.form = one_of("loss 'fsp': form", form, ("mse", "norm"))
         same_shapes("loss 'fsp'", [s[:1] for s in self.student_shapes], [t[:1] for t in self.teacher_shapes])

@@ -1,4 +1,4 @@
-"""Generalised head network distillation (Matsubara and Levorato, ICPR 2020), Eq. 2.
+"""Generalised head network distillation (Matsubara and Levorato, ICPR 2020).
 
     loss_i = sum over all elements of (s_i - t_i)^2
 
@@ -24,10 +24,15 @@ class GeneralizedHead(PairedLevels):
     """Sum of squared errors at several depths."""
 
     title = "Generalized Head Network Distillation"
-    paper = "Matsubara and Levorato, Neural Compression and Filtering for Edge-assisted Real-time Object Detection, ICPR 2020"
+    paper = (
+        "Matsubara and Levorato, Neural Compression and Filtering for Edge-assisted Real-time Object Detection "
+        "in Challenged Networks, ICPR 2020"
+    )
     year = 2020
     family = "feature"
     reads = "features"
+    dims = (1, 2, 3)
+    needs_shapes = False
     formula = "sum_i |s_i - t_i|^2"
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):

@@ -1,9 +1,9 @@
-"""Head network distillation (Matsubara et al., IEEE Access 2020), Eq. 1.
+"""Head network distillation (Matsubara et al., IEEE Access 2020).
 
     loss = sum over all elements of (s - t)^2
 
-The output of the student's head against the output of the teacher's layers that it replaces: `ghnd` at one depth. Tensors
-of equal shape, usually maps (N, C, H, W). No options. Published with no task loss beside it. Departure: none.
+The output of the student's head against the output of the teacher's layers that it replaces: `ghnd` at one depth.
+Tensors of equal shape, usually maps (N, C, H, W). No options. Published with no task loss beside it. Departure: none.
 """
 
 from __future__ import annotations

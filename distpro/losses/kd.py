@@ -45,4 +45,5 @@ class KD(ResponseLoss):
         loss = softened_kl(student, teacher, self.temperature)
         if not self.ce_weight:
             return loss
+        assert target is not None
         return self.ce_weight * F.cross_entropy(student, target) + (1 - self.ce_weight) * loss

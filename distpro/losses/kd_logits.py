@@ -34,5 +34,6 @@ class KDLogits(ResponseLoss):
         self.coeff = coeff
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        assert target is not None
         task = F.cross_entropy(student, target)
         return (1 - self.coeff) * task + self.coeff * softened_kl(student, teacher, 1.0)

@@ -1,11 +1,11 @@
-"""Logit standardisation in knowledge distillation (Sun et al., CVPR 2024), Algorithm 1.
+"""Logit standardisation in knowledge distillation (Sun et al., CVPR 2024).
 
     z(x) = (x - mean_K x) / (eps + std_K x)
     loss = T^2 * mean over the batch of KL(softmax(z(t)/T) || softmax(z(s)/T))
 
 Each sample's logits (N, K), or (N, K, H, W) position by position, are standardised over the classes (unbiased standard
-deviation, ``eps`` = 1e-7), so that the student need not match the teacher's scale. ``temperature`` = 2 is the authors' base
-temperature; their weight for this term is 9, next to a cross-entropy of weight 0.1.
+deviation, ``eps`` = 1e-7), so that the student need not match the teacher's scale. ``temperature`` = 2 is the authors'
+base temperature; their weight for this term is 9, next to a cross-entropy of weight 0.1.
 
 ``of`` names the loss of the standardised logits, `kd` (default) or `dkd`, to which further options are passed
 (``of="dkd", beta=2`` is the authors' DKD+LS). Departure: none.

@@ -2,8 +2,8 @@
 
     loss = (1 - e) * CE(s, y) + e * mean over classes of -log softmax(s)
 
-Logits (N, K) or (N, K, H, W), labels (N,) or (N, H, W). ``smoothing`` e = 0.1. *This is a task loss*: the objective should
-not add another cross-entropy. The teacher's tensors are ignored. Departure: none.
+Logits (N, K) or (N, K, H, W), labels (N,) or (N, H, W). ``smoothing`` e = 0.1. *This is a task loss*: the objective
+should not add another cross-entropy. The teacher's tensors are ignored. Departure: none.
 """
 
 from __future__ import annotations
@@ -35,4 +35,5 @@ class LabelSmoothing(ResponseLoss):
         self.smoothing = smoothing
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        return F.cross_entropy(student, target, label_smoothing=self.smoothing)  # type: ignore[arg-type]
+        assert target is not None
+        return F.cross_entropy(student, target, label_smoothing=self.smoothing)

@@ -1,4 +1,4 @@
-"""Multi-level logit distillation (Jin et al., CVPR 2023), Eq. 2-9.
+"""Multi-level logit distillation (Jin et al., CVPR 2023).
 
     loss = sum over temperatures T of  T^2 mean KL(p_t || p_s)
                                      + ||P_s P_s^T - P_t P_t^T||^2 / N
@@ -7,9 +7,9 @@
 with P (N, K) the rows p = softmax(logits / T): agreement instance by instance, between the instances of the batch, and
 between the classes. Logits (N, K). ``temperatures`` = (2, 3, 4, 5, 6) as in the paper.
 
-The method also feeds a strongly augmented view of each image: give both views as one batch. Departures: the authors' code
-drops that view's batch and class parts, and multiplies its reduced losses by masks of confident samples and classes,
-which amounts to a factor of about 1/2; here the paper's equations are followed.
+The method also feeds a strongly augmented view of each image: give both views as one batch. Departures: the authors'
+code drops that view's batch and class parts, and multiplies its reduced losses by masks of confident samples and
+classes, which amounts to a factor of about 1/2; here the paper's equations are followed.
 """
 
 from __future__ import annotations

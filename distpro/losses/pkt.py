@@ -1,11 +1,11 @@
-"""Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018), Eq. 6-9.
+"""Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018).
 
     K = (1 + cosine similarity of the samples) / 2,   p = K with every row divided by its sum
     loss = mean over batch x batch of p_t log((p_t + eps) / (p_s + eps))
 
 Embeddings (N, D), widths may differ (maps are flattened); no parameters. ``eps`` = 1e-7 as in the authors' code and
-RepDistiller, also added to the norms; RepDistiller's weight is 30000. Departure from the paper, as its code has it: the
-similarity of a sample with itself is included.
+RepDistiller, also added to the norms; RepDistiller's weight is 30000. Departure from the paper, as its code has it:
+the similarity of a sample with itself is included.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class ProbabilisticTransfer(RelationLoss):
     year = 2018
     formula = "mean p_t log(p_t / p_s), p = row-normalised (1 + cos) / 2"
 
-    def __init__(
-        self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), eps: float = 1e-7
-    ):
+    def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), eps: float = 1e-7):
         super().__init__(student_shapes, teacher_shapes)
         self.eps = eps
 

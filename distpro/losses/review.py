@@ -64,14 +64,17 @@ class ABF(nn.Module):
 
 
 class Branches(nn.Module):
-    """Sum of BN(conv1x1) of several student maps at the teacher's size: fusion without the residual framework."""
+    """Sum of BN(conv1x1) of student maps at the teacher's size: fusion without the residual framework.
+
+    ``in_channels`` are those of the first maps of the list that it is called with; the rest is not read.
+    """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int):
         super().__init__()
         self.convs = nn.ModuleList(_conv_norm(c, out_channels, 1) for c in in_channels)
 
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        outputs = [_nearest(conv(f), size) for conv, f in zip(self.convs, features, strict=True)]
+        outputs = [_nearest(conv(f), size) for conv, f in zip(self.convs, features, strict=False)]
         return torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0]
 
 
@@ -127,8 +130,7 @@ class KnowledgeReview(DistillationLoss):
     def outputs(self, features: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Student maps (N, C, H, W), shallow to deep, at the teacher's channels and ``sizes``, in the same order."""
         if not self.residual:
-            spans = [features[k : k + len(b.convs)] for k, b in enumerate(self.branches)]
-            return [b(f, size) for b, f, size in zip(self.branches, spans, sizes, strict=True)]
+            return [b(features[k:], size) for k, (b, size) in enumerate(zip(self.branches, sizes, strict=True))]
         outputs, residual = [], None
         for abf, x, size in zip(self.abfs, features[::-1], sizes[::-1], strict=True):
             output, residual = abf(x, residual, size)

@@ -1,12 +1,12 @@
-"""Relational knowledge distillation (Park et al., CVPR 2019), Eq. 3-8.
+"""Relational knowledge distillation (Park et al., CVPR 2019).
 
     distance: d_ij = ||e_i - e_j||, divided by its mean over i != j
     angle:    a_ijk = cosine of the angle at e_j between e_i and e_k
     loss = w_d * mean huber(d^s - d^t) + w_a * mean huber(a^s - a^t)
 
-Embeddings (N, D), widths may differ (maps are flattened), N >= 2; no parameters. The Huber loss has its kink at 1; the means
-are over all N^2 and N^3 entries. ``w_d`` = 25, ``w_a`` = 50, ``eps`` = 1e-12 (under the root of d) are RepDistiller's. A zero
-weight leaves that part out; the angle part needs N^2 (N + D) numbers.
+Embeddings (N, D), widths may differ (maps are flattened), N >= 2; no parameters. The Huber loss has its kink at 1; the
+means are over all N^2 and N^3 entries. ``w_d`` = 25, ``w_a`` = 50, ``eps`` = 1e-12 (under the root of d) are
+RepDistiller's. A zero weight leaves that part out; the angle part needs N^2 (N + D) numbers.
 
 Departures, as RepDistiller: the means count the entries i = j, which are zero; embeddings are not normalised.
 """

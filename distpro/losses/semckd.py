@@ -68,10 +68,11 @@ class SemanticCalibration(DistillationLoss):
         students, teachers = [full(s) for s in as_list(student)], [full(t.detach()) for t in as_list(teacher)]
         self._check(students, teachers)
         errors = [
-            [_error(projector, s, t) for projector, t in zip(row, teachers, strict=True)]
-            for row, s in zip(self.regressors, students, strict=True)
+            _error(self.regressors[i][j], s, t)  # type: ignore[index]
+            for i, s in enumerate(students)
+            for j, t in enumerate(teachers)
         ]
-        per_pair = torch.stack([torch.stack(row, 1) for row in errors], 1)
+        per_pair = torch.stack(errors, 1).unflatten(1, (len(students), len(teachers)))
         weighted = self.attention(students, teachers) * per_pair
         return weighted.sum((0, 1)) / (len(weighted) * len(students))
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm2d, full, one_pair, same_size
+from distpro.losses._maps import BatchNorm2d, full, one_pair, pooled, same_size
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
 
 
@@ -55,10 +55,8 @@ class SimKD(DistillationLoss):
 
     def predict(self, student: Tensor, classifier: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of the deployed student: the teacher's ``classifier`` (N, C_t) -> (N, K) on the pooled projection."""
-        size = self.teacher_shapes[0][1:]
-        if any(a > b for a, b in zip(student.shape[2:], size, strict=True)):
-            student = F.adaptive_avg_pool2d(student, [min(a, b) for a, b in zip(student.shape[2:], size, strict=True)])
-        return classifier(self.projector(student).mean((2, 3)))
+        size = [min(a, b) for a, b in zip(student.shape[2:], self.teacher_shapes[0][1:], strict=True)]
+        return classifier(self.projector(pooled(student, size)).mean((2, 3)))
 
 
 def _block(in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:

@@ -1,10 +1,10 @@
-"""Similarity-preserving knowledge distillation (Tung and Mori, ICCV 2019), Eq. 2-4.
+"""Similarity-preserving knowledge distillation (Tung and Mori, ICCV 2019).
 
     G = f f^T, every row divided by its L2 norm           (N, N), f flattened to (N, C H W)
     loss_i = ||G_i^t - G_i^s||^2 / N^2
 
-Maps (N, C, H, W) or embeddings (N, D); channels and sizes may differ; any number of levels (RepDistiller reads the last map
-before pooling). No options, no parameters; RepDistiller's weight is 3000. Departure: none.
+Maps (N, C, H, W) or embeddings (N, D); channels and sizes may differ; any number of levels (RepDistiller reads the
+last map before pooling). No options, no parameters; RepDistiller's weight is 3000. Departure: none.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class SimilarityPreserving(PairedLevels):
     year = 2019
     family = "relation"
     reads = "features"
+    dims = (1, 2, 3)
+    needs_shapes = False
     formula = "|G^t - G^s|^2 / N^2, G = row-normalised f f^T"
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:

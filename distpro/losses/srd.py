@@ -1,11 +1,11 @@
-"""SRD, a simple recipe for distillation (Miles and Mikolajczyk, AAAI 2024), Section 3, as torchdistill has it.
+"""SRD, a simple recipe for distillation (Miles and Mikolajczyk, AAAI 2024), as torchdistill has it.
 
     z_s = BN(linear(mean of f_s over positions)),   z_t = BN(mean of f_t over positions)
     loss = 2 log(sum over batch and dimensions of |z_s - z_t|^exponent) + mean KL(softmax(t/T) || softmax(s/T))
 
-Reads [logits (N, K), map (N, C, H, W) or embedding (N, D)] of each model. BN is without scale and shift, eps 1e-4, and takes
-batch statistics of the teacher too while training. ``exponent`` = 4 and ``temperature`` T = 1 are the authors' (the KL part has
-no factor T^2). The weight is 1, beside a cross-entropy of weight 1. Departure: none.
+Reads [logits (N, K), map (N, C, H, W) or embedding (N, D)] of each model. BN is without scale and shift, eps 1e-4, and
+takes batch statistics of the teacher too while training. ``exponent`` = 4 and ``temperature`` T = 1 are the authors'
+(the KL part has no factor T^2). The weight is 1, beside a cross-entropy of weight 1. Departure: none.
 """
 
 from __future__ import annotations

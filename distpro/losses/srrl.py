@@ -1,14 +1,14 @@
-"""Softmax regression representation learning (Yang et al., ICLR 2021), Eq. 1-6.
+"""Softmax regression representation learning (Yang et al., ICLR 2021).
 
     h = ReLU(BN(linear(f_s)))
     loss = mean (h - f_t)^2 + mean (W h - W f_t)^2
 
-of embeddings (N, D) before the classifier; maps (N, C, H, W) are averaged over positions. ``classifier`` is the teacher's
-last linear layer (or its weight, (K, D_t)); it stays as it is. Its bias cancels in the difference of logits. The linear layer
-is the published 1x1 convolution, without bias; both parts have weight 1.
+of embeddings (N, D) before the classifier; maps (N, C, H, W) are averaged over positions. ``classifier`` is the
+teacher's last linear layer (or its weight, (K, D_t)); it stays as it is. Its bias cancels in the difference of logits.
+The linear layer is the published 1x1 convolution, without bias; both parts have weight 1.
 
-Departure: the authors' ImageNet code compares channel statistics of the maps in the first part; this is the paper's form,
-which SimKD's and CTKD's code use.
+Departure: the authors' ImageNet code compares channel statistics of the maps in the first part; this is the paper's
+form, which SimKD's and CTKD's code use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm1d, full, matmul
+from distpro.losses._maps import BatchNorm1d, full, matmul, one_pair
 from distpro.losses._rows import pooled_embedding
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
 from pathways.registry import UserError
@@ -44,9 +44,7 @@ class SoftmaxRegression(DistillationLoss):
         classifier: nn.Linear | Tensor | None = None,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        if len(self.student_shapes) != 1 or len(self.teacher_shapes) != 1:
-            raise UserError("loss 'srrl' needs one student and one teacher shape")
-        width_s, width_t = self.student_shapes[0][0], self.teacher_shapes[0][0]
+        (width_s, *_), (width_t, *_) = one_pair("loss 'srrl'", self.student_shapes, self.teacher_shapes, dims=(1, 3))
         weight = classifier.weight if isinstance(classifier, nn.Linear) else classifier
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != width_t:
             raise UserError(f"loss 'srrl' needs classifier, the teacher's last linear layer ({width_t} -> classes)")

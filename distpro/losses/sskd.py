@@ -1,21 +1,21 @@
-"""Self-supervised knowledge distillation (Xu et al., ECCV 2020), Eq. 4-9.
+"""Self-supervised knowledge distillation (Xu et al., ECCV 2020).
 
 The batch holds every image followed by its three rotations: 4B rows, of which 4k is plain. With cos (3B, B) the cosine
 similarities of the rotated with the plain representations, KL the divergence from the teacher averaged over kept rows:
 
     loss = ce_weight CE(s plain, y)
          + kd_weight kd_t^2 KL(softmax(logits plain / kd_t))
-         + tf_weight tf_t^2 KL(softmax(logits rotated / tf_t))      rows kept by the rank of the label in the teacher's
-         + ss_weight ss_t^2 KL(softmax(cos / ss_t))                 rows kept by the rank of the own image in the teacher's
+         + tf_weight tf_t^2 KL(softmax(logits rotated / tf_t))    kept by the rank of the label in the teacher's row
+         + ss_weight ss_t^2 KL(softmax(cos / ss_t))               kept by the rank of the own image in the teacher's row
 
-Kept are all rows where the teacher ranks the truth first, and the share ``tf_ratio`` or ``ss_ratio`` of the others, best ranks
-first. *The task part is included*: the objective should not add another cross-entropy.
+Kept are all rows where the teacher ranks the truth first, and the share ``tf_ratio`` or ``ss_ratio`` of the others,
+best ranks first. *The task part is included*: the objective should not add another cross-entropy.
 
-Reads [logits (4B, K), embedding (4B, D)] of each model; ``target`` (B,): the labels of the plain images. A head (linear,
-ReLU, linear, of the embedding's width) makes the representation; ``head=False`` takes it as given. Two stages: ``pretrain``
-trains the teacher's head to recognise rotated images, then the student learns from the fixed head.
-Defaults are the authors': temperatures ``kd_t`` = ``tf_t`` = 4, ``ss_t`` = 0.5; ratios 1 and 0.75; weights 0.1, 0.9, 2.7, 10.
-Departure: none; the data pipeline makes the rotated batch.
+Reads [logits (4B, K), embedding (4B, D)] of each model; ``target`` (B,): the labels of the plain images. A head
+(linear, ReLU, linear, of the embedding's width) makes the representation; ``head=False`` takes it as given. Two
+stages: ``pretrain`` trains the teacher's head to recognise rotated images, then the student learns from the fixed
+head. Defaults are the authors': temperatures ``kd_t`` = ``tf_t`` = 4, ``ss_t`` = 0.5; ratios 1 and 0.75; weights 0.1,
+0.9, 2.7, 10. Departure: none; the data pipeline makes the rotated batch.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class SelfSupervised(DistillationLoss):
         target: Tensor | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
-        """Loss of the first stage: the teacher's head tells from which image a rotated one comes (Eq. 3)."""
+        """Loss of the first stage: the teacher's head tells from which image a rotated one comes."""
         cos = _similarities(full(self.head_t(two("loss 'sskd'", teacher, "logits, embedding")[1].detach())))
         return F.cross_entropy(cos, torch.arange(cos.shape[1], device=cos.device).repeat_interleave(3))
 
@@ -114,7 +114,7 @@ class SelfSupervised(DistillationLoss):
             raise UserError("loss 'sskd' needs the labels: pass target")
         if len(student) != 4 * len(target):
             raise UserError(
-                f"loss 'sskd' reads every image and its three rotations: got {len(student)} rows for {len(target)} labels"
+                f"loss 'sskd' reads images, each with three rotations: got {len(student)} rows for {len(target)} labels"
             )
 
 

@@ -20,7 +20,9 @@ from distpro.losses import DistillationLoss, build_loss
 
 GOLDEN = Path(os.environ.get("DISTPRO_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 FLOOR = 1e-5  # smallest tolerance: float32 sums in another order differ by less
-ROUNDING = 1e-6  # what float32 leaves of a gradient that cancels, such as a bias before BatchNorm, relative to the others
+ROUNDING = (
+    1e-6  # what float32 leaves of a gradient that cancels, such as a bias before BatchNorm, relative to the others
+)
 FLOAT64 = 1e-7  # tolerance of the float64 run, where only the formula can differ (one reference accumulates in float32)
 
 Arrays = dict[str, Tensor]

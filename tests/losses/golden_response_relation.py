@@ -63,14 +63,19 @@ CASES: dict[str, Case] = {
     "sp": _embeddings("sp"),
     "cc": _embeddings("cc", ("e_s", "e_t"), feat_dim=None),
     "cc_embed": Case(
-        "cc", ("f_s",), ("f_t",),
+        "cc",
+        ("f_s",),
+        ("f_t",),
         params=lambda arrays: {"feat_dim": len(arrays["param.embed_s.linear.bias"])},
         prefixes={"embed_s.linear": "embed_s", "embed_t.linear": "embed_t"},
     ),  # fmt: skip
     "cckd_gaussian": _embeddings("cc", ("e_s", "e_t"), form="gaussian", feat_dim=None),
     "cckd_bilinear": _embeddings("cc", ("e_s", "e_t"), form="bilinear", feat_dim=None),
     "crd": Case(
-        "crd", ("f_s",), ("f_t", "f_t2"), _crd_params,
+        "crd",
+        ("f_s",),
+        ("f_t", "f_t2"),
+        _crd_params,
         teacher_shapes=[(40,)],
         prefixes={
             "crd.embed_s.linear": "embed_s",
@@ -82,8 +87,12 @@ CASES: dict[str, Case] = {
         call=_crd_calls,
     ),  # fmt: skip
     "sskd": Case(
-        "sskd", ("logits_s", "rep_s"), ("logits_t", "rep_t"), {"tf_ratio": 0.75, "head": False},
-        target="labels", call=_sskd_parts,
+        "sskd",
+        ("logits_s", "rep_s"),
+        ("logits_t", "rep_t"),
+        {"tf_ratio": 0.75, "head": False},
+        target="labels",
+        call=_sskd_parts,
     ),  # fmt: skip
 }
 
