@@ -92,11 +92,20 @@ class StepDerivative:
         self._factor = kinds[type(optimizer)]
         self._norm: Tensor | None = None
         self._first: set[Tensor] = set()
+        self._moments: dict[nn.Parameter, tuple[Tensor, ...]] = {}
 
     def before_step(self) -> None:
         """Note what the step will overwrite: the gradient norm, and which momentum buffers are new."""
         params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        self._first = {p for p in params if self.optimizer.state[p].get("momentum_buffer") is None}
+        states = {p: self.optimizer.state[p] for p in params}
+        self._first = {p for p, state in states.items() if state.get("momentum_buffer") is None}
+        self._moments = {
+            p: tuple(
+                state[name].clone() if name in state else torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")
+            )
+            for p, state in states.items()
+            if self._factor == self._adam
+        }
         if self.max_norm is not None:
             self._norm = torch.nn.utils.get_total_norm([p.grad for p in params])
 
@@ -128,17 +137,16 @@ class StepDerivative:
         assert gradient is not None
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             gradient = gradient + group["weight_decay"] * theta[p]
-        step = state["step"]
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        # With m = β1 m0 + (1-β1) g, v = β2 v0 + (1-β2) g², D = √v/c + ε, c = √(1-β2ᵗ), the derivative of m/D by g is
+        # [(1-β1) ε + ((1-β1) β2 v0 - (1-β2) β1 m0 g) / (c √v)] / D²: written so, because dm/D and m·dD/D² cancel.
+        mean, square = self._moments[p]
+        step = torch.as_tensor(state["step"], dtype=torch.float64)  # stored in float32, too short for 1-β2ᵗ
+        c = (1 - beta2**step).sqrt().to(p.dtype)
         root = state["exp_avg_sq"].sqrt()
-        scale = correction2**0.5
-        denominator = root / scale + group["eps"]
-        d_denominator = torch.where(root > 0, (1 - beta2) * gradient / (root * scale), 0)
-        return (
-            -group["lr"]
-            / correction1
-            * ((1 - beta1) / denominator - state["exp_avg"] * d_denominator / denominator.square())
-        )
+        denominator = root / c + group["eps"]
+        rest = ((1 - beta1) * beta2 * square - (1 - beta2) * beta1 * mean * gradient) / (c * root)
+        numerator = (1 - beta1) * group["eps"] + torch.where(root > 0, rest, 0)
+        return (-group["lr"] / (1 - beta1**step)).to(p.dtype) * numerator / denominator.square()
 
     def _through_clipping(self, u: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         # clip_grad_norm_ multiplies g by s = min(1, c / (n + 1e-6)), n = ‖g‖. The transposed Jacobian is

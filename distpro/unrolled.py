@@ -26,7 +26,7 @@ class _DifferentiableAdam(higher.optim.DifferentiableOptimizer):
                 if g is None:
                     continue
                 state = self.state[number][n]
-                step = state["step"] = state.get("step", 0) + 1
+                step = state["step"] = float(state.get("step", 0)) + 1
                 if group["decoupled_weight_decay"]:
                     p = p * (1 - group["lr"] * group["weight_decay"])
                 else:

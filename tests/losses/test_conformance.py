@@ -100,6 +100,7 @@ def test_gradient_is_the_derivative(name):
 
 @names
 def test_bfloat16_autocast_gives_nearly_the_same(name):
+    """Layers of the loss's own run in bfloat16; what compares the tensors does not."""
     exact, rough = Sample(name), Sample(name)
     exact.student, exact.teacher = ([x.bfloat16().float() for x in side] for side in (exact.student, exact.teacher))
     rough.student, rough.teacher = ([x.bfloat16() for x in side] for side in (rough.student, rough.teacher))
@@ -109,7 +110,8 @@ def test_bfloat16_autocast_gives_nearly_the_same(name):
     torch.manual_seed(1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = rough()
-    torch.testing.assert_close(value.float(), expected, rtol=0.05, atol=0.0)
+    own_layers = any(True for _ in rough.loss.parameters())
+    torch.testing.assert_close(value.float(), expected, rtol=0.05 if own_layers else 1e-5, atol=0.0)
     value.backward()
     assert all(s.grad is not None and s.grad.isfinite().all() for s in rough.student)
 

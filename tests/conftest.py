@@ -1,0 +1,35 @@
+"""Shared by all tests: where the outside data are, and small pairs of models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: more threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of real data, or a skip."""
+    folder = Path(os.environ.get("DISTPRO_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder} (set $DISTPRO_DATA)")
+    return folder
+
+
+@pytest.fixture
+def golden_folder() -> Path:
+    """The folder of the reference implementations' numbers, or a skip."""
+    folder = Path(os.environ.get("DISTPRO_GOLDEN", ROOT.parent / "shared" / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no golden files at {folder} (set $DISTPRO_GOLDEN)")
+    return folder
