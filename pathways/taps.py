@@ -271,9 +271,11 @@ def _protect(graph: fx.Graph, nodes: Iterable[fx.Node], modules: Mapping[str, nn
         if any(order.get(user, 0) > first_write for user in node.users):
             raise _CannotTrace  # one node, but another tensor before and after the write
         if first_write < len(order):
+            users = list(node.users)
             with graph.inserting_after(node):
                 copy = graph.call_method("clone", (node,))
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            for user in users:
+                user.replace_input_with(node, copy)
 
 
 def _traced_nodes(
