@@ -50,10 +50,10 @@ def describe(config: Config, searching: bool) -> Description:
     Raises UserError for what a run would refuse too, and if neither the config nor the name of the data set says how
     many classes there are and how large the images are.
     """
-    num_classes, image_shape = _data_facts(config)
+    num_classes, image_shape, samples = _data_facts(config)
     pair = build.build_pair(config, num_classes, image_shape, load=False)
     objective = Objective(pair.teacher, pair.student, build.build_terms(config, pair), pair.example_input)
-    samples = config.data.samples or {"cifar10": 50000, "cifar100": 50000}.get(config.data.name)
+    terms = _term_costs(objective, pair.example_input)
     steps = None
     if samples is not None:
         share = 1 - config.search.validation_fraction if searching else 1
@@ -67,10 +67,10 @@ def describe(config: Config, searching: bool) -> Description:
         term_parameters=_parameters(objective.terms),
         teacher_shapes=probe_shapes(pair.teacher, pair.teacher_taps, pair.example_input) if pair.teacher else {},
         student_shapes=probe_shapes(pair.student, pair.student_taps, pair.example_input),
-        terms=_term_costs(objective, pair.example_input),
+        terms=terms,
         teacher_macs=_macs(pair.teacher, pair.example_input) if pair.teacher is not None and objective.entries else 0.0,
         student_macs=_macs(pair.student, pair.example_input),
-        term_macs=sum(cost for *_, cost in _term_costs(objective, pair.example_input)),
+        term_macs=sum(cost for *_, cost in terms),
         passes=_passes(config, searching),
         steps=steps,
         batch_size=config.training.batch_size,
@@ -96,14 +96,16 @@ def _passes(config: Config, searching: bool) -> dict[str, float]:
     return passes
 
 
-def _data_facts(config: Config) -> tuple[int, tuple[int, int, int]]:
+def _data_facts(config: Config) -> tuple[int, tuple[int, int, int], int | None]:
+    """Classes, image shape and training samples (None if unknown), from the data only where nothing else says."""
     known = build.IMAGE_SETS.get(config.data.name, (None, None))
-    classes = config.data.num_classes or (config.data.classes if isinstance(config.data.classes, int) else known[0])
+    kept = config.data.classes
+    classes = config.data.num_classes or (len(kept) if isinstance(kept, list) else kept) or known[0]
     shape = config.data.image_shape or known[1]
     if classes is None or shape is None:
         data = build.build_data(config)
-        return data.num_classes, data.image_shape
-    return classes, shape
+        return data.num_classes, data.image_shape, len(data.train)
+    return classes, shape, config.data.samples or {"cifar10": 50000, "cifar100": 50000}.get(config.data.name)
 
 
 def _parameters(module: nn.Module | None) -> int:
@@ -111,9 +113,14 @@ def _parameters(module: nn.Module | None) -> int:
 
 
 def _macs(model: nn.Module, x: torch.Tensor) -> float:
-    with untouched(model), FlopCounterMode(display=False) as counter:
-        model.eval()
-        model(x)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not in the counter's books
+    try:
+        with untouched(model), FlopCounterMode(display=False) as counter:
+            model.eval()
+            model(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / 2 / len(x)
 
 

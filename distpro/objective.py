@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from distpro.schedule import Schedule
 from pathways.registry import UserError
-from pathways.taps import LOGITS, Tapped
+from pathways.tapped import Tapped
+from pathways.taps import LOGITS
 
 Features = Mapping[str, Tensor]
 

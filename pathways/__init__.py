@@ -4,7 +4,8 @@ from pathways.connections import connect
 from pathways.distances import DISTANCES
 from pathways.registry import Registry, UserError
 from pathways.space import Pathway, build_pathways
-from pathways.taps import Tapped, Taps, find_stages, probe_shapes, tap
+from pathways.tapped import Tapped
+from pathways.taps import Taps, find_stages, probe_shapes, tap
 from pathways.transforms import TRANSFORMS
 
 __all__ = [

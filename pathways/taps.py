@@ -8,22 +8,19 @@ A tap is named by the dotted path of a module and, optionally, a point:
                            feature of the field: negative evidence is still in it)
     logits                 the model's own output (unless the model has a module of that name)
 
-`tap` reads them with hooks for the length of a ``with`` block. `Tapped` turns a model into one that returns them as
-values: traced with torch.fx where the model allows it (nothing for torch.compile to trip over), with hooks otherwise.
+`tap` reads them with hooks for the length of a ``with`` block; `pathways.tapped` turns a model into one that returns
+them as values.
 """
 
 from __future__ import annotations
 
-import inspect
-import operator
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pathways.registry import UserError, nearest
@@ -31,7 +28,7 @@ from pathways.registry import UserError, nearest
 POINTS = ("output", "input", "pre_relu")
 LOGITS = "logits"
 
-_ACTIVATION_FUNCTIONS = {
+ACTIVATION_FUNCTIONS = {
     F.relu,
     torch.relu,
     torch.relu_,
@@ -41,10 +38,6 @@ _ACTIVATION_FUNCTIONS = {
     F.hardtanh,
     F.leaky_relu,
 }
-_ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU)  # ReLU6 is a Hardtanh
-_ACTIVATION_METHODS = ("relu", "relu_")
-_INPLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
-_MAY_RETURN_INPUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten)
 
 
 def parse_tap(name: str) -> tuple[str, str]:
@@ -79,7 +72,7 @@ class _ActivationWatch(TorchFunctionMode):
         if func is Tensor.clone and args[0] is self.after:  # the copy that another tap hands on
             self.after = func(*args, **kwargs)
             return self.after
-        if func not in _ACTIVATION_FUNCTIONS:
+        if func not in ACTIVATION_FUNCTIONS:
             return func(*args, **kwargs)
         inplace = func in (torch.relu_, Tensor.relu_) or bool(kwargs.get("inplace", False)) or args[-1] is True
         # An in-place activation overwrites its input, so that is what has to be copied, and only then.
@@ -187,233 +180,6 @@ def tap(model: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
         yield taps
     finally:
         taps.remove()
-
-
-class _CannotTrace(Exception):
-    pass
-
-
-def _contexts() -> tuple[bool, ...]:
-    """What a ``with`` block inside a forward may switch, and a trace does not record."""
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
-class _Tracer(fx.Tracer):
-    """Symbolic tracer that remembers what went into and came out of every module."""
-
-    proxy_buffer_attributes = True  # or what forward does to a buffer would be done once, to the model, while tracing
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs: dict[str, Any] = {}
-        self.outputs: dict[str, Any] = {}
-        self.contexts = _contexts()
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _contexts() != self.contexts:  # no_grad, autocast, or an autograd.Function
-            raise _CannotTrace
-        return super().create_node(*args, **kwargs)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        output = super().call_module(m, forward, args, kwargs)
-        path = self.path_of_module(m)
-        self.inputs[path], self.outputs[path] = args, output
-        return output
-
-
-def _node_of(value: Any) -> fx.Node:
-    while isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    if not isinstance(value, fx.Proxy):
-        raise _CannotTrace
-    return value.node
-
-
-def _is_activation(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules[str(node.target)], _ACTIVATION_MODULES)
-    if node.op == "call_method":
-        return node.target in _ACTIVATION_METHODS
-    return node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS
-
-
-def _writes_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    name = getattr(node.target, "__name__", "")
-    inplace_operator = name.endswith("_") or (name in _INPLACE_OPERATORS and node.target is getattr(operator, name))
-    return node.op == "call_function" and (bool(node.kwargs.get("inplace")) or inplace_operator)
-
-
-def _writers(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
-    """Operations that may write in place to what ``node`` gives, directly or through a view of it."""
-    found, pending, seen = [], [node], {node}
-    while pending:
-        source = pending.pop()
-        for user in source.users:
-            if user in seen or user.op == "output" or user.all_input_nodes[0] is not source:
-                continue
-            seen.add(user)
-            if _writes_in_place(user, modules):
-                found.append(user)
-            if user.op != "call_module" or isinstance(modules[str(user.target)], _MAY_RETURN_INPUT):
-                pending.append(user)
-    return found
-
-
-def _protect(graph: fx.Graph, nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module]) -> None:
-    """Let the model go on with a copy of each node that is written to in place later, so that the tap is not."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    for node in dict.fromkeys(nodes):
-        first_write = min((order[writer] for writer in _writers(node, modules)), default=len(order))
-        if any(order.get(user, 0) > first_write for user in node.users):
-            raise _CannotTrace  # one node, but another tensor before and after the write
-        if first_write < len(order):
-            users = list(node.users)
-            with graph.inserting_after(node):
-                copy = graph.call_method("clone", (node,))
-            for user in users:
-                user.replace_input_with(node, copy)
-
-
-def _traced_nodes(
-    tracer: _Tracer, graph: fx.Graph, names: Sequence[str], modules: Mapping[str, nn.Module]
-) -> dict[str, fx.Node]:
-    """The graph's node of each tap."""
-    nodes = {}
-    for name in names:
-        module, point = parse_tap(name)
-        if name == LOGITS and LOGITS not in modules:
-            (output,) = (n for n in graph.nodes if n.op == "output")
-            if not isinstance(output.args[0], fx.Node):
-                raise _CannotTrace
-            nodes[name] = output.args[0]
-            continue
-        if module not in tracer.outputs:  # inside a leaf such as nn.TransformerEncoderLayer, or never called
-            raise _CannotTrace
-        node = _node_of(tracer.inputs[module] if point == "input" else tracer.outputs[module])
-        if point == "pre_relu":
-            if not _is_activation(node, modules):
-                raise UserError(f"tap '{name}': '{module}' does not end in a ReLU; tap its output instead")
-            node = node.all_input_nodes[0]
-        nodes[name] = node
-    return nodes
-
-
-def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
-    """The model's graph. Raises _CannotTrace where running the graph would not do what running the model does."""
-    if "forward" in vars(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        raise _CannotTrace  # the graph goes past both
-
-    def state() -> tuple[Any, ...]:
-        values = [vars(m).items() for m in model.modules()] + [m._buffers.items() for m in model.modules()]
-        attributes = [(k, id(v)) for items in values for k, v in items if k != "training"]
-        return attributes, random.getstate(), torch.get_rng_state().tolist()
-
-    attributes = {m: dict(vars(m)) for m in model.modules()}
-    random_state = random.getstate()
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-        if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-            raise _CannotTrace  # an argument that forward may ask for
-        device = next((p.device.type for p in model.parameters()), "cpu")
-        # The graphs of both modes have to agree, so autocast in one of them shows who switches it on or off.
-        with untouched(model), torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=training):
-            model.train(training)
-            before = state()
-            tracer = _Tracer()
-            graph = tracer.trace(model)
-            if state() != before:  # forward stores something on the model, or draws random numbers to decide
-                raise _CannotTrace
-    except Exception as error:  # whatever a forward does that symbolic values cannot follow
-        raise _CannotTrace from error
-    finally:
-        random.setstate(random_state)
-        for module, values in attributes.items():
-            for name in vars(module).keys() - values.keys():
-                del vars(module)[name]
-            vars(module).update(values)
-    return tracer, graph
-
-
-def _trace(model: nn.Module, names: Sequence[str], training: bool) -> tuple[str, Any]:
-    """Source text and function ``f(model, x) → (output, {tap: tensor})`` of the model's traced graph."""
-    tracer, graph = _trace_graph(model, training)
-    modules = dict(model.named_modules())
-    nodes = _traced_nodes(tracer, graph, names, modules)
-    _protect(graph, nodes.values(), modules)
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    output.args = ((output.args[0], nodes),)
-    graph.lint()
-    graph_module = fx.GraphModule(model, graph)
-    return graph_module.code, type(graph_module).forward
-
-
-class Tapped(nn.Module):
-    """A model that returns its taps as values: ``tapped(x) → (output, {tap: tensor})``.
-
-    The wrapped model stays `model`, shares its parameters and is not changed. Where torch.fx can trace it, the same
-    way in training and evaluation mode, the traced code runs (`traced` is True) and reads the parameters of `model`;
-    otherwise hooks registered here do the reading until `remove` is called.
-
-    Args:
-        model: any module.
-        names: taps, see this file's head. May be empty.
-        example_input: if given, traced and plain output are compared on it once, and hooks take over if they differ.
-    """
-
-    def __init__(self, model: nn.Module, names: Sequence[str], example_input: Tensor | None = None):
-        super().__init__()
-        check_taps(model, names, type(model).__name__)
-        self.model = model
-        self.names = list(dict.fromkeys(names))
-        self._taps: Taps | None = None
-        self._function: Any = None
-        try:
-            (code, function), (code_eval, _) = _trace(model, self.names, True), _trace(model, self.names, False)
-            if code == code_eval and (example_input is None or self._agrees(function, example_input)):
-                self._function = function
-        except _CannotTrace:
-            pass
-        if self._function is None:
-            self._taps = Taps(model, self.names)
-
-    @property
-    def traced(self) -> bool:
-        """Whether taps are returned by traced code rather than read by hooks."""
-        return self._function is not None
-
-    def _agrees(self, function: Any, example_input: Tensor) -> bool:
-        with untouched(self.model):
-            self.model.eval()
-            with tap(self.model, self.names) as taps:
-                plain = self.model(example_input)
-            try:
-                output, features = function(self.model, example_input)
-            except Exception:  # traced code that cannot run is no better than none
-                return False
-            return (
-                isinstance(plain, Tensor)
-                and torch.equal(plain, output)
-                and all(isinstance(features[n], Tensor) and torch.equal(taps[n], features[n]) for n in self.names)
-            )
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        if self._function is not None:
-            return self._function(self.model, *args, **kwargs)
-        assert self._taps is not None
-        try:
-            output = self.model(*args, **kwargs)
-            return output, {name: self._taps[name] for name in self.names}
-        finally:
-            self._taps.clear()  # the caller owns the tensors; the model must not keep a step's graph alive
-
-    def remove(self) -> None:
-        """Take the hooks off the model, if there are any."""
-        if self._taps is not None:
-            self._taps.remove()
 
 
 @contextmanager

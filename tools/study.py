@@ -16,7 +16,7 @@ The file says:
       searched: {retrain.weights: searched}
 
 Each run is a `distpro` process of its own; `--jobs` of them run side by side. One row per finished run is appended to
-docs/results/<study>.jsonl with everything that is needed to repeat it; rows that are there are not run again. The
+docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are there are not run again. The
 table goes to docs/results/<study>.md.
 """
 
@@ -49,13 +49,13 @@ T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 
 class Study:
     """The runs of a study file, their commands, and the rows that are there."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, results: Path):
         self.name = path.stem
         self.content: dict[str, Any] = yaml.safe_load(path.read_text())
         self.path = path
         self.config = str(self.content["config"])
         self.runs: dict[str, dict[str, Any]] = self.content["runs"]
-        self.results = ROOT / "docs" / "results" / f"{self.name}.jsonl"
+        self.results = results / f"{self.name}.jsonl"
         self.folder = ROOT / "runs" / self.name
 
     @property
@@ -194,10 +194,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1))
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of rows and tables")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    study = Study(options.study)
+    study = Study(options.study, options.results)
     missing = study.missing()
     if options.dry_run:
         total = 0.0
