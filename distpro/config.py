@@ -7,6 +7,7 @@ says itself wins over its base, the base over the preset, and ``key=value`` on t
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -168,12 +169,12 @@ class Config(Section):
     retrain: RetrainConfig = RetrainConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    def for_retrain(self) -> Config:
+    def for_retrain(self, where: str = "config") -> Config:
         """The config with `retrain.training` merged into `training`."""
         merged = self.model_dump()
         merged["training"] = merge(merged["training"], merged["retrain"]["training"])
         merged["retrain"]["training"] = {}
-        return check(merged, "retrain.training")
+        return check(merged, f"{where}, with retrain.training as training")
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,15 +197,17 @@ def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Raises UserError naming file, key, what was found, what is allowed and the nearest allowed name.
     """
-    content = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
-    where = "config" if isinstance(source, Mapping) else str(source)
-    content = _with_bases(content, Path(".") if isinstance(source, Mapping) else Path(source).parent)
+    path = Path("config") if isinstance(source, Mapping) else Path(source)
+    content = dict(source) if isinstance(source, Mapping) else _read_yaml(path)
+    content = _with_bases(content, path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"override '{override}': expected key=value, for instance training.epochs=10")
         content = merge(content, _nest(key.split("."), _yaml(value, f"override '{override}'")))
-    return check(content, where)
+    config = check(content, str(path))
+    config.for_retrain(str(path))  # or its mistakes would show only when the search is over
+    return config
 
 
 def check(content: Mapping[str, Any], where: str) -> Config:
@@ -212,22 +215,26 @@ def check(content: Mapping[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(e, where) for e in error.errors()[:5])) from None
+        raise UserError("\n".join(_explain(error.errors(), content, where)[:5])) from None
 
 
-def _with_bases(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _with_bases(content: dict[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of ``path`` over that of its base, and that over its preset. ``above``: the files on the way here."""
     base, preset = content.pop("base", None), content.pop("preset", None)
     below: dict[str, Any] = {}
     if preset is not None:
         if preset not in presets():
-            raise UserError(
-                f"unknown preset '{preset}'{nearest(str(preset), presets())} (allowed: {', '.join(presets())})"
-            )
-        text = (importlib.resources.files("distpro") / "presets" / f"{preset}.yaml").read_text()
-        below = _with_bases(_yaml(text, f"preset {preset}"), folder)
+            near = nearest(str(preset), presets())
+            raise UserError(f"{path}: unknown preset '{preset}'{near} (allowed: {', '.join(presets())})")
+        text = (importlib.resources.files("distpro") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
+        below = _yaml(text, f"preset {preset}")
     if base is not None:
-        path = folder / base
-        below = merge(below, _with_bases(_read_yaml(path), path.parent))
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base is {base!r}: expected the path of one YAML file")
+        file = path.parent / base
+        if file.resolve() in (path.resolve(), *above):
+            raise UserError(f"{path}: base '{base}' leads back to itself")
+        below = merge(below, _with_bases(_read_yaml(file), file, (path.resolve(), *above)))
     return merge(below, content)
 
 
@@ -235,7 +242,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
         raise UserError(f"{path}: no such config file{near}")
-    content = _yaml(path.read_text(), str(path))
+    try:
+        content = _yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, found {type(content).__name__}")
     return content
@@ -243,11 +253,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _numbers(yaml.safe_load(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for text, because it has no point: nobody means that."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
 def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -256,16 +275,37 @@ def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     return value
 
 
-def _explain(error: Any, where: str) -> str:
-    """One line for one of pydantic's errors."""
-    path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        allowed = _keys_of(path[:-1])
-        return f"{where}: unknown key '{key}'{nearest(path[-1], allowed)} (allowed here: {', '.join(allowed)})"
-    if error["type"] == "missing":
-        return f"{where}: '{key}' is missing"
-    return f"{where}: '{key}' is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+def _explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> list[str]:
+    """One line for each wrong key of pydantic's errors, which come one for each type that a value might have had."""
+    lines: dict[str, str] = {}
+    for error in errors:
+        path, value = _follow(error["loc"], content)
+        key = ".".join(path) if error["type"] not in ("missing", "invalid_key") else ".".join(map(str, error["loc"]))
+        expected = error["msg"].partition(" or instance of")[0].replace("dictionary", "mapping")
+        if error["type"] == "extra_forbidden":
+            allowed = _keys_of(path[:-1])
+            lines[key] = (
+                f"{where}: unknown key '{key}'{nearest(path[-1], allowed)} (allowed here: {', '.join(allowed)})"
+            )
+        elif error["type"] == "missing":
+            lines[key] = f"{where}: '{key}' is missing"
+        elif key in lines:
+            lines[key] += f", or {expected.removeprefix('Input should be ')}"
+        else:
+            near = nearest(value, re.findall(r"'(.*?)'", expected)) if error["type"] == "literal_error" else ""
+            lines[key] = f"{where}: '{key}' is {value!r}: {expected[0].lower()}{expected[1:]}{near}"
+    return list(lines.values())
+
+
+def _follow(loc: Sequence[str | int], content: Any) -> tuple[list[str], Any]:
+    """The keys of ``loc`` that lead somewhere, and where: pydantic adds the names of the types that it has tried."""
+    path = []
+    for part in loc:
+        inside = range(len(content)) if isinstance(content, (list, tuple)) else content
+        if isinstance(inside, (Mapping, range)) and part in inside:
+            content = content[part]
+            path.append(str(part))
+    return path, content
 
 
 def _keys_of(path: Sequence[str]) -> list[str]:

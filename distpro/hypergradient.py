@@ -14,25 +14,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distpro.batch import Batch
 from distpro.objective import Evaluation, Objective, entries_of
 from distpro.tangents import forward_mode
 from pathways.registry import Registry, UserError
 from pathways.taps import LOGITS
 
 ESTIMATORS = Registry("hypergradient estimator")
-
-
-class Batch(NamedTuple):
-    """Inputs (N, ...), targets (N,) and sample numbers (N,)."""
-
-    x: Tensor
-    y: Tensor
-    index: Tensor | None = None
 
 
 @contextmanager
@@ -173,7 +166,7 @@ class TrainingStep:
     Attributes:
         batch: what was trained on.
         weights: w, (N,), without λ.
-        scale: λ.
+        scale: λ, or (N,) the factor on each entry of w.
         theta: trainable parameters before the step.
         state: random state before the forward pass.
         evaluation: the forward pass, backward done.
@@ -181,7 +174,7 @@ class TrainingStep:
 
     batch: Batch
     weights: Tensor
-    scale: float
+    scale: float | Tensor
     theta: dict[nn.Parameter, Tensor]
     state: dict[str, Tensor]
     evaluation: Evaluation
@@ -278,6 +271,7 @@ class FiniteDifference(Estimator):
 
     h_p = λ [ℓ_p(θ_t + εu) − ℓ_p(θ_t − εu)] / 2ε with ε = ``epsilon`` / ‖u‖, 0.01 as in DARTS (u is −ξ∇L_val for plain
     SGD, so this is the paper's perturbation). The passes run in full precision: under bf16 the difference is noise.
+    A term of weight zero is not computed: its h_p is 0.
     """
 
     def __init__(
@@ -311,8 +305,11 @@ class FiniteDifference(Estimator):
             set_random_state(step.state)
             _, features = self.objective.study(step.batch.x, autocast=False)
             teacher = {name: f.to(step.batch.x.dtype) for name, f in step.evaluation.teacher.items()}
-            losses = self.objective.term_losses(features, teacher, step.batch.y, step.batch.index, autocast=False)
-        return torch.stack([value.to(step.weights.dtype) for value in losses])  # type: ignore[union-attr]
+            losses = self.objective.term_losses(
+                features, teacher, step.batch.y, step.batch.index, (step.weights != 0).tolist(), autocast=False
+            )
+        zero = step.weights.new_zeros(())
+        return torch.stack([zero if value is None else value.to(zero.dtype) for value in losses])
 
 
 def _assign(values: dict[nn.Parameter, Tensor]) -> None:

@@ -210,7 +210,8 @@ class Objective(nn.Module):
         columns: dict[str, Tensor] = {}
         for reduction in dict.fromkeys(getattr(t, "reduction", None) for t in driven):
             entries = [e for t in driven if getattr(t, "reduction", None) == reduction for e in entries_of(t)]
-            fitting = (stretched.reduce(reduction) if reduction else stretched).columns(entries, mapping)
+            joined = {e.key: "total" for e in entries} if reduction == "total" else mapping
+            fitting = (stretched.reduce(reduction) if reduction else stretched).columns(entries, joined)
             columns |= {entry.key: fitting.weights[:, n] for n, entry in enumerate(entries)}
         self.keep([t for t in self.terms if t not in driven or any(columns[e.key].any() for e in entries_of(t))])
         factor = scale if callable(scale) else lambda step: scale
@@ -297,7 +298,8 @@ class Objective(nn.Module):
                 if views is not None:
                     read = {tap: f.view_as(f) for tap, f in read.items()}
                     for view in read.values():
-                        view.retain_grad()
+                        if view.requires_grad:
+                            view.retain_grad()
                     views.append(read)
                 value = term(
                     _unwrap([read[tap] for tap in term.student_taps]),  # type: ignore[union-attr]
@@ -305,7 +307,12 @@ class Objective(nn.Module):
                     target=target,
                     index=index,
                 )
-                losses += list(value.unbind()) if count > 1 or value.dim() else [value]
+                found = list(value.unbind()) if value.dim() else [value]
+                if len(found) != count:
+                    raise UserError(
+                        f"term '{term.key}' gives {len(found)} losses for {count} teacher taps; weight it whole"
+                    )
+                losses += found
         return losses
 
     def evaluate(
@@ -332,7 +339,7 @@ class Objective(nn.Module):
             teacher = self.teach(x)
         output, features = self.study(x)
         loss = task = self.task_loss_of(output, y)
-        views: list[dict[str, Tensor]] = []
+        views: list[dict[str, Tensor]] = [] if needed else [{} for _ in self.terms]
         values = torch.zeros(len(self.entries), device=task.device)
         if needed:
             assert teacher is not None

@@ -197,6 +197,9 @@ def _run(trainer: Trainer, config: Config, resume: bool, searcher: Searcher | No
         trainer.resume()
     if trainer.folder is None:
         return trainer.fit()
+    if not resume:
+        write_atomically(_as_yaml(config), trainer.folder / "config.yaml")
+        write_atomically(json.dumps(environment(), indent=1) + "\n", trainer.folder / "environment.json")
     first = trainer.step + 1 if resume else None
     with Tracker(trainer.folder, resume_step=first, tensorboard=config.tracking.tensorboard) as tracker:
         trainer.tracker = tracker
@@ -217,6 +220,7 @@ def _run(trainer: Trainer, config: Config, resume: bool, searcher: Searcher | No
 
 
 def _open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | None:
+    """The run's folder, if this run may write to it. Nothing is written before the run is built without an error."""
     if out is None:
         if resume:
             raise UserError("resume needs the run's folder")
@@ -224,16 +228,18 @@ def _open_folder(out: str | Path | None, config: Config, resume: bool) -> Path |
     folder = Path(out)
     written = folder / "config.yaml"
     if resume:
-        if not (folder / "checkpoint.pt").is_file():
-            raise UserError(f"{folder}: no checkpoint.pt to resume from")
+        for needed in (folder / "checkpoint.pt", written):
+            if not needed.is_file():
+                raise UserError(f"{folder}: no {needed.name} to resume from")
         differing = _differences(yaml.safe_load(written.read_text()), json.loads(config.model_dump_json()))
         if differing:
             raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
         return folder
     if written.exists():
-        raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
-    write_atomically(_as_yaml(config), written)
-    write_atomically(json.dumps(environment(), indent=1) + "\n", folder / "environment.json")
+        way = (
+            "continue it with --resume" if (folder / "checkpoint.pt").is_file() else "remove it, it has no checkpoint,"
+        )
+        raise UserError(f"{folder}: holds a run already; {way} or choose another --out")
     return folder
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpro.hypergradient import Batch, Estimator, TrainingStep
+from distpro.batch import Batch
+from distpro.hypergradient import Estimator, TrainingStep
 from distpro.objective import Evaluation, Objective, entries_of
 from distpro.schedule import Schedule
 from distpro.weighting import Weighting, drop
@@ -116,7 +117,8 @@ class Searcher:
     def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], evaluation: Evaluation) -> None:
         """After the backward pass, before the parameters move. ``state``: random state before the forward pass."""
         theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
-        self._current = TrainingStep(batch, self._weights, self.scale(step), theta, state, evaluation)
+        scale = torch.ones_like(self.constants).index_fill_(0, self.learned, self.scale(step))
+        self._current = TrainingStep(batch, self._weights, scale, theta, state, evaluation)
         self.estimator.before_step(self._current)
 
     def after_update(self, step: int) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distpro.hypergradient import Batch, Estimator, TrainingStep, no_trace, set_random_state
+from distpro.batch import Batch
+from distpro.hypergradient import Estimator, TrainingStep, no_trace, set_random_state
 from distpro.objective import Objective
 from pathways.registry import UserError
 
@@ -85,7 +86,7 @@ class Unrolled(Estimator):
                 loss = functional_call(
                     _LossOf(self.objective),
                     {f"objective.{n}": v for n, v in named.items()},
-                    (past.batch, past.scale * weights, past.evaluation.teacher),
+                    (past.batch, past.scale * weights, past.evaluation.teacher or None),
                 )
                 values = self._differentiable.step(loss, params=values, override=rates, grad_callback=clip)
             named = {names[p]: value for p, value in zip(params, values, strict=True)}

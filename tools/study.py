@@ -17,7 +17,7 @@ The file says:
 
 Each run is a `distpro` process of its own; `--jobs` of them run side by side. One row per finished run is appended to
 docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are there are not run again. The
-table goes to docs/results/<study>.md.
+table goes to docs/results/<study>.md, and into docs/results.md where that has a place for it.
 """
 
 from __future__ import annotations
@@ -183,6 +183,15 @@ def _interval(differences: list[float]) -> str:
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
+def splice(page: Path, study: Study) -> None:
+    """Put the table between the page's ``<!-- study: NAME -->`` and ``<!-- end -->``, if it has such a place."""
+    text = page.read_text() if page.exists() else ""
+    begin, _, rest = text.partition(f"<!-- study: {study.name} -->\n")
+    if rest:
+        _, end, after = rest.partition("<!-- end -->")
+        write_atomically(f"{begin}<!-- study: {study.name} -->\n{study.render()}{end}{after}", page)
+
+
 def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
     config = read_config(ROOT / study.config, study.overrides(label, 0))
@@ -217,6 +226,7 @@ def main() -> None:
     if study.rows():
         write_atomically(study.render(), study.results.with_suffix(".md"))
         print(study.render())
+        splice(ROOT / "docs" / "results.md", study)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from distpro.batch import Batch
 from distpro.data.augment import Augmentation, AugmentSpec, ResizedCrop, apply, build_augment, draw_for
 from distpro.data.counter import make_generator
 from distpro.data.files import Box, ImageFiles
 from distpro.data.splits import Split
 from pathways.registry import UserError
-
-
-class Batch(NamedTuple):
-    """``x`` (N, C, H, W) float32, normalised; ``y`` (N,) int64 labels; ``index`` (N,) int64 sample numbers in the set
-    as stored. All on the loader's device."""
-
-    x: Tensor
-    y: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
 
 
 class Loader:

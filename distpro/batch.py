@@ -1,0 +1,16 @@
+"""What a loader gives and a training step takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """``x`` (N, C, H, W) inputs, normalised; ``y`` (N,) int64 labels; ``index`` (N,) int64 sample numbers in the set as
+    stored, or None. All on one device."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls here

@@ -1,0 +1,269 @@
+"""The command line as a user meets it: what it answers to mistakes, and a whole chain on scikit-learn's digits."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from distpro.cli import KINDS, main
+from distpro.config import presets
+from distpro.losses import available_losses
+from distpro.models import MODELS, build_model, load_checkpoint
+from distpro.schedule import Schedule
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a teacher of one epoch, a search of four steps, and a retrain by its schedule alone."""
+    folder = tmp_path_factory.mktemp("cli")
+    common = {
+        "data": {"name": "digits", "samples": 300},
+        "student": {"model": "resnet8"},
+        "training": {"epochs": 1, "batch_size": 60, "optimizer": {"lr": 0.05}},
+        "tracking": {"tensorboard": False},
+    }
+    searched = {
+        "base": "teacher.yaml",
+        "teacher": {"model": "resnet8", "checkpoint": str(folder / "teacher" / "student.pt")},
+        "pathways": {"connect": "all", "transforms": ["conv1x1"]},
+        "training": {"max_steps": 4},
+    }
+    (folder / "teacher.yaml").write_text(yaml.safe_dump(common))
+    (folder / "search.yaml").write_text(yaml.safe_dump(searched))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "teacher.yaml", "--out", "teacher"]) == 0
+        assert main(["search", "search.yaml", "--out", "search", "seed=3"]) == 0
+        assert main(["retrain", "--schedule", "search/alpha.pt", "--out", "retrain"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    return runs
+
+
+def metrics_in(text):
+    return json.loads(text[text.index("{") :])
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("", ("required: COMMAND", "--help")),
+        ("serch search.yaml", ("unknown command 'serch'; did you mean 'search'?", "retrain")),
+        ("search", ("required: CFG",)),
+        ("search seed=1", ("config file is missing",)),
+        ("search serch.yaml", ("serch.yaml: no such config file; did you mean 'search.yaml'?",)),
+        ("search search.yaml training.epoch=1", ("search.yaml: unknown key 'training.epoch'; did you mean 'epochs'?",)),
+        ("search search.yaml training.epochs", ("what is 'training.epochs'?", "key=value")),
+        ("search search.yaml --dry-rum", ("what is '--dry-rum'?",)),
+        ("search search.yaml student.model=resnet21", ("unknown model 'resnet21'; did you mean 'resnet", "allowed")),
+        ("search search.yaml pathways.transforms=[conv3x4]", ("unknown transform 'conv3x4'; did you mean 'conv3x3'?",)),
+        ("search search.yaml search.estimator=foward", ("estimator 'foward'; did you mean 'forward_mode'?",)),
+        ("search search.yaml data.name=digts", ("unknown dataset 'digts'; did you mean 'digits'?",)),
+        ("search search.yaml device=gpu", ("device: 'gpu' is no device", "cuda")),
+        ("search search.yaml precision=float16", ("precision", "float32 or bfloat16")),
+        ("search search.yaml teacher.checkpoint=none.pt", ("checkpoint: nothing at none.pt",)),
+        ("search search.yaml teacher.checkpoint=null", ("teacher.checkpoint is missing",)),
+        ("search teacher.yaml", ("a search needs a teacher",)),
+        ("search search.yaml data.samples=99999", ("samples must be between 1 and", "99999")),
+        ("retrain", ("needs a config, a schedule, or both",)),
+        ("retrain search.yaml", ("retrain.weights is 'searched'", "--schedule")),
+        ("retrain --schedule alfa.pt", ("alfa.pt",)),
+        ("retrain --schedule teacher/student.pt", ("teacher/student.pt: not a distpro schedule",)),
+        ("retrain search.yaml --schedule search/alpha.pt pathways.transforms=[conv3x3]", ("no column for term",)),
+        ("retrain search.yaml --resume --out nowhere", ("nowhere: no checkpoint.pt to resume from",)),
+        ("evaluate nothing.pt", ("--config",)),
+        ("evaluate nothing.pt --config search.yaml", ("checkpoint: nothing at nothing.pt",)),
+        ("evaluate search/alpha.pt --config search.yaml", ("alpha.pt",)),
+        ("evaluate search", ("no student.pt",)),
+        ("evaluate .", ("config.yaml: no such config file",)),
+        ("evaluate teacher.yaml", ("teacher has no checkpoint",)),
+        ("inspect search.yml", ("search.yml: no such config file; did you mean 'search.yaml'?",)),
+        ("inspect nothing.pt", ("nothing.pt",)),
+        ("plot teacher.yaml", ("teacher.yaml",)),
+        ("plot search/alpha.pt --format gif", ("--format", "'gif'", "png")),
+        ("plot search/alpha.pt seed=1", ("what is 'seed=1'?",)),
+        ("export search", ("no student.pt",)),
+        ("list loses", ("unknown kind 'loses'; did you mean 'losses'?", "presets")),
+        ("list", ("required: KIND",)),
+    ],
+)
+def test_a_mistake_ends_with_status_2_one_message_and_no_folder(here, tmp_path, capsys, arguments, parts):
+    given = arguments.split()
+    runs = given[:1] in (["search"], ["retrain"]) and "--out" not in given
+    status = main([*given, "--out", str(tmp_path / "out")] if runs else given)
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert err.startswith("distpro: ") and err.count("\n") == 1, err
+    assert all(part in err for part in parts), err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_installed_command_keeps_tracebacks_to_itself(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "distpro.cli", "search", "nothing.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "distpro: nothing.yaml: no such config file\n"
+
+
+# Looking
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_list_names_everything_of_a_kind(kind, capsys):
+    known = {"losses": available_losses(), "models": list(MODELS), "presets": presets(), "tasks": ["classification"]}
+    assert main(["list", kind]) == 0
+    words = re.split(r"\s+", capsys.readouterr().out)
+    assert len(words) > 1
+    assert set(known.get(kind, [])) <= set(words)
+
+
+def test_inspect_a_schedule(here, capsys):
+    assert main(["inspect", "search/alpha.pt"]) == 0
+    out = capsys.readouterr().out
+    assert "9 terms over 4 steps" in out and "resnet8" in out and "layer3:pre_relu<-layer3@conv1x1" in out
+
+
+def test_inspect_a_config_says_shapes_and_parameters(here, capsys):
+    assert main(["inspect", "search.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "78,042 parameters" in out and "64×4×4" in out
+    assert re.search(r"^terms    9: ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("command", "terms"),
+    [("search search.yaml", 9), ("retrain search.yaml", 9), ("train search.yaml", 0), ("train teacher.yaml", 0)],
+)
+def test_a_dry_run_writes_nothing(here, capsys, command, terms):
+    before = sorted(here.rglob("*"))
+    assert main([*command.split(), "--dry-run", "training.max_steps=null", "training.epochs=2"]) == 0
+    out = capsys.readouterr().out
+    steps = 2 * (4 if command.startswith("search") else 5)  # of 300 images, 240 in a search, in batches of 60
+    assert f"terms    {terms}: " in out and f"run      {steps} steps" in out
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("kind", "magic"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml")])
+def test_plot_writes_figures_of_the_format(here, tmp_path, capsys, kind, magic):
+    assert main(["plot", "search/alpha.pt", "--out", str(tmp_path), "--format", kind]) == 0
+    written = sorted(tmp_path.iterdir())
+    assert sorted(capsys.readouterr().out.split()) == [str(path) for path in written] != []
+    assert all(path.suffix == f".{kind}" and path.read_bytes().startswith(magic) for path in written)
+
+
+# From the teacher to the exported student
+
+
+def test_the_search_leaves_a_schedule_that_says_where_it_comes_from(runs):
+    schedule = Schedule.load(runs / "search" / "alpha.pt")
+    assert schedule.weights.shape == (4, 9)
+    assert schedule.weights[0].tolist() == pytest.approx([1 / 10] * 9)
+    assert schedule.meta["config"]["seed"] == 3 and schedule.meta["data"]["name"] == "digits"
+
+
+def test_a_run_folder_says_how_to_repeat_the_run(runs):
+    for name in ("search", "retrain"):
+        config = yaml.safe_load((runs / name / "config.yaml").read_text())
+        assert (config["seed"], config["training"]["optimizer"]["lr"]) == (3, 0.05)
+        assert json.loads((runs / name / "environment.json").read_text())["packages"]["torch"] in torch.__version__
+
+
+def test_evaluate_repeats_the_run_s_result(here, capsys):
+    result = json.loads((here / "retrain" / "result.json").read_text())
+    for arguments in (["retrain"], ["retrain/student.pt", "--config", "search.yaml", "seed=3"]):
+        assert main(["evaluate", *arguments]) == 0
+        found = metrics_in(capsys.readouterr().out)
+        assert found == {name: pytest.approx(result[name], rel=1e-6) for name in ("accuracy", "top5", "loss")}
+
+
+def test_evaluate_a_config_evaluates_its_teacher(here, capsys):
+    result = json.loads((here / "teacher" / "result.json").read_text())
+    assert main(["evaluate", "search.yaml"]) == 0
+    assert metrics_in(capsys.readouterr().out)["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+def test_export_safetensors_holds_the_student_s_weights(here, tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "s.safetensors"
+    assert main(["export", "retrain", "--out", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    written, trained = safetensors.load_file(path), torch.load(here / "retrain" / "student.pt", weights_only=True)
+    assert written.keys() == trained.keys()
+    assert all(torch.equal(written[name], trained[name]) for name in trained)
+
+
+def test_export_pt2_computes_what_the_student_computes(here, tmp_path):
+    path = tmp_path / "s.pt2"
+    assert main(["export", "retrain", "--format", "pt2", "--out", str(path)]) == 0
+    student = build_model("resnet8", num_classes=10).eval()
+    load_checkpoint(student, here / "retrain" / "student.pt")
+    x = torch.linspace(-1, 1, 5 * 3 * 16 * 16).view(5, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(path).module()(x), student(x))
+
+
+# Going on
+
+
+def test_a_folder_with_a_run_is_not_written_to(here, capsys):
+    before = (here / "retrain" / "student.pt").read_bytes()
+    assert main(["retrain", "--schedule", "search/alpha.pt", "--out", "retrain"]) == 2
+    assert "retrain: holds a run already; continue it with --resume or choose another --out" in capsys.readouterr().err
+    assert (here / "retrain" / "student.pt").read_bytes() == before
+
+
+def test_resume_of_a_finished_run_gives_its_result_again(here):
+    before = torch.load(here / "retrain" / "student.pt", weights_only=True)
+    assert main(["retrain", "--schedule", "search/alpha.pt", "--out", "retrain", "--resume"]) == 0
+    after = torch.load(here / "retrain" / "student.pt", weights_only=True)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resume_with_another_config_is_refused_with_the_keys_that_differ(here, capsys):
+    changed = ["training.batch_size=30", "retrain.threshold=null"]
+    assert main(["retrain", "--schedule", "search/alpha.pt", "--out", "retrain", "--resume", *changed]) == 2
+    err = capsys.readouterr().err
+    assert "training.batch_size was 60, is 30" in err and "retrain.threshold was 0.5, is None" in err
+    assert err.count(" was ") == 2
+
+
+# Code that a schedule names
+
+
+def test_a_schedule_file_runs_no_code_by_itself(here, tmp_path, monkeypatch, capsys):
+    """…:make is imported only when the command line repeats it."""
+    learned = Schedule.load("search/alpha.pt")
+    learned.meta["config"]["student"]["model"] = "model_in_a_schedule:make"
+    learned.save(tmp_path / "alpha.pt")
+    (tmp_path / "model_in_a_schedule.py").write_text(
+        "from distpro.models import build_model\n"
+        "open('imported', 'w').close()\n"
+        "def make(num_classes): return build_model('resnet8', num_classes=num_classes)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for looking in (
+        ["retrain", "--schedule", "alpha.pt", "--out", "r"],
+        ["retrain", "--schedule", "alpha.pt", "--dry-run"],
+    ):
+        assert main(looking) == 2
+        assert "repeat it as student.model=model_in_a_schedule:make" in capsys.readouterr().err
+    assert main(["inspect", "alpha.pt"]) == 0 and main(["plot", "alpha.pt"]) == 0
+    assert not (tmp_path / "imported").exists() and not (tmp_path / "r").exists()
+
+    assert main(["retrain", "--schedule", "alpha.pt", "--out", "r", "student.model=model_in_a_schedule:make"]) == 0
+    assert (tmp_path / "imported").exists() and (tmp_path / "r" / "student.pt").exists()

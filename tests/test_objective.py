@@ -1,0 +1,453 @@
+"""The objective computes what it says, computes nothing else, and trains nothing but student and terms."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import distpro
+from distpro.objective import Objective, Term
+from distpro.schedule import Schedule
+from pathways import UserError, build_pathways
+
+
+def network(seed: int, width: int = 6) -> nn.Sequential:
+    """Two stages with BatchNorm: taps "2" (width, 8, 8) and "5" (8, 4, 4)."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 8, 3, padding=1, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+class Counting(nn.Module):
+    """Counts its forward passes."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.inner(*args, **kwargs)
+
+
+class Distance(nn.Module):
+    """Mean squared difference after a learned factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, student, teacher, target=None, index=None):
+        return F.mse_loss(self.factor * student, teacher)
+
+
+class Levels(nn.Module):
+    """Two losses, one per teacher level."""
+
+    def levels(self, student, teacher, target=None, index=None):
+        return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher, strict=True)])
+
+
+def batch(dtype=torch.float32, n=5):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, 3, 8, 8, generator=generator)
+    return x.to(dtype), torch.randint(4, (n,), generator=generator)
+
+
+def kd_by_hand(student, teacher, temperature=4.0):
+    p = torch.softmax(teacher / temperature, 1)
+    difference = torch.log_softmax(teacher / temperature, 1) - torch.log_softmax(student / temperature, 1)
+    return temperature**2 * (p * difference).sum(1).mean()
+
+
+def schedule(weights, keys, levels=None, transforms=(), alpha_tilde=None):
+    weights = torch.tensor(weights)
+    levels = torch.zeros(len(keys), 3, dtype=torch.int64) if levels is None else torch.tensor(levels)
+    alpha_tilde = torch.ones_like(weights) if alpha_tilde is None else torch.tensor(alpha_tilde)
+    return Schedule(tuple(keys), levels, alpha_tilde, weights, tuple(transforms))
+
+
+def weights_by_key(objective, step):
+    return dict(zip(objective.keys, objective.weights_at(step), strict=True))
+
+
+# The loss
+
+
+def two_terms(dtype=torch.float64, **options):
+    teacher, student = network(0).to(dtype), network(1).to(dtype)
+    feature = Term(Distance().to(dtype), "feature", ["2"], ["2"], weight=0.3)
+    return Objective(teacher, student, [feature, Term(distpro.build_loss("kd"), "kd", weight=2.0)], **options)
+
+
+def test_loss_is_task_plus_weighted_terms():
+    x, y = batch(torch.float64)
+    objective = two_terms()
+    student, teacher = (copy.deepcopy(t.model) for t in (objective.student, objective.teacher))
+    loss, parts = objective(x, y)
+
+    teacher.eval()
+    ours, theirs = student[:3](x), teacher[:3](x)
+    task = F.cross_entropy(student[3:](ours), y)
+    feature = (0.5 * ours - theirs).square().mean()
+    kd = kd_by_hand(student[3:](ours), teacher(x))
+    assert torch.allclose(loss, task + 0.3 * feature + 2.0 * kd, rtol=1e-12)
+    assert list(parts) == ["loss", "task", "feature", "kd"]
+    assert not any(part.requires_grad for part in parts.values())
+    for name, truth in {"loss": loss, "task": task, "feature": feature, "kd": kd}.items():
+        assert parts[name].item() == pytest.approx(truth.item(), rel=1e-6), name  # terms are kept in float32
+
+
+def test_gradients_are_those_of_the_loss_and_the_teacher_has_none():
+    x, y = batch(torch.float64)
+    objective = two_terms()
+    student, teacher = (copy.deepcopy(t.model) for t in (objective.student, objective.teacher))
+    objective(x, y)[0].backward()
+
+    teacher.eval()
+    factor = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    ours, theirs = student[:3](x), teacher[:3](x)
+    output = student[3:](ours)
+    loss = F.cross_entropy(output, y) + 0.3 * (factor * ours - theirs).square().mean()
+    (loss + 2.0 * kd_by_hand(output, teacher(x))).backward()
+    for found, truth in zip(objective.student.parameters(), student.parameters(), strict=True):
+        assert torch.allclose(found.grad, truth.grad, rtol=1e-10, atol=1e-14)
+    assert torch.allclose(objective.terms[0].loss.factor.grad, factor.grad, rtol=1e-10)
+    assert all(p.grad is None and not p.requires_grad for p in objective.teacher.parameters())
+    trained = {id(p) for p in objective.trainable_parameters()}
+    assert trained == {id(p) for p in [*objective.student.parameters(), objective.terms[0].loss.factor]}
+
+
+def test_target_and_index_reach_the_terms():
+    class Reads(nn.Module):
+        def forward(self, student, teacher, target=None, index=None):
+            return (student[torch.arange(len(target)), target] * index).sum()
+
+    x, y = batch()
+    objective = Objective(network(0), network(1), [Term(Reads(), "reads", weight=1.0)])
+    index = torch.tensor([9, 4, 7, 0, 2])
+    output = copy.deepcopy(objective.student.model)(x)
+    expected = sum(output[n, y[n]] * index[n] for n in range(len(y)))
+    assert objective(x, y, index)[1]["reads"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("task_loss", [F.cross_entropy, lambda output, y: output.square().mean()])
+def test_bfloat16_is_autocast_of_models_and_terms_with_the_task_loss_in_full(task_loss):
+    x, y = batch()
+    objective = two_terms(torch.float32, precision=torch.bfloat16, task_loss=task_loss)
+    student, teacher = (copy.deepcopy(t.model) for t in (objective.student, objective.teacher))
+    evaluation = objective.evaluate(x, y, weights=objective.weights_at(0))
+    evaluation.loss.backward()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        output = student(x)
+        kd = distpro.build_loss("kd")(output, teacher.eval()(x))
+    assert evaluation.output.dtype is output.dtype is torch.bfloat16
+    assert evaluation.loss.dtype is torch.float32
+    assert torch.equal(evaluation.task, task_loss(output.float(), y))
+    assert torch.equal(evaluation.terms[1], kd.float())
+    assert all(p.grad.dtype is torch.float32 for p in objective.trainable_parameters())
+
+
+# Modes and statistics
+
+
+@pytest.mark.parametrize("teacher_training", [False, True])
+def test_modes_of_student_and_teacher(teacher_training):
+    objective = two_terms(teacher_training=teacher_training)
+    for mode in (True, False, True):
+        assert objective.train(mode) is objective
+        assert all(m.training is mode for m in objective.student.model.modules())
+        assert all(m.training is mode for m in objective.terms.modules())
+        assert all(m.training is (mode and teacher_training) for m in objective.teacher.model.modules())
+    teacher = copy.deepcopy(objective.teacher.model)
+    x, y = batch(torch.float64)
+    objective(x, y)
+    means = [m[1].running_mean for m in (objective.teacher.model, teacher)]
+    assert torch.equal(*means) is not teacher_training
+
+
+def test_follow_keeps_the_modes():
+    objective = two_terms()
+    objective.terms[0].weight = None
+    objective.follow(schedule([[0.0]], ["feature"]), 3)
+    assert objective.student.model.training and not objective.teacher.model.training
+
+
+class Branching(nn.Sequential):
+    """Cannot be traced, so its taps are read by hooks."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() < 1e9 else -x)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Branching])
+@pytest.mark.parametrize("capture", [False, True])
+def test_batchnorm_statistics_are_updated_once_a_step(kind, capture):
+    x, y = batch()
+    student = kind(*network(1))
+    plain = copy.deepcopy(student)
+    objective = Objective(network(0), student, build_pathways(network(0), student, x, ["2", "5"], ["2", "5"]))
+    assert objective.student.traced is (kind is nn.Sequential)
+    for _ in range(2):
+        objective.evaluate(x, y, weights=objective.weights_at(0), capture=capture).loss.backward()
+        plain(x)
+    for (name, found), truth in zip(student.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(found, truth), name
+    for term in objective.terms:
+        assert {b.item() for n, b in term.named_buffers() if n.endswith("num_batches_tracked")} == {2}
+
+
+# What is not needed is not computed
+
+
+def counted(weights, dtype=torch.float32):
+    """An objective whose teacher and terms count their passes."""
+    teacher = Counting(network(0))
+    losses = [Counting(Distance()) for _ in weights]
+    terms = [Term(loss, f"t{n}", ["5"], ["inner.5"], w) for n, (loss, w) in enumerate(zip(losses, weights, strict=True))]
+    objective = Objective(teacher, network(1), terms)
+    teacher.calls = 0
+    return objective, teacher, losses
+
+
+@pytest.mark.parametrize(("weights", "calls"), [([0.0, 1.0, 0.5], [0, 1, 1]), ([0.0, 0.0, 2.0], [0, 0, 1])])
+def test_terms_of_weight_zero_are_not_computed(weights, calls):
+    objective, teacher, losses = counted(weights)
+    loss, parts = objective(*batch())
+    assert [spy.calls for spy in losses] == calls and teacher.calls == 1
+    assert [parts[f"t{n}"].item() > 0 for n in range(3)] == [bool(c) for c in calls]
+    active = sum(w * parts[f"t{n}"] for n, w in enumerate(weights))
+    assert loss.item() == pytest.approx((parts["task"] + active).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[], [0.0], [0.0, 0.0]])
+def test_the_teacher_does_not_run_without_an_active_term(weights):
+    objective, teacher, losses = counted(weights)
+    loss, parts = objective(*batch())
+    assert teacher.calls == 0 and not any(spy.calls for spy in losses)
+    assert loss == parts["task"]
+
+
+def test_an_evaluation_without_active_terms_still_has_views_for_each():
+    objective, _, _ = counted([0.0, 0.0])
+    assert objective.evaluate(*batch(), weights=[0.0, 0.0], capture=True).views == [{}, {}]
+
+
+def test_a_tap_that_needs_no_gradient_can_be_captured():
+    """A frozen part of the student, or its input."""
+    student = network(1)
+    student[0].requires_grad_(False)
+    terms = [Term(Distance(), "frozen", ["0:input"], ["0:input"], 1.0), Term(Distance(), "free", ["5"], ["5"], 1.0)]
+    evaluation = Objective(network(0), student, terms).evaluate(*batch(), weights=[1.0, 1.0], capture=True)
+    evaluation.loss.backward()
+    assert evaluation.views[0]["0:input"].grad is None
+    assert evaluation.views[1]["5"].grad is not None
+
+
+def test_terms_that_a_schedule_never_uses_are_taken_out():
+    teacher, student = network(0), network(1)
+    first, second = (Counting(Distance()) for _ in range(2))
+    objective = Objective(teacher, student, [Term(first, "a", ["2"], ["2"]), Term(second, "b", ["5"], ["5"])])
+    objective.follow(schedule([[0.0, 0.1], [0.0, 0.0]], ["a", "b"]), total_steps=2)
+    assert objective.keys == ["b"]
+    assert objective.student.names == objective.teacher.names == ["5"]
+    trained = {id(p) for p in objective.trainable_parameters()}
+    assert id(second.inner.factor) in trained and id(first.inner.factor) not in trained
+    for step in (0, 1):
+        _, parts = objective(*batch(), step=step)
+        assert list(parts) == ["loss", "task", "b"]
+    assert (first.calls, second.calls) == (0, 1)  # b has weight 0 at its second step
+
+
+# Following a schedule
+
+
+def free(keys, **options):
+    """Terms without a weight of their own."""
+    return [Term(Distance(), key, ["5"], ["5"], **options) for key in keys]
+
+
+def test_follow_by_key_interpolates_and_leaves_constants_alone():
+    terms = [*free(["a"]), Term(Distance(), "constant", ["5"], ["5"], weight=0.7), *free(["b"])]
+    objective = Objective(network(0), network(1), terms)
+    given = schedule([[0.4, 0.0], [0.2, 0.6]], ["b", "a"])  # in another order than the terms
+    objective.follow(given, total_steps=5, scale=2.0)
+    for step in range(5):
+        part = step / 4
+        expected = [2 * 0.6 * part, 0.7, 2 * (0.4 - 0.2 * part)]
+        assert objective.weights_at(step) == pytest.approx(expected, abs=1e-6)
+    assert objective.weights_at(17) == objective.weights_at(4)  # training goes on: the last weights stay
+
+
+def test_scale_may_depend_on_the_step():
+    objective = Objective(network(0), network(1), free(["a"]))
+    objective.follow(schedule([[0.5]], ["a"]), total_steps=4, scale=lambda step: 0.25 * (step + 1))
+    assert [objective.weights_at(step)[0] for step in range(4)] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+
+
+def test_the_threshold_drops_a_process_while_its_alpha_is_low():
+    objective = Objective(network(0), network(1), free(["a", "b"]))
+    alpha_tilde = [[1.0, 1.0], [0.5, 1.0], [0.6, 1.0]]  # at or below τ is dropped
+    given = schedule([[0.2, 0.3]] * 3, ["a", "b"], alpha_tilde=alpha_tilde)
+    objective.follow(given, total_steps=3, threshold=0.5)
+    assert [objective.weights_at(step)[0] for step in range(3)] == pytest.approx([0.2, 0.0, 0.2])
+    assert [objective.weights_at(step)[1] for step in range(3)] == pytest.approx([0.3] * 3)
+    objective.follow(given, total_steps=3, threshold=None)
+    assert objective.weights_at(1) == pytest.approx([0.2, 0.3])
+
+
+def test_follow_by_level_on_another_pair():
+    """Module names differ, levels and transforms agree."""
+    keys = ["layer1<-stage1@conv1x1", "layer2<-stage1@conv1x1", "layer1<-stage1@conv3x3", "layer2<-stage1@conv3x3"]
+    given = schedule(
+        [[0.1, 0.2, 0.3, 0.4]], keys, [[1, 1, 1], [2, 1, 1], [1, 1, 2], [2, 1, 2]], ["conv1x1", "conv1x1"] + ["conv3x3"] * 2
+    )
+    teacher, student = network(0), network(1)
+    space = build_pathways(teacher, student, batch()[0], ["2", "5"], ["5"], transforms=["conv3x3", "conv1x1"])
+    objective = Objective(teacher, student, space)
+    objective.follow(given, total_steps=2)
+    expected = {"2<-5@conv1x1": 0.1, "5<-5@conv1x1": 0.2, "2<-5@conv3x3": 0.3, "5<-5@conv3x3": 0.4}
+    assert weights_by_key(objective, 1) == pytest.approx(expected)
+
+
+def test_follow_with_a_mapping():
+    objective = Objective(network(0), network(1), free(["mine", "other"]))
+    given = schedule([[0.1, 0.2]], ["a", "b"])
+    with pytest.raises(UserError, match="no column for term 'mine'"):
+        objective.follow(given, total_steps=1)
+    objective.follow(given, total_steps=1, mapping={"mine": "b", "other": "a"})
+    assert objective.weights_at(0) == pytest.approx([0.2, 0.1])
+
+
+PLACES = [[1, 1, 1], [1, 2, 1], [2, 1, 1], [2, 2, 1], [1, 1, 2], [1, 2, 2], [2, 1, 2], [2, 2, 2]]
+
+
+def pooled():
+    """A schedule of 2 × 2 connections with 2 transforms."""
+    keys = [f"p{n}" for n in range(8)]
+    return schedule([[0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]], keys, PLACES, ["x"] * 4 + ["y"] * 4)
+
+
+def test_one_loss_follows_the_total():
+    """KD, and a second response loss, driven by the sum of all pathways' weights."""
+    terms = [Term(distpro.build_loss("kd"), "kd", reduction="total"), Term(distpro.build_loss("dist"), "dist", reduction="total")]
+    objective = Objective(network(0), network(1), terms)
+    objective.follow(pooled(), total_steps=1, scale=3.0)
+    assert weights_by_key(objective, 0) == pytest.approx({"kd": 3 * 0.36, "dist": 3 * 0.36})
+
+
+def test_a_loss_per_connection_follows_its_connection():
+    terms = [
+        Term(distpro.build_loss("at"), f"at{i}{j}", [s], [t], level=(i, j, 0), reduction="connection")
+        for i, t in ((1, "2"), (2, "5"))
+        for j, s in ((1, "2"), (2, "5"))
+    ]
+    objective = Objective(network(0), network(1), terms)
+    objective.follow(pooled(), total_steps=1)
+    expected = {"at11": 0.01 + 0.05, "at12": 0.02 + 0.06, "at21": 0.03 + 0.07, "at22": 0.04 + 0.08}
+    assert weights_by_key(objective, 0) == pytest.approx(expected)
+
+
+def test_the_levels_of_one_loss_follow_the_teacher_levels():
+    """ReviewKD: one module, one weight per teacher level."""
+    x, y = batch()
+    taps, shapes = ["2", "5"], [(6, 8, 8), (8, 4, 4)]
+    review = distpro.build_loss("review", student_shapes=shapes, teacher_shapes=shapes)
+    term = Term(review, "review", taps, taps, per_level=True, reduction="teacher_level")
+    objective = Objective(network(0), network(1), [term])
+    student, teacher, again = copy.deepcopy((objective.student.model, objective.teacher.model, review))
+    objective.follow(pooled(), total_steps=1)
+    loss, parts = objective(x, y)
+
+    weights = [0.01 + 0.02 + 0.05 + 0.06, 0.03 + 0.04 + 0.07 + 0.08]
+    assert weights_by_key(objective, 0) == pytest.approx({"review.1": weights[0], "review.2": weights[1]})
+    teacher.eval()
+    levels = again.levels([student[:3](x), student[:6](x)], [teacher[:3](x), teacher[:6](x)])
+    student = copy.deepcopy(student)
+    assert [parts[f"review.{i}"].item() for i in (1, 2)] == pytest.approx(levels.tolist(), rel=1e-5)
+    expected = F.cross_entropy(student(x), y) + weights[0] * levels[0] + weights[1] * levels[1]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_reductions_and_columns_of_their_own_side_by_side():
+    terms = [*free([f"p{n}" for n in range(8)]), Term(distpro.build_loss("kd"), "kd", reduction="total")]
+    objective = Objective(network(0), network(1), terms)
+    objective.follow(pooled(), total_steps=1)
+    expected = {f"p{n}": 0.01 * (n + 1) for n in range(8)} | {"kd": 0.36}
+    assert weights_by_key(objective, 0) == pytest.approx(expected)
+
+
+def test_follow_equal_shares_one_among_the_terms_without_a_weight():
+    terms = [*free(["a", "b"]), Term(Levels(), "c", ["2", "5"], ["2", "5"], per_level=True)]
+    objective = Objective(network(0), network(1), [*terms, Term(distpro.build_loss("kd"), "kd", weight=0.9)])
+    objective.follow_equal(scale=lambda step: step + 1)
+    assert objective.weights_at(1) == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.9])
+
+
+# In somebody's own loop
+
+
+def test_own_training_loop():
+    """The loop of the documentation ends where the same training written by hand ends."""
+    batches = [batch(torch.float64, n) for n in (4, 6, 4, 6)]
+    teacher, student = network(0).double(), network(1).double()
+    theirs, ours = copy.deepcopy((teacher.eval(), student))
+
+    objective = distpro.Objective(teacher, student, [Term(distpro.build_loss("kd"), "kd")], example_input=batches[0][0])
+    objective.follow(schedule([[0.8], [0.0]], ["kd"]), total_steps=len(batches))
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.1, momentum=0.9)
+    for step, (x, y) in enumerate(batches):
+        loss, parts = objective(x, y, step=step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert parts["loss"] == parts["task"]
+
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9)
+    for step, (x, y) in enumerate(batches):
+        output = ours(x)
+        loss = F.cross_entropy(output, y) + 0.8 * (1 - step / 3) * kd_by_hand(output, theirs(x))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for (name, found), truth in zip(student.state_dict().items(), ours.state_dict().values(), strict=True):
+        assert torch.allclose(found, truth, rtol=1e-6, atol=1e-8), name  # the schedule is in float32
+
+
+# Wrong use
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda t, s: Objective(None, s, free(["a"])), "terms need a teacher"),
+        (lambda t, s: Objective(t, s, free(["a", "a"])), "two terms have one key among a, a"),
+        (lambda t, s: Objective(t, s, [Term(Distance(), "a", ["layer1"], ["5"])]), "no module 'layer1' to tap"),
+        (lambda t, s: Objective(t, s, [Term(Distance(), "a", ["5"], ["5:out"])]), "did you mean 'output'"),
+        (lambda t, s: Objective(t, s, free(["a"])).follow(pooled(), 1), "no column for term 'a'"),
+        (lambda t, s: Objective(t, s, free(["p0"])).follow(pooled(), 1), "7 of 8 columns fit no term"),
+        (lambda t, s: Objective(t, s, free(["p0"])).follow(pooled(), 0), "interpolated to 0 steps"),
+        (lambda t, s: Objective(t, s, free(["a"], reduction="totl")).follow(pooled(), 1), "did you mean 'total'"),
+        (
+            lambda t, s: Objective(t, s, free(["a"])).follow(schedule([[1.0]], ["kd"]), 1, mapping={"a": "kdd"}),
+            "no column 'kdd'; did you mean 'kd'",
+        ),
+    ],
+)
+def test_wrong_use(build, message):
+    with pytest.raises(UserError, match=message):
+        build(network(0), network(1))
