@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -79,7 +80,7 @@ class Study:
         return self.folder / f"search-{seed}" / "alpha.pt"
 
     def out(self, label: str, seed: int) -> Path:
-        return self.folder / f"{label.replace(' ', '_').replace('/', '_')}-{seed}"
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', label)}-{seed}"
 
     def command(self, label: str, seed: int) -> list[str]:
         """The command that makes a row."""

@@ -1,0 +1,70 @@
+"""The study runner's table: what it says of given rows, and what it would run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("study", ROOT / "tools" / "study.py")
+study = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(study)
+
+CONTENT = """
+config: search_configs/digits.yaml
+seeds: [0, 1, 2]
+baseline: equal
+set: {threads: 1}
+search: {training.epochs: 2}
+runs:
+  equal: {retrain.weights: equal}
+  searched: {retrain.weights: searched}
+"""
+
+
+@pytest.fixture
+def example(tmp_path):
+    path = tmp_path / "example.yaml"
+    path.write_text(CONTENT)
+    return study.Study(path, tmp_path)
+
+
+def row(label, seed, accuracy):
+    facts = {"packages": {"torch": "1"}, "device": "cpu", "threads": 1, "command": f"distpro {label} seed={seed}"}
+    return {"label": label, "seed": seed, "accuracy": accuracy, "best_accuracy": accuracy + 1, "seconds": 10, **facts}
+
+
+def test_commands_hold_overrides_seed_and_schedule(example):
+    assert example.command("search", 1)[:3] == ["distpro", "search", "search_configs/digits.yaml"]
+    assert {"training.epochs=2", "threads=1", "seed=1"} <= set(example.command("search", 1))
+    assert "--schedule" not in example.command("equal", 1)
+    assert "runs/example/search-1/alpha.pt" in example.command("searched", 1)
+
+
+def test_rows_that_are_there_are_not_run_again(example):
+    assert len(example.missing()) == 9
+    example.results.write_text(json.dumps(row("equal", 1, 50.0)) + "\n")
+    assert ("equal", 1) not in example.missing()
+    assert example.missing()[0][0] == "search"
+
+
+def test_the_table_pairs_rows_by_seed(example):
+    rows = [row("equal", s, a) for s, a in enumerate((50.0, 52.0, 54.0))]
+    rows += [row("searched", s, a) for s, a in enumerate((51.0, 53.5, 54.5))]
+    example.results.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    table = example.render()
+    assert "| equal | 52.00 ± 2.00 | 3 |" in table
+    # differences 1, 1.5, 0.5: mean 1, deviation 0.5, t(2) = 4.30, so ± 4.30 · 0.5 / √3 = 1.24
+    assert "+1.00 [-0.24, +2.24]" in table
+
+
+def test_a_page_takes_the_table_in_its_place(example, tmp_path):
+    example.results.write_text(json.dumps(row("equal", 0, 50.0)) + "\n")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- study: example -->\nold\n<!-- end -->\nafter\n")
+    study.splice(page, example)
+    assert "old" not in page.read_text() and "50.00" in page.read_text()
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("<!-- end -->\nafter\n")
