@@ -20,7 +20,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0; 2 after bad input; 128 + n after signal n, checkpoint written."""
+    """Run a command. Returns the exit status: 0; 2 after bad input, or a file that cannot be read or written; 128 + n
+    after signal n, checkpoint written."""
     from distpro.console import fail
 
     try:
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return 2
     except Exception as error:
         from distpro.trainer import Interrupted
 
@@ -169,7 +173,8 @@ def _inspect(options: argparse.Namespace) -> None:
     from distpro.schedule import Schedule
 
     if Path(options.target).suffix in (".yaml", ".yml"):
-        _dry_run(read_config(options.target, options.overrides), searching=True)
+        config = read_config(options.target, options.overrides)
+        _dry_run(config, searching=config.teacher is not None)
     else:
         print(explain_schedule(Schedule.load(options.target)))
 
@@ -186,6 +191,8 @@ def _plot(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from distpro.export import export
 
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     print(export(options.folder, options.format, options.out))
 
 

@@ -19,6 +19,8 @@ from pathways.registry import UserError, nearest
 
 Spec = str | dict[str, Any]
 """A name, or {name: ..., parameters}, or {name: {parameters}}."""
+Reduction = Literal["total", "teacher_level", "student_level", "connection"]
+"""How a schedule is summed up for a term that is no pathway, see `distpro.schedule.Schedule.reduce`."""
 
 
 class Section(BaseModel):
@@ -67,7 +69,7 @@ class TermConfig(Section):
     loss: str
     key: str | None = None
     params: dict[str, Any] = {}
-    weight: float | Literal["learned", "schedule"] | dict[Literal["schedule"], str] = Field(
+    weight: float | Literal["learned", "schedule"] | dict[Literal["schedule"], Reduction] = Field(
         "learned",
         description="a number, 'learned' (by search, replayed in retrain) or {schedule: reduction}",
     )
@@ -282,19 +284,18 @@ def _explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> l
         path, value = _follow(error["loc"], content)
         key = ".".join(path) if error["type"] not in ("missing", "invalid_key") else ".".join(map(str, error["loc"]))
         expected = error["msg"].partition(" or instance of")[0].replace("dictionary", "mapping")
-        if error["type"] == "extra_forbidden":
-            allowed = _keys_of(path[:-1])
-            lines[key] = (
-                f"{where}: unknown key '{key}'{nearest(path[-1], allowed)} (allowed here: {', '.join(allowed)})"
-            )
+        named = re.findall(r"'(.*?)'", expected) if error["type"] == "literal_error" else []
+        if error["type"] == "extra_forbidden" or error["loc"][-1] == "[key]":
+            allowed = named or _keys_of(path[:-1])
+            near = nearest(path[-1], allowed)
+            lines[key] = f"{where}: unknown key '{key}'{near} (allowed here: {', '.join(allowed)})"
         elif error["type"] == "missing":
             lines[key] = f"{where}: '{key}' is missing"
         elif key in lines:
             lines[key] += f", or {expected.removeprefix('Input should be ')}"
         else:
-            near = nearest(value, re.findall(r"'(.*?)'", expected)) if error["type"] == "literal_error" else ""
-            lines[key] = f"{where}: '{key}' is {value!r}: {expected[0].lower()}{expected[1:]}{near}"
-    return list(lines.values())
+            lines[key] = f"{where}: '{key}' is {value!r}: {expected[0].lower()}{expected[1:]}{nearest(value, named)}"
+    return [line for key, line in lines.items() if not any(deeper.startswith(f"{key}.") for deeper in lines)]
 
 
 def _follow(loc: Sequence[str | int], content: Any) -> tuple[list[str], Any]:

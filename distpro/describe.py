@@ -12,8 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distpro import build
 from distpro.config import Config
+from distpro.data import DATASETS
+from distpro.data.augment import build_augment
+from distpro.hypergradient import ESTIMATORS
 from distpro.objective import Objective, entries_of
+from distpro.tasks import TASKS
+from distpro.weighting import WEIGHTINGS
 from pathways import probe_shapes
+from pathways.registry import UserError, check_parameters
 from pathways.space import parse_spec
 from pathways.taps import untouched
 
@@ -50,6 +56,9 @@ def describe(config: Config, searching: bool) -> Description:
     Raises UserError for what a run would refuse too, and if neither the config nor the name of the data set says how
     many classes there are and how large the images are.
     """
+    _check_names(config)
+    if searching and config.teacher is None:
+        raise UserError("a search needs a teacher")
     num_classes, image_shape, samples = _data_facts(config)
     pair = build.build_pair(config, num_classes, image_shape, load=False)
     objective = Objective(pair.teacher, pair.student, build.build_terms(config, pair), pair.example_input)
@@ -77,6 +86,19 @@ def describe(config: Config, searching: bool) -> Description:
     )
 
 
+def _check_names(config: Config) -> None:
+    """Look up what a description does not build. Raises UserError for a name that does not exist."""
+    DATASETS[config.data.name]
+    build_augment(config.data.augment)
+    for registry, spec, what in (
+        (TASKS, config.task, "task"),
+        (ESTIMATORS, config.search.estimator, "search.estimator"),
+        (WEIGHTINGS, config.search.weighting, "search.weighting"),
+    ):
+        name, params = parse_spec(spec, what)
+        check_parameters(f"{what} '{name}'", registry[name], params)
+
+
 def _passes(config: Config, searching: bool) -> dict[str, float]:
     """Forward passes' worth of computation per step; a backward pass counts two, a forward-mode pass three."""
     passes = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
@@ -86,7 +108,7 @@ def _passes(config: Config, searching: bool) -> dict[str, float]:
             "forward_mode": {"student": 3.0 + 3.0},
             "finite_difference": {"student": 3.0 + 2.0, "terms": 2.0},
             "unrolled": {"student": 3.0 + 6.0 * params.get("steps", 1), "terms": 6.0 * params.get("steps", 1)},
-        }[name]
+        }.get(name, {})
         for part, count in extra.items():
             passes[part] += count / config.search.every
         if config.search.repeats:

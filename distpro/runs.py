@@ -226,6 +226,8 @@ def _open_folder(out: str | Path | None, config: Config, resume: bool) -> Path |
             raise UserError("resume needs the run's folder")
         return None
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, a run needs a folder")
     written = folder / "config.yaml"
     if resume:
         for needed in (folder / "checkpoint.pt", written):

@@ -78,6 +78,10 @@ def metrics_in(text):
         ("search search.yaml teacher.checkpoint=null", ("teacher.checkpoint is missing",)),
         ("search teacher.yaml", ("a search needs a teacher",)),
         ("search search.yaml data.samples=99999", ("samples must be between 1 and", "99999")),
+        ("search search.yaml --out teacher.yaml", ("teacher.yaml: is a file, a run needs a folder",)),
+        ("search search.yaml --dry-run search.estimator=foward", ("did you mean 'forward_mode'?",)),
+        ("search search.yaml --dry-run data.augment=[flop]", ("unknown augmentation 'flop'; did you mean 'flip'?",)),
+        ("search teacher.yaml --dry-run", ("a search needs a teacher",)),
         ("retrain", ("needs a config, a schedule, or both",)),
         ("retrain search.yaml", ("retrain.weights is 'searched'", "--schedule")),
         ("retrain --schedule alfa.pt", ("alfa.pt",)),
@@ -94,6 +98,7 @@ def metrics_in(text):
         ("inspect nothing.pt", ("nothing.pt",)),
         ("plot teacher.yaml", ("teacher.yaml",)),
         ("plot search/alpha.pt --format gif", ("--format", "'gif'", "png")),
+        ("plot search/alpha.pt --out teacher.yaml", ("teacher.yaml: File exists",)),
         ("plot search/alpha.pt seed=1", ("what is 'seed=1'?",)),
         ("export search", ("no student.pt",)),
         ("list loses", ("unknown kind 'loses'; did you mean 'losses'?", "presets")),
@@ -225,6 +230,13 @@ def test_a_folder_with_a_run_is_not_written_to(here, capsys):
     assert main(["retrain", "--schedule", "search/alpha.pt", "--out", "retrain"]) == 2
     assert "retrain: holds a run already; continue it with --resume or choose another --out" in capsys.readouterr().err
     assert (here / "retrain" / "student.pt").read_bytes() == before
+
+
+def test_a_folder_of_a_run_without_checkpoint_is_said_to_have_none(here, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    for more in ([], ["--resume"]):
+        assert main(["search", "search.yaml", "--out", str(tmp_path), *more]) == 2
+        assert re.search("no checkpoint", capsys.readouterr().err)
 
 
 def test_resume_of_a_finished_run_gives_its_result_again(here):

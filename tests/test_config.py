@@ -1,10 +1,12 @@
 """What a config may say, what wins where files disagree, and how mistakes are answered."""
 
 import os
+from typing import get_args
 
 import pytest
 
-from distpro.config import Config, merge, presets, read_config
+from distpro.config import Config, Reduction, merge, presets, read_config
+from distpro.schedule import REDUCTIONS
 from pathways.registry import UserError
 
 STUDENT = "student: {model: resnet8}\n"
@@ -36,6 +38,7 @@ def message_of(source, *overrides):
         ("terms: [{loss: kd}, {loss: kd, wieght: 2}]", "'terms.1.wieght'", "'weight'", "teacher_taps"),
         ("teacher: {model: resnet8, chekpoint: a.pt}", "'teacher.chekpoint'", "'checkpoint'", "taps"),
         ("pathways: {transfroms: [conv1x1]}", "'pathways.transfroms'", "'transforms'", "distance"),
+        ("terms: [{loss: kd, weight: {shedule: total}}]", "'terms.0.weight.shedule'", "'schedule'", "schedule"),
         ("retrain: {training: {epcohs: 3}}", "'training.epcohs'", "'epochs'", "max_steps"),
     ],
 )
@@ -58,6 +61,10 @@ def test_an_unknown_key_names_file_key_nearest_and_allowed(write, text, key, mea
         ("precision: bfloat", ("'precision' is 'bfloat'", "'float32'", "did you mean 'bfloat16'?")),
         ("terms: {loss: kd}", ("'terms' is {'loss': 'kd'}", "valid list")),
         ("terms: [{loss: kd, weight: high}]", ("'terms.0.weight' is 'high'", "valid number", "'learned'", "mapping")),
+        (
+            "terms: [{loss: kd, weight: {schedule: totl}}]",
+            ("schedule' is 'totl'", "did you mean 'total'?", "connection"),
+        ),
         ("teacher: resnet56", ("'teacher' is 'resnet56'", "valid mapping")),
         ("data: {image_shape: [3, 32]}", ("'data.image_shape.2' is missing",)),
         ("data: {classes: 1.5}", ("'data.classes' is 1.5", "valid integer", "valid list")),
@@ -198,6 +205,10 @@ def test_a_mapping_is_a_config_too_and_stays_as_it_is():
 def test_values_are_yaml_and_scientific_numbers_need_no_point(text, value):
     config = read_config({"student": {"model": "m"}}, [f"student.params.x={text}"])
     assert config.student.params["x"] == value
+
+
+def test_a_term_may_follow_every_reduction_of_a_schedule():
+    assert get_args(Reduction) == REDUCTIONS
 
 
 # Stages

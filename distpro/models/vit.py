@@ -3,33 +3,23 @@
 
 from __future__ import annotations
 
-from torchvision.models import VisionTransformer
+from torch import nn
 
 from distpro.models.base import MODELS, StageTaps
 
 
 @MODELS.register("deit_tiny")
-class DeiTTiny(VisionTransformer):
+def deit_tiny(num_classes: int = 1000) -> nn.Module:
     """DeiT-Ti with 16×16 patches, without the distillation token. (N, 3, 224, 224) → (N, num_classes).
 
     `stage_taps` are the tokens (197, 192) after every third of the 12 layers; there is no ReLU, so `pre` equals `post`.
     The embedding is the class token. Initialised as torchvision does (truncated normal, head 0).
     """
+    from torchvision.models import VisionTransformer  # takes longer to import than the rest of distpro
 
-    stage_taps = StageTaps(
-        post=tuple(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8, 11)),
-        pre=tuple(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8, 11)),
-        stem="encoder.dropout",
-        embedding="heads:input",
+    model = VisionTransformer(
+        image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=num_classes
     )
-
-    def __init__(self, num_classes: int = 1000):
-        super().__init__(
-            image_size=224,
-            patch_size=16,
-            num_layers=12,
-            num_heads=3,
-            hidden_dim=192,
-            mlp_dim=768,
-            num_classes=num_classes,
-        )
+    layers = tuple(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8, 11))
+    model.stage_taps = StageTaps(post=layers, pre=layers, stem="encoder.dropout", embedding="heads:input")
+    return model
