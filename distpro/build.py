@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from distpro.config import Config, ModelConfig, TermConfig
-from distpro.data import Dataset, Loader, load_data, split
+from distpro.data import DATASETS, Dataset, Loader, build_augment, load_data, split
 from distpro.data.datasets import locate
 from distpro.hypergradient import ESTIMATORS
 from distpro.losses import LOSSES, build_loss
-from distpro.models import build_model, load_checkpoint, stage_taps
+from distpro.models import MODELS, build_model, load_checkpoint, stage_taps
 from distpro.objective import Objective, Term
 from distpro.retrainer import replay
 from distpro.schedule import Schedule
@@ -23,8 +23,8 @@ from distpro.searcher import Searcher
 from distpro.tasks import TASKS
 from distpro.trainer import LearningRate, Trainer, Weights
 from distpro.weighting import WEIGHTINGS
-from pathways import build_pathways, connect, find_stages, probe_shapes
-from pathways.registry import UserError
+from pathways import DISTANCES, TRANSFORMS, build_pathways, connect, find_stages, probe_shapes
+from pathways.registry import Registry, UserError, check_parameters
 from pathways.space import parse_spec
 from pathways.taps import LOGITS, check_taps
 
@@ -53,6 +53,27 @@ def device_of(config: Config) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: '{name}' asked for, but CUDA is not available here")
     return device
+
+
+def check_names(config: Config) -> None:
+    """Look up every name and parameter that the config says. Raises UserError before anything is loaded."""
+    DATASETS[config.data.name]
+    build_augment(config.data.augment)
+    specs: list[tuple[Registry, Any, str]] = [
+        (TASKS, config.task, "task"),
+        (ESTIMATORS, config.search.estimator, "search.estimator"),
+        (WEIGHTINGS, config.search.weighting, "search.weighting"),
+        *((LOSSES, {"name": term.loss, **term.params}, "terms") for term in config.terms),
+    ]
+    if config.pathways is not None:
+        specs.append((DISTANCES, config.pathways.distance, "pathways.distance"))
+        specs += [(TRANSFORMS, transform, "pathways.transforms") for transform in config.pathways.transforms]
+    for model in (config.student, config.teacher):
+        if model is not None and ":" not in model.model:
+            specs.append((MODELS, {"name": model.model, **model.params}, "model"))
+    for registry, spec, what in specs:
+        name, params = parse_spec(spec, what)
+        check_parameters(f"{what} '{name}'", registry[name], params)
 
 
 def build_data(config: Config) -> Dataset:
@@ -97,6 +118,12 @@ def build_network(model: ModelConfig, num_classes: int, load: bool = True) -> nn
     return network
 
 
+def place(network: nn.Module, config: Config) -> nn.Module:
+    """The network on the config's device, in its memory layout."""
+    network = network.to(device_of(config))
+    return network.to(memory_format=torch.channels_last) if config.channels_last else network
+
+
 def build_pair(config: Config, num_classes: int, image_shape: tuple[int, ...], load: bool = True) -> Pair:
     """Teacher (if any term needs one) and student, on the device, the student initialised from the seed."""
     device = device_of(config)
@@ -107,8 +134,8 @@ def build_pair(config: Config, num_classes: int, image_shape: tuple[int, ...], l
     if config.teacher is not None and needs_teacher(config):
         if load and config.teacher.checkpoint is None:
             raise UserError("teacher.checkpoint is missing: a teacher with random weights teaches nothing")
-        teacher = build_network(config.teacher, num_classes, load).to(device, memory_format=memory_format).eval()
-    student = student.to(device, memory_format=memory_format)
+        teacher = place(build_network(config.teacher, num_classes, load), config).eval()
+    student = place(student, config)
     x = torch.zeros(2, *image_shape, device=device).contiguous(memory_format=memory_format)
     return Pair(
         teacher,

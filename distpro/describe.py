@@ -12,14 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distpro import build
 from distpro.config import Config
-from distpro.data import DATASETS
-from distpro.data.augment import build_augment
-from distpro.hypergradient import ESTIMATORS
 from distpro.objective import Objective, entries_of
-from distpro.tasks import TASKS
-from distpro.weighting import WEIGHTINGS
 from pathways import probe_shapes
-from pathways.registry import UserError, check_parameters
+from pathways.registry import UserError
 from pathways.space import parse_spec
 from pathways.taps import untouched
 
@@ -56,7 +51,7 @@ def describe(config: Config, searching: bool) -> Description:
     Raises UserError for what a run would refuse too, and if neither the config nor the name of the data set says how
     many classes there are and how large the images are.
     """
-    _check_names(config)
+    build.check_names(config)
     if searching and config.teacher is None:
         raise UserError("a search needs a teacher")
     num_classes, image_shape, samples = _data_facts(config)
@@ -84,19 +79,6 @@ def describe(config: Config, searching: bool) -> Description:
         steps=steps,
         batch_size=config.training.batch_size,
     )
-
-
-def _check_names(config: Config) -> None:
-    """Look up what a description does not build. Raises UserError for a name that does not exist."""
-    DATASETS[config.data.name]
-    build_augment(config.data.augment)
-    for registry, spec, what in (
-        (TASKS, config.task, "task"),
-        (ESTIMATORS, config.search.estimator, "search.estimator"),
-        (WEIGHTINGS, config.search.weighting, "search.weighting"),
-    ):
-        name, params = parse_spec(spec, what)
-        check_parameters(f"{what} '{name}'", registry[name], params)
 
 
 def _passes(config: Config, searching: bool) -> dict[str, float]:
@@ -160,7 +142,7 @@ def _term_costs(objective: Objective, x: torch.Tensor) -> list[tuple[str, Any, i
             with FlopCounterMode(display=False) as counter:
                 objective.term_losses(student, teacher, target, torch.arange(len(x), device=x.device), only)
             rows.append(
-                (term.key, getattr(term, "level", None), _parameters(term), counter.get_total_flops() / 2 / len(x))
+                (str(term.key), getattr(term, "level", None), _parameters(term), counter.get_total_flops() / 2 / len(x))
             )
     return rows
 

@@ -11,7 +11,7 @@ All passes use batch statistics as training does, and leave buffers and the rand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +82,7 @@ class StepDerivative:
         for group in optimizer.param_groups:
             if group.get("maximize") or group.get("amsgrad"):
                 raise UserError("hypergradient: maximize and amsgrad are not supported")
-        self._factor = kinds[type(optimizer)]
+        self._factor: Callable[..., Any] = kinds[type(optimizer)]
         self._norm: Tensor | None = None
         self._first: set[Tensor] = set()
         self._moments: dict[nn.Parameter, tuple[Tensor, ...]] = {}

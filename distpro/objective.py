@@ -80,6 +80,15 @@ def entries_of(term: Any) -> list[Entry]:
     return [Entry(term.key, term.level, getattr(term, "transform_name", ""))]
 
 
+def _reduced(entry: Entry, reduction: str | None) -> Entry:
+    """The entry as it looks to a reduced schedule: with the levels that are left there, and without a transform."""
+    sides = {"teacher_level": (0,), "student_level": (1,), "connection": (0, 1)}.get(reduction or "")
+    if sides is None or entry.level is None:
+        return entry
+    i, j, _ = (level if side in sides else 0 for side, level in enumerate(entry.level))
+    return Entry(entry.key, (i, j, 0))
+
+
 @dataclass
 class Evaluation:
     """One evaluation of the objective.
@@ -209,7 +218,8 @@ class Objective(nn.Module):
         driven = self._driven()
         columns: dict[str, Tensor] = {}
         for reduction in dict.fromkeys(getattr(t, "reduction", None) for t in driven):
-            entries = [e for t in driven if getattr(t, "reduction", None) == reduction for e in entries_of(t)]
+            members = [t for t in driven if getattr(t, "reduction", None) == reduction]
+            entries = [_reduced(e, reduction) for t in members for e in entries_of(t)]
             joined = {e.key: "total" for e in entries} if reduction == "total" else mapping
             fitting = (stretched.reduce(reduction) if reduction else stretched).columns(entries, joined)
             columns |= {entry.key: fitting.weights[:, n] for n, entry in enumerate(entries)}

@@ -65,7 +65,7 @@ def search(
     the steps done are written first).
     """
     checked = _checked(config, overrides)
-    _set_up_process(checked)
+    _prepare(checked)
     folder = _open_folder(out, checked, resume)
     data = build.build_data(checked)
     trainer = build.build_search(checked, data, folder)
@@ -98,8 +98,10 @@ def retrain(
 
     Raises UserError for bad input, `distpro.trainer.Interrupted` after SIGINT or SIGTERM.
     """
+    if isinstance(schedule, (str, Path)):  # for the run's folder, so that a resumed run has the same one
+        overrides = [*overrides, f"retrain.schedule={json.dumps(str(schedule))}"]
     checked = retrain_config(config, schedule, overrides)
-    _set_up_process(checked)
+    _prepare(checked)
     learned = _schedule_of(checked, schedule)
     folder = _open_folder(out, checked, resume)
     data = build.build_data(checked)
@@ -134,21 +136,17 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Pa
         checked = read_config(path, overrides)
         if checked.teacher is None or checked.teacher.checkpoint is None:
             raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
-        checked = checked.model_copy(update={"student": checked.teacher})
         checkpoint = build.locate("checkpoint", checked.teacher.checkpoint)
+        checked = checked.model_copy(update={"student": checked.teacher})
     elif config is None:
         raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
     else:
         checked, checkpoint = read_config(config, overrides), build.locate("checkpoint", path)
-    _set_up_process(checked)
+    _prepare(checked)
     data = build.build_data(checked)
-    device = build.device_of(checked)
     model = build.build_network(checked.student, data.num_classes, load=False)
     load_checkpoint(model, checkpoint)
-    memory_format = torch.channels_last if checked.channels_last else torch.contiguous_format
-    objective = Objective(
-        None, model.to(device, memory_format=memory_format), precision=build.PRECISIONS[checked.precision]
-    )
+    objective = Objective(None, build.place(model, checked), precision=build.PRECISIONS[checked.precision])
     name, params = parse_spec(checked.task, "task")
     return test(objective, TASKS.build(name, **params), build.build_loader(checked, data, data.test, training=False))
 
@@ -185,7 +183,9 @@ def _schedule_of(config: Config, schedule: str | Path | Schedule | None) -> Sche
     return source if isinstance(source, Schedule) or source is None else Schedule.load(source)
 
 
-def _set_up_process(config: Config) -> None:
+def _prepare(config: Config) -> None:
+    """What comes before anything is loaded."""
+    build.check_names(config)
     keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -188,7 +188,8 @@ class Trainer:
 
     def _backward(self, batch: Any, capture: bool) -> Evaluation:
         self.optimizer.zero_grad(set_to_none=True)
-        evaluation = self.objective.evaluate(*batch, weights=self.weights.weights(self.step), capture=capture)
+        weights = self.weights.weights(self.step)
+        evaluation = self.objective.evaluate(batch.x, batch.y, batch.index, weights, capture)
         self._scaler.scale(evaluation.loss).backward()
         return evaluation
 

@@ -102,7 +102,7 @@ class HCL(nn.Module):
             else:  # uneven windows overlap, so their means cannot be averaged again
                 levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in sizes)]
                 loss = sum(w * _mean(level.square()) for w, level in zip(weights, levels, strict=True))
-        return loss / sum(weights)
+        return loss / sum(weights)  # type: ignore[return-value]  # sum() may give a float, of nothing
 
 
 class _PyramidSquares(torch.autograd.Function):

@@ -72,14 +72,24 @@ class Registry(Mapping[str, Callable[..., Any]]):
         return len(self._entries)
 
 
+_SCALARS: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
+
+
 def check_parameters(what: str, entry: Callable[..., Any], params: Mapping[str, Any]) -> None:
-    """Raise UserError if ``entry`` takes no parameter of one of the names in ``params``."""
+    """Raise UserError if ``entry`` takes no parameter of one of the names in ``params``, or takes a number, a truth
+    value or a word where ``params`` has something else."""
     accepted = inspect.signature(entry).parameters
     if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return
-    for name in params:
+    for name, value in params.items():
         if name not in accepted:
-            allowed = [n for n in accepted if n != "self"]
+            allowed = [n for n in accepted if n not in ("self", "student_shapes", "teacher_shapes")]
             raise UserError(
                 f"{what} has no parameter '{name}'{nearest(name, allowed)} (allowed: {', '.join(allowed) or 'none'})"
             )
+        annotation = accepted[name].annotation
+        expected = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+        if expected in _SCALARS and (
+            not isinstance(value, _SCALARS[expected]) or (isinstance(value, bool) and expected != "bool")
+        ):
+            raise UserError(f"{what}: parameter '{name}' is {value!r}, expected {expected}")
