@@ -377,7 +377,6 @@ def test_the_levels_of_one_loss_follow_the_teacher_levels():
     assert weights_by_key(objective, 0) == pytest.approx({"review.1": weights[0], "review.2": weights[1]})
     teacher.eval()
     levels = again.levels([student[:3](x), student[:6](x)], [teacher[:3](x), teacher[:6](x)])
-    student = copy.deepcopy(student)
     assert [parts[f"review.{i}"].item() for i in (1, 2)] == pytest.approx(levels.tolist(), rel=1e-5)
     expected = F.cross_entropy(student(x), y) + weights[0] * levels[0] + weights[1] * levels[1]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -429,6 +428,14 @@ def test_own_training_loop():
 
 
 # Wrong use
+
+
+def test_a_loss_that_does_not_have_the_levels_it_is_weighted_by():
+    terms = [Term(Levels(), "a", ["2", "5", "logits"], ["2", "5"], per_level=True, weight=1.0)]
+    objective = Objective(network(0), network(1), terms)
+    objective.terms[0].loss.levels = lambda student, teacher, target=None, index=None: torch.zeros(3)
+    with pytest.raises(UserError, match="term 'a' gives 3 losses for 2 teacher taps"):
+        objective(*batch())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,438 @@
+"""The search against Algorithm 1 written out by hand in float64, and what is computed, dropped and recorded."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distpro.batch import Batch
+from distpro.hypergradient import ESTIMATORS
+from distpro.losses import build_loss
+from distpro.objective import Objective, Term
+from distpro.searcher import Searcher
+from distpro.tasks import Classification
+from distpro.trainer import Trainer
+from distpro.weighting import WEIGHTINGS
+from pathways import UserError, build_pathways
+
+STEPS = 7
+SGD = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-2}
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Batches:
+    """A loader of the same few batches in every epoch."""
+
+    def __init__(self, seed: int, count: int = 5, shape=(6,), size: int = 7):
+        generator = torch.Generator().manual_seed(seed)
+        draw = (torch.randn(size, *shape, generator=generator) for _ in range(count))
+        self.batches = [Batch(x, torch.randint(4, (size,), generator=generator)) for x in draw]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch, start=0):
+        return iter(self.batches[start:])
+
+    def endless(self, start=0):
+        while True:
+            yield self.batches[start % len(self)]
+            start += 1
+
+
+class Projected(nn.Module):
+    """Mean squared difference after a linear map of the student's feature; counts its passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(8, 8), 0
+
+    def forward(self, student, teacher, target=None, index=None):
+        self.calls += 1
+        return F.mse_loss(self.linear(student), teacher)
+
+
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def objective_of_four() -> Objective:
+    """Two pathways, KD, and a term of constant weight in between."""
+    teacher, student = network(0), network(1)
+    first, second, constant = Projected(), Projected(), Projected()
+    terms = [
+        Term(first, "first", ["1"], ["3"], level=(1, 1, 0)),
+        Term(constant, "constant", ["3"], ["1"], weight=0.3),
+        Term(second, "second", ["3"], ["3"], level=(1, 2, 0)),
+        Term(build_loss("kd"), "kd"),
+    ]
+    return Objective(teacher, student, terms)
+
+
+def build(
+    estimator="forward_mode", weighting="biased_softmax", student=SGD, steps=STEPS, objective=None, params=None, **options
+) -> Trainer:
+    """A trainer whose weights are searched, in the dtype of the day."""
+    objective = objective or objective_of_four()
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), **student)
+    built = ESTIMATORS.build(estimator, objective, optimizer, **(params or {}))
+    searcher = Searcher(
+        objective, built, WEIGHTINGS.build(weighting), Batches(11).endless, total_steps=steps, **options
+    )
+    train, test = Batches(10), Batches(12, count=1)
+    return Trainer(objective, Classification(), optimizer, searcher, train, test, epochs=math.ceil(steps / 5), max_steps=steps)
+
+
+# Algorithm 1 by hand
+
+FORMULAS = {
+    "biased_softmax": lambda a: a.exp() / (a.exp().sum() + math.e),
+    "softmax": lambda a: a.exp() / a.exp().sum(),
+    "biased_l1": lambda a: a / (a.abs().sum() + 1),
+    "l1": lambda a: a / a.abs().sum(),
+    "sigmoid": lambda a: 1 / (1 + (-a).exp()),
+}
+
+
+def linear(x, weight, bias):
+    return x @ weight.T + bias
+
+
+class ByHand:
+    """Algorithm 1, lines 1-7, on `objective_of_four`, with nothing but tensors and autograd through the steps."""
+
+    def __init__(self, objective, weighting, gamma, betas, window, every, repeats, scale):
+        self.theta = [p.detach().clone() for p in objective.trainable_parameters()]
+        self.momentum = [torch.zeros_like(p) for p in self.theta]
+        self.teacher = [p.detach() for p in objective.teacher.parameters()]
+        self.weighting, self.gamma, self.betas = FORMULAS[weighting], gamma, betas
+        self.window, self.every, self.repeats, self.scale = window, every, repeats, scale
+        self.alpha = torch.ones(3)
+        self.moments = [torch.zeros(3), torch.zeros(3)]
+        self.updates = 0
+        self.rows = []
+
+    @staticmethod
+    def forward(params, x):
+        first = torch.tanh(linear(x, *params[0:2]))
+        second = torch.tanh(linear(first, *params[2:4]))
+        return first, second, linear(second, *params[4:6])
+
+    def loss(self, theta, alpha, batch):
+        first, second, logits = self.forward(theta, batch.x)
+        teacher_first, teacher_second, teacher_logits = self.forward(self.teacher, batch.x)
+        first_term = (linear(first, *theta[6:8]) - teacher_second).square().mean()
+        constant_term = (linear(second, *theta[8:10]) - teacher_first).square().mean()
+        second_term = (linear(second, *theta[10:12]) - teacher_second).square().mean()
+        p = (teacher_logits / 4).softmax(1)
+        kd = 16 * (p * (p.log() - (logits / 4).log_softmax(1))).sum(1).mean()
+        weights = self.scale * self.weighting(alpha)
+        terms = weights[0] * first_term + weights[1] * second_term + weights[2] * kd
+        return self.task(logits, batch.y) + terms + 0.3 * constant_term
+
+    @staticmethod
+    def task(logits, y):
+        return -logits.log_softmax(1)[torch.arange(len(y)), y].mean()
+
+    def step(self, theta, momentum, alpha, batch):
+        gradients = torch.autograd.grad(self.loss(theta, alpha, batch), theta, create_graph=True)
+        decayed = [g + SGD["weight_decay"] * p for g, p in zip(gradients, theta, strict=True)]
+        momentum = [SGD["momentum"] * m + g for m, g in zip(momentum, decayed, strict=True)]
+        return [p - SGD["lr"] * m for p, m in zip(theta, momentum, strict=True)], momentum
+
+    def fresh(self):
+        """θ and α̃ as the leaves of a new graph."""
+        self.theta = [p.detach().requires_grad_() for p in self.theta]
+        self.momentum = [m.detach() for m in self.momentum]
+        self.alpha = self.alpha.detach().requires_grad_()
+
+    def run(self, steps):
+        train, validation = Batches(10).endless(), Batches(11).endless()
+        for t in range(steps):
+            batch = next(train)
+            if self.every - 1 - t % self.every >= self.window or (t - self.every + self.window) % self.every == 0:
+                self.fresh()
+            before, used = (self.theta, self.momentum), self.alpha
+            self.theta, self.momentum = self.step(*before, self.alpha, batch)
+            if (t + 1) % self.every == 0:
+                held_out = next(validation)
+                loss = self.task(self.forward(self.theta, held_out.x)[2], held_out.y)
+                self.update(*torch.autograd.grad(loss, self.alpha))
+                if self.repeats:
+                    used = self.alpha
+                    self.theta, self.momentum = self.step(*before, self.alpha, batch)
+            self.rows.append((used.detach(), self.weighting(used).detach()))
+        return [torch.stack(column) for column in zip(*self.rows, strict=True)]
+
+    def update(self, gradient):
+        """One step of Adam (Kingma, Ba, 2015, Algorithm 1)."""
+        self.updates += 1
+        beta1, beta2 = self.betas
+        first, second = self.moments
+        self.moments = [beta1 * first + (1 - beta1) * gradient, beta2 * second + (1 - beta2) * gradient**2]
+        mean, square = self.moments[0] / (1 - beta1**self.updates), self.moments[1] / (1 - beta2**self.updates)
+        self.alpha = self.alpha.detach() - self.gamma * mean / (square.sqrt() + 1e-8)
+
+
+def compare(estimator, weighting="biased_softmax", params=None, window=1, every=1, repeats=False, tolerance=1e-9):
+    """Run the search and Algorithm 1 by hand; give their largest differences of α̃, w and θ."""
+    trainer = build(estimator, weighting, params=params, every=every, repeats=repeats, learning_rate=0.1, scale=2.0)
+    hand = ByHand(trainer.objective, weighting, 0.1, (0.5, 0.999), window, max(every, window), repeats, 2.0)
+    alpha_tilde, weights = hand.run(STEPS)
+    trainer.fit()
+    searcher = trainer.weights
+    theta = trainer.objective.trainable_parameters()
+    differences = [
+        (searcher.history[0] - alpha_tilde).abs().max().item(),
+        (searcher.history[1] - weights).abs().max().item(),
+        max((found - truth).abs().max().item() for found, truth in zip(theta, hand.theta, strict=True)),
+        (searcher.alpha_tilde - hand.alpha).abs().max().item(),
+    ]
+    assert (alpha_tilde[-1] - 1).abs().min() > 0.02  # every α̃ has moved: agreement is not for want of movement
+    assert max(differences) < tolerance, differences
+
+
+@pytest.mark.parametrize("estimator", ["forward_mode", "unrolled"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_search_is_algorithm_1(float64, estimator, every):
+    """α̃, w and θ after 7 steps: real step as the virtual one, exact hypergradient, Adam on α̃, λ, momentum, weight
+    decay, a term of constant weight beside the learned ones."""
+    compare(estimator, every=every)
+
+
+def test_search_by_finite_difference_approximates_algorithm_1(float64):
+    compare("finite_difference", params={"epsilon": 1e-3}, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_repeats_is_the_literal_algorithm_1(float64, every):
+    """α̃ moves first, and the step is taken again from where it began with the new weights."""
+    compare("forward_mode", repeats=True, every=every)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_every_weighting_searches(float64, weighting):
+    compare("forward_mode", weighting)
+
+
+@pytest.mark.parametrize("every", [1, 3, 5])
+def test_unrolled_over_a_window_of_three(float64, every):
+    """The gradient of L_val through the last three steps; less than a window between two updates means a window."""
+    compare("unrolled", params={"steps": 3}, window=3, every=every)
+
+
+def test_sgd_moves_alpha_against_its_gradient(float64):
+    """Two steps of γ = 10 with momentum 0.5, from the same gradient by hand."""
+    trainer = build("forward_mode", steps=2, optimizer="sgd", learning_rate=10.0, momentum=0.5)
+    hand = ByHand(trainer.objective, "biased_softmax", 10.0, (0, 0), 1, 1, False, 1.0)
+    gradients = []
+
+    def update(gradient):
+        gradients.append(gradient + 0.5 * gradients[-1] if gradients else gradient)
+        hand.alpha = hand.alpha.detach() - 10.0 * gradients[-1]
+
+    hand.update = update
+    hand.run(2)
+    trainer.fit()
+    assert (hand.alpha - 1).abs().min() > 1e-3
+    assert torch.allclose(trainer.weights.alpha_tilde, hand.alpha, rtol=1e-10)
+
+
+# What is recorded
+
+
+def convolutions(seed):
+    torch.manual_seed(seed)
+    layers = []
+    for size in (4, 6, 8):
+        layers += [nn.LazyConv2d(size, 3, stride=2, padding=1), nn.BatchNorm2d(size), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model(torch.zeros(2, 3, 16, 16))
+    return model
+
+
+def test_27_pathways_begin_at_one_28th():
+    """Initial α̃ = 1 under the biased softmax (Section 3.2), recorded before the first step."""
+    teacher, student = convolutions(0), convolutions(1)
+    taps = ["2", "5", "8"]
+    objective = Objective(teacher, student, build_pathways(teacher, student, torch.zeros(2, 3, 16, 16), taps, taps))
+    trainer = build(objective=objective, steps=2)
+    trainer.train_loader = Batches(0, shape=(3, 16, 16))
+    trainer.weights.validation = Batches(1, shape=(3, 16, 16)).endless()
+    trainer.test_loader = Batches(2, shape=(3, 16, 16), count=1)
+    trainer.fit()
+    schedule = trainer.weights.schedule(5, {})
+    assert schedule.weights.shape == (2, 27)
+    assert torch.allclose(schedule.weights[0], torch.full((27,), 1 / 28), rtol=1e-6)
+    assert torch.equal(schedule.alpha_tilde[0], torch.ones(27))
+    assert (schedule.alpha_tilde[1] != 1).all()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_weights_are_recorded_each_step_and_move_every_nth(every):
+    trainer = build(every=every)
+    drawn = []
+    validation = Batches(11).endless()
+    trainer.weights.validation = (drawn.append(n) or next(validation) for n in range(99))
+    trainer.fit()
+    alpha_tilde, weights = trainer.weights.history
+    assert trainer.weights.steps_done == STEPS and len(drawn) == STEPS // every
+    for t in range(STEPS):
+        assert torch.equal(weights[t], WEIGHTINGS.build("biased_softmax")(alpha_tilde[t]))
+        if t:
+            assert torch.equal(alpha_tilde[t], alpha_tilde[t - 1]) is (t % every != 0)
+
+
+def test_the_schedule_says_what_was_learned():
+    trainer = build(steps=6)
+    trainer.fit()
+    schedule = trainer.weights.schedule(2.5, {"data": "toy"})
+    assert schedule.keys == ("first", "second", "kd")  # not the constant one
+    assert schedule.levels.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    assert schedule.transforms == ("", "", "")
+    assert (schedule.steps_per_epoch, schedule.meta) == (2.5, {"data": "toy"})
+    assert schedule.weights.dtype == schedule.alpha_tilde.dtype == torch.float32
+    assert torch.equal(schedule.alpha_tilde, trainer.weights.history[0])
+    assert torch.equal(schedule.weights, trainer.weights.history[1])
+
+
+def test_the_schedule_of_a_search_under_way_ends_at_its_last_step():
+    trainer = build()
+    for batch in Batches(10).batches[:3]:
+        trainer.train_step(batch)
+    assert len(trainer.weights.schedule(5, {})) == 3
+
+
+def test_transforms_are_named_in_the_schedule():
+    teacher, student = convolutions(0), convolutions(1)
+    space = build_pathways(
+        teacher, student, torch.zeros(2, 3, 16, 16), ["2"], ["2", "5"], transforms=["attention", "conv1x1"]
+    )
+    trainer = build(objective=Objective(teacher, student, space))
+    trainer.weights.weights(0)
+    schedule = trainer.weights.schedule(5, {})
+    assert schedule.transforms == ("attention", "conv1x1") * 2
+    assert schedule.levels.tolist() == [[1, 1, 1], [1, 1, 2], [1, 2, 1], [1, 2, 2]]
+
+
+def test_scalars_are_the_last_recorded_row_and_the_validation_loss():
+    trainer = build()
+    trainer.train_step(Batches(10).batches[0])
+    student, held_out = copy.deepcopy(trainer.objective.student.model), Batches(11).batches[0]
+    scalars = trainer.weights.scalars()
+    assert [scalars[f"alpha_tilde/{key}"] for key in ("first", "second", "kd")] == [1, 1, 1]
+    assert scalars["alpha/kd"].item() == pytest.approx(1 / 4)
+    expected = F.cross_entropy(student(held_out.x), held_out.y)
+    assert scalars["search/validation_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# Constants, threshold, scale
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_weights_of_a_step(threshold):
+    """λ multiplies learned weights alone; a dropped term keeps its part of the softmax's denominator."""
+    searcher = build(threshold=threshold, scale=lambda step: 10.0 * (step + 1)).weights
+    values = [2.0, 0.5, 1.0]  # at τ is dropped
+    searcher.alpha_tilde.data = torch.tensor(values)
+    total = sum(math.exp(v) for v in values) + math.e
+    first, second, kd = (20.0 * math.exp(v) / total for v in values)
+    expected = [first, 0.3, second if threshold is None else 0.0, kd]
+    assert list(searcher.weights(1)) == pytest.approx(expected, rel=1e-6)
+    assert searcher.history[1, 1].tolist() == pytest.approx([math.exp(v) / total for v in values], rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["forward_mode", "finite_difference"])
+@pytest.mark.parametrize(
+    ("options", "computed"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"threshold": 0.5}, []),
+        ({"threshold": 0.5, "revive_every": 3}, [0, 3, 6]),
+        ({"threshold": 0.5, "revive_every": 2, "every": 2}, [0, 1, 4, 5]),
+    ],
+)
+def test_a_dropped_term_is_not_computed(estimator, options, computed):
+    """With α̃ held in place: the steps in which the term below the threshold is computed."""
+    trainer = build(estimator, learning_rate=0.0, **options)
+    trainer.weights.alpha_tilde.data = torch.tensor([1.0, 0.4, 1.0])
+    kept, _, dropped, _ = (term.loss for term in trainer.objective.terms)
+    ran = []
+    for step, batch in zip(range(STEPS), Batches(10).endless(), strict=False):
+        before = kept.calls, dropped.calls
+        trainer.train_step(batch)
+        assert kept.calls > before[0]
+        ran += [step] if dropped.calls > before[1] else []
+    assert ran == computed
+
+
+class Recording:
+    """An estimator that keeps what it has answered."""
+
+    def __init__(self, estimator):
+        self.estimator, self.answers = estimator, []
+
+    def __getattr__(self, name):
+        return getattr(self.estimator, name)
+
+    def __call__(self, *args):
+        self.answers.append(self.estimator(*args))
+        return self.answers[-1]
+
+
+@pytest.mark.parametrize("estimator", ["forward_mode", "finite_difference"])
+def test_a_dropped_term_has_a_signal_only_when_it_is_revived(estimator):
+    trainer = build(estimator, learning_rate=0.0, threshold=0.5, revive_every=3)
+    trainer.weights.alpha_tilde.data = torch.tensor([1.0, 0.4, 1.0])
+    recording = trainer.weights.estimator = Recording(trainer.weights.estimator)
+    trainer.fit()
+    signals = torch.stack(recording.answers) != 0
+    assert signals[:, 0].all() and signals[:, 3].all()
+    assert signals[:, 2].tolist() == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("constant", [0.0, 0.3])
+def test_a_search_survives_that_everything_is_dropped(estimator, constant):
+    """τ at the initial α̃. No learned term then moves the student, which trains as it would without them."""
+    objective = objective_of_four()
+    objective.terms[1].weight = constant
+    alone = Objective(*copy.deepcopy((objective.teacher.model, objective.student.model, [objective.terms[1]])))
+    trainer = build(estimator, objective=objective, threshold=1.0, learning_rate=0.0)
+    trainer.fit()
+    optimizer = torch.optim.SGD(alone.trainable_parameters(), **SGD)
+    for _, batch in zip(range(STEPS), Batches(10).endless(), strict=False):
+        optimizer.zero_grad()
+        alone(*batch)[0].backward()
+        optimizer.step()
+    for found, truth in zip(objective.student.parameters(), alone.student.parameters(), strict=True):
+        assert torch.allclose(found, truth, atol=1e-7)
+
+
+def test_a_search_needs_something_to_learn():
+    objective = objective_of_four()
+    objective.keep([objective.terms[1]])
+    with pytest.raises(UserError, match="no term whose weight is to be learned"):
+        build(objective=objective)
+
+
+@pytest.mark.parametrize("estimator", ["forward_mode"])
+def test_forward_mode_refuses_a_loss_of_several_weights(estimator):
+    shapes = [(8,), (8,)]
+    loss = build_loss("l2", student_shapes=shapes, teacher_shapes=shapes)
+    term = Term(loss, "l2", ["1", "3"], ["1", "3"], per_level=True)
+    trainer = build(estimator, objective=Objective(network(0), network(1), [term]))
+    with pytest.raises(UserError, match="'l2' has several weights; use finite_difference"):
+        trainer.fit()
