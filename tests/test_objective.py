@@ -218,7 +218,9 @@ def counted(weights, dtype=torch.float32):
     """An objective whose teacher and terms count their passes."""
     teacher = Counting(network(0))
     losses = [Counting(Distance()) for _ in weights]
-    terms = [Term(loss, f"t{n}", ["5"], ["inner.5"], w) for n, (loss, w) in enumerate(zip(losses, weights, strict=True))]
+    terms = [
+        Term(loss, f"t{n}", ["5"], ["inner.5"], w) for n, (loss, w) in enumerate(zip(losses, weights, strict=True))
+    ]
     objective = Objective(teacher, network(1), terms)
     teacher.calls = 0
     return objective, teacher, losses
@@ -314,7 +316,10 @@ def test_follow_by_level_on_another_pair():
     """Module names differ, levels and transforms agree."""
     keys = ["layer1<-stage1@conv1x1", "layer2<-stage1@conv1x1", "layer1<-stage1@conv3x3", "layer2<-stage1@conv3x3"]
     given = schedule(
-        [[0.1, 0.2, 0.3, 0.4]], keys, [[1, 1, 1], [2, 1, 1], [1, 1, 2], [2, 1, 2]], ["conv1x1", "conv1x1"] + ["conv3x3"] * 2
+        [[0.1, 0.2, 0.3, 0.4]],
+        keys,
+        [[1, 1, 1], [2, 1, 1], [1, 1, 2], [2, 1, 2]],
+        ["conv1x1", "conv1x1"] + ["conv3x3"] * 2,
     )
     teacher, student = network(0), network(1)
     space = build_pathways(teacher, student, batch()[0], ["2", "5"], ["5"], transforms=["conv3x3", "conv1x1"])
@@ -344,7 +349,10 @@ def pooled():
 
 def test_one_loss_follows_the_total():
     """KD, and a second response loss, driven by the sum of all pathways' weights."""
-    terms = [Term(distpro.build_loss("kd"), "kd", reduction="total"), Term(distpro.build_loss("dist"), "dist", reduction="total")]
+    terms = [
+        Term(distpro.build_loss("kd"), "kd", reduction="total"),
+        Term(distpro.build_loss("dist"), "dist", reduction="total"),
+    ]
     objective = Objective(network(0), network(1), terms)
     objective.follow(pooled(), total_steps=1, scale=3.0)
     assert weights_by_key(objective, 0) == pytest.approx({"kd": 3 * 0.36, "dist": 3 * 0.36})
