@@ -24,7 +24,6 @@ import yaml
 from torch import nn
 
 from distpro import build
-from distpro.allocator import keep_freed_memory
 from distpro.checkpoint import save_atomically, write_atomically
 from distpro.config import Config, read_config
 from distpro.data import Dataset
@@ -186,7 +185,6 @@ def _schedule_of(config: Config, schedule: str | Path | Schedule | None) -> Sche
 def _prepare(config: Config) -> None:
     """What comes before anything is loaded."""
     build.check_names(config)
-    keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distpro.allocator import keep_freed_memory
-from distpro.hypergradient import Batch, ForwardMode
+from distpro.batch import Batch
+from distpro.hypergradient import ForwardMode
 from distpro.models import build_model
 from distpro.objective import Objective
 from distpro.searcher import Searcher
@@ -202,13 +202,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--system-allocator", action="store_true", help="let the system's allocator return freed memory"
-    )
     parser.add_argument("--json", type=Path, default=Path("runs/bench_search.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    kept = False if options.system_allocator else keep_freed_memory()
 
     plain = Setup(options, None, channels_last=False)
     fast = {"float32": Setup(options, None, True), "bfloat16": Setup(options, torch.bfloat16, True)}
@@ -228,7 +224,7 @@ def main() -> None:
     naive = median["naive, float32 NCHW"]
     ratios = {}
     print(f"{len(plain.objective.terms)} pathways, {options.teacher} -> {options.student}, batch {options.batch}, {options.device}, "
-          f"{options.threads} threads, torch {torch.__version__}, {options.rounds} rounds, freed memory kept: {kept}\n")  # fmt: skip
+          f"{options.threads} threads, torch {torch.__version__}, {options.rounds} rounds\n")  # fmt: skip
     for name, value in median.items():
         print(
             f"  {1000 * value:9.1f} ms   {name}   [{1000 * min(seconds[name]):.0f} - {1000 * max(seconds[name]):.0f}]"

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source tools/environment.sh
 python -m ruff check .
 python -m ruff format --check .
-exec python -m pytest -q "$@"
+exec python -m pytest "$@"
