@@ -252,11 +252,18 @@ def build_objective(config: Config, pair: Pair) -> Objective:
 
 
 def build_optimizer(config: Config, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The config's optimiser, in its fused form."""
+    """The config's optimiser, in its fused form where there is one that serves."""
     o = config.training.optimizer
     if o.name == "sgd":
         nesterov = o.nesterov and o.momentum > 0 and o.dampening == 0
-        return torch.optim.SGD(params, o.lr, o.momentum, o.dampening, o.weight_decay, nesterov=nesterov, fused=True)
+        fused = (
+            o.dampening == 0
+        )  # dampening treats a first step apart, and a fused step cannot mix first and later ones
+        sgd = torch.optim.SGD(params, o.lr, o.momentum, o.dampening, o.weight_decay, nesterov=nesterov, fused=fused)
+        if fused and o.momentum:
+            for p in params:  # of a term that is dropped at first, the first gradient comes late
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     kind = torch.optim.AdamW if o.name == "adamw" else torch.optim.Adam
     return kind(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
 

@@ -92,6 +92,7 @@ class ByHand:
         self.moments = [torch.zeros(3), torch.zeros(3)]
         self.updates = 0
         self.rows = []
+        self.rate = lambda t: 1.0
 
     @staticmethod
     def forward(params, x):
@@ -115,11 +116,12 @@ class ByHand:
     def task(logits, y):
         return -logits.log_softmax(1)[torch.arange(len(y)), y].mean()
 
-    def step(self, theta, momentum, alpha, batch):
+    def step(self, theta, momentum, alpha, batch, t):
         gradients = torch.autograd.grad(self.loss(theta, alpha, batch), theta, create_graph=True)
         decayed = [g + SGD["weight_decay"] * p for g, p in zip(gradients, theta, strict=True)]
         momentum = [SGD["momentum"] * m + g for m, g in zip(momentum, decayed, strict=True)]
-        return [p - SGD["lr"] * m for p, m in zip(theta, momentum, strict=True)], momentum
+        rate = SGD["lr"] * self.rate(t)
+        return [p - rate * m for p, m in zip(theta, momentum, strict=True)], momentum
 
     def fresh(self):
         """θ and α̃ as the leaves of a new graph."""
@@ -134,14 +136,14 @@ class ByHand:
             if self.every - 1 - t % self.every >= self.window or (t - self.every + self.window) % self.every == 0:
                 self.fresh()
             before, used = (self.theta, self.momentum), self.alpha
-            self.theta, self.momentum = self.step(*before, self.alpha, batch)
+            self.theta, self.momentum = self.step(*before, self.alpha, batch, t)
             if (t + 1) % self.every == 0:
                 held_out = next(validation)
                 loss = self.task(self.forward(self.theta, held_out.x)[2], held_out.y)
                 self.update(*torch.autograd.grad(loss, self.alpha))
                 if self.repeats:
                     used = self.alpha
-                    self.theta, self.momentum = self.step(*before, self.alpha, batch)
+                    self.theta, self.momentum = self.step(*before, self.alpha, batch, t)
             self.rows.append((used.detach(), self.weighting(used).detach()))
         return [torch.stack(column) for column in zip(*self.rows, strict=True)]
 

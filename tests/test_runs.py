@@ -218,6 +218,27 @@ def test_the_threshold_drops_in_a_retrain(runs, monkeypatch):
     assert all(replayed.weights(step)[1] > 0 for step in range(12))
 
 
+@pytest.mark.parametrize("optimizer", [{}, {"dampening": 0.1, "nesterov": False}, {"momentum": 0.0}, {"name": "adamw"}])
+def test_a_term_that_is_dropped_at_first_may_come_later(optimizer, runs, tmp_path):
+    """Its transform gets its first gradient when the optimiser has long had all the others'."""
+    schedule = schedule_of(runs)
+    schedule.alpha_tilde[:6, 0] = 0.4
+    config = searching(runs, {"training": {"optimizer": optimizer}})
+    distpro.retrain(config, schedule=schedule, out=tmp_path)
+    objective = distpro.Objective(*pair_of(runs))
+    trained = load_safely(tmp_path / "checkpoint.pt")["terms"]
+    begun = objective.terms.state_dict()
+    assert not torch.equal(trained["0.transform.project.0.weight"], begun["0.transform.project.0.weight"])
+
+
+def test_transforms_are_initialised_from_the_seed_alone(runs):
+    """Whatever was built before them, so that a control's student begins with the same transforms."""
+    config = read_config(searching(runs))
+    pair = build.build_pair(config, 10, (3, 8, 8))
+    first, second = (build.build_terms(config, pair)[0].transform.project[0].weight for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def pair_of(runs):
     config = read_config(searching(runs))
     pair = build.build_pair(config, 10, (3, 8, 8))

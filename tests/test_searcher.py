@@ -15,7 +15,7 @@ from distpro.losses import build_loss
 from distpro.objective import Objective, Term
 from distpro.searcher import Searcher
 from distpro.tasks import Classification
-from distpro.trainer import Trainer
+from distpro.trainer import LearningRate, Trainer
 from distpro.weighting import WEIGHTINGS
 from pathways import UserError, build_pathways
 from tests.algorithm_1 import SGD, Batches, ByHand, network, objective_of_four
@@ -56,6 +56,8 @@ def compare(estimator, weighting="biased_softmax", params=None, window=1, every=
     """Run the search and Algorithm 1 by hand; give their largest differences of α̃, w and θ."""
     trainer = build(estimator, weighting, params=params, every=every, repeats=repeats, learning_rate=0.1, scale=2.0)
     hand = ByHand(trainer.objective, weighting, 0.1, (0.5, 0.999), window, max(every, window), repeats, 2.0)
+    trainer.learning_rate = LearningRate("cosine")
+    hand.rate = lambda t: (1 + math.cos(math.pi * t / STEPS)) / 2
     alpha_tilde, weights = hand.run(STEPS)
     trainer.fit()
     searcher = trainer.weights
@@ -86,6 +88,21 @@ def test_search_by_finite_difference_approximates_algorithm_1(float64):
 def test_repeats_is_the_literal_algorithm_1(float64, every):
     """α̃ moves first, and the step is taken again from where it began with the new weights."""
     compare("forward_mode", repeats=True, every=every)
+
+
+def test_a_step_that_is_taken_again_leaves_the_traces_of_one(float64):
+    """With α̃ held in place it changes nothing: BatchNorm statistics, momentum, random numbers of dropout."""
+    results = []
+    for repeats in (False, True):
+        trainer = of_convolutions(["2", "5"], repeats=repeats, learning_rate=0.0, dropout=0.3)
+        torch.manual_seed(7)
+        trainer.fit()
+        momentum = trainer.optimizer.state_dict()["state"]
+        buffers = {f"momentum {n}": state["momentum_buffer"] for n, state in momentum.items()}
+        results.append({**trainer.objective.state_dict(), **buffers, "random": torch.get_rng_state()})
+    plain, repeated = results
+    for name, value in plain.items():
+        assert torch.allclose(value, repeated[name], rtol=1e-12, atol=1e-12), name  # sums of another order
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -119,25 +136,30 @@ def test_sgd_moves_alpha_against_its_gradient(float64):
 # What is recorded
 
 
-def convolutions(seed):
+def convolutions(seed, dropout=0.0):
     torch.manual_seed(seed)
     layers = []
     for size in (4, 6, 8):
         layers += [nn.LazyConv2d(size, 3, stride=2, padding=1), nn.BatchNorm2d(size), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(8, 4))
     model(torch.zeros(2, 3, 16, 16))
     return model
 
 
+def of_convolutions(taps, dropout=0.0, **options):
+    """A search over all pathways between the taps of two convolutional networks."""
+    shape = (3, 16, 16)
+    teacher, student = convolutions(0), convolutions(1, dropout)
+    objective = Objective(teacher, student, build_pathways(teacher, student, torch.zeros(2, *shape), taps, taps))
+    trainer = build(objective=objective, **options)
+    trainer.train_loader, trainer.test_loader = Batches(0, shape=shape), Batches(2, count=1, shape=shape)
+    trainer.weights.validation = Batches(1, shape=shape).endless()
+    return trainer
+
+
 def test_27_pathways_begin_at_one_28th():
     """Initial α̃ = 1 under the biased softmax (Section 3.2), recorded before the first step."""
-    teacher, student = convolutions(0), convolutions(1)
-    taps = ["2", "5", "8"]
-    objective = Objective(teacher, student, build_pathways(teacher, student, torch.zeros(2, 3, 16, 16), taps, taps))
-    trainer = build(objective=objective, steps=2)
-    trainer.train_loader = Batches(0, shape=(3, 16, 16))
-    trainer.weights.validation = Batches(1, shape=(3, 16, 16)).endless()
-    trainer.test_loader = Batches(2, shape=(3, 16, 16), count=1)
+    trainer = of_convolutions(["2", "5", "8"], steps=2)
     trainer.fit()
     schedule = trainer.weights.schedule(5, {})
     assert schedule.weights.shape == (2, 27)
