@@ -161,11 +161,10 @@ def retrain_config(config: Source | None, schedule: str | Path | Schedule | None
     if not isinstance(stored, Mapping):
         raise UserError("this schedule holds no config: give one")
     checked = _checked(stored, overrides).for_retrain()
-    said = " ".join(overrides)
     for role in ("teacher", "student"):
         model = getattr(checked, role)
         foreign = model is not None and ":" in model.model and not model.model.startswith(("torchvision:", "timm:"))
-        if foreign and model.model not in said:
+        if foreign and f"{role}.model={model.model}" not in overrides:
             raise UserError(
                 f"the schedule's config names code of its own, {role}.model '{model.model}'. A schedule file never runs "
                 f"code by itself: if you trust it, repeat it as {role}.model={model.model}, or give a config"
