@@ -11,7 +11,18 @@ from typing import Any
 
 from pathways.registry import UserError, nearest
 
-KINDS = ("losses", "transforms", "distances", "models", "datasets", "tasks", "weightings", "estimators", "presets")
+KINDS = (
+    "losses",
+    "transforms",
+    "distances",
+    "models",
+    "datasets",
+    "tasks",
+    "weightings",
+    "processes",
+    "estimators",
+    "presets",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,8 +131,10 @@ def _finish(metrics: dict[str, float], folder: Path) -> None:
 
 def _dry_run(config: Any, searching: bool) -> None:
     from distpro.describe import as_text, describe
+    from distpro.stages import stages_of
 
-    print(as_text(describe(config, searching)))
+    for stage in stages_of(config):
+        print(*([f"stage    {stage.name}"] if stage.name else []), as_text(describe(stage.config, searching)), sep="\n")
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -174,7 +187,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     if Path(options.target).suffix in (".yaml", ".yml"):
         config = read_config(options.target, options.overrides)
-        _dry_run(config, searching=config.teacher is not None)
+        _dry_run(config, searching=config.has_teacher and not config.stages)
     else:
         print(explain_schedule(Schedule.load(options.target)))
 
@@ -202,6 +215,7 @@ def _list(options: argparse.Namespace) -> None:
     from distpro.hypergradient import ESTIMATORS
     from distpro.losses import LOSSES
     from distpro.models import MODELS
+    from distpro.process import PROCESSES
     from distpro.tasks import TASKS
     from distpro.weighting import WEIGHTINGS
     from pathways import DISTANCES, TRANSFORMS
@@ -209,7 +223,7 @@ def _list(options: argparse.Namespace) -> None:
     found: dict[str, Any] = dict(
         zip(
             KINDS,
-            (LOSSES, TRANSFORMS, DISTANCES, MODELS, DATASETS, TASKS, WEIGHTINGS, ESTIMATORS, presets()),
+            (LOSSES, TRANSFORMS, DISTANCES, MODELS, DATASETS, TASKS, WEIGHTINGS, PROCESSES, ESTIMATORS, presets()),
             strict=True,
         )
     )

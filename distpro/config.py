@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from distpro.process import parse_process, reduction_of
+from distpro.schedule import REDUCTIONS
 from pathways.registry import UserError, nearest
 
 Spec = str | dict[str, Any]
 """A name, or {name: ..., parameters}, or {name: {parameters}}."""
-Reduction = Literal["total", "teacher_level", "student_level", "connection"]
-"""How a schedule is summed up for a term that is no pathway, see `distpro.schedule.Schedule.reduce`."""
+Moving = float | dict[str, Any]
+"""A number, or a process {name: {parameters}}, see `distpro.process`."""
 
 
 class Section(BaseModel):
@@ -37,6 +39,9 @@ class DataConfig(Section):
     samples: int | None = Field(None, gt=0, description="training images kept, stratified and seeded")
     classes: int | list[str] | None = None
     augment: list[Any] = []
+    augment_epochs: int | None = Field(
+        None, gt=0, description="epochs after which the same augmentations come again; null: never"
+    )
     mean: list[float] | None = None
     std: list[float] | None = None
     workers: int = Field(0, ge=0)
@@ -45,12 +50,22 @@ class DataConfig(Section):
     image_shape: tuple[int, int, int] | None = Field(None, description="likewise, (C, H, W)")
 
 
+class InputConfig(Section):
+    """How a teacher wants its images, where that is not how the student gets them."""
+
+    mean: list[float] = Field(description="per channel, for images in 0-1")
+    std: list[float]
+    size: int | tuple[int, int] | None = Field(None, description="height and width")
+
+
 class ModelConfig(Section):
     """A model and where its features are read."""
 
     model: str
     params: dict[str, Any] = {}
     checkpoint: str | None = None
+    input: InputConfig | None = Field(None, description="of a teacher: its own normalisation and image size")
+    weight: float = Field(1.0, ge=0, description="of one of several teachers: its share in their common output")
     taps: list[str] | None = Field(None, description="default: the model's stages, before their last ReLU in a teacher")
 
 
@@ -61,6 +76,7 @@ class PathwayConfig(Section):
     transforms: list[Spec] = ["conv1x1", "conv3x3", "attention"]
     distance: Spec = "hcl"
     weight: float | None = Field(None, description="constant weight of every pathway")
+    teacher: str | None = Field(None, description="which of several teachers is read")
 
 
 class TermConfig(Section):
@@ -69,13 +85,21 @@ class TermConfig(Section):
     loss: str
     key: str | None = None
     params: dict[str, Any] = {}
-    weight: float | Literal["learned", "schedule"] | dict[Literal["schedule"], Reduction] = Field(
+    weight: float | Literal["learned", "schedule"] | dict[str, Any] = Field(
         "learned",
-        description="a number, 'learned' (by search, replayed in retrain) or {schedule: reduction}",
+        description="a number; a process such as {linear: {initial: 1, final: 0}}; 'learned' (by search, replayed in "
+        "retrain); or {schedule: reduction}",
     )
+    pretrain: bool = Field(False, description="the loss of the recipe's first stage in place of the loss")
+    teacher: str | None = Field(None, description="which of several teachers is read")
     student_taps: list[str] | None = None
     teacher_taps: list[str] | None = None
     connect: str | list[list[str]] | None = Field(None, description="one term per connection of the taps")
+
+    @field_validator("weight")
+    @classmethod
+    def _known_process(cls, weight: Any) -> Any:
+        return _check_process(weight)
 
 
 class OptimizerConfig(Section):
@@ -125,6 +149,10 @@ class SearchConfig(Section):
     momentum: float = Field(0.0, ge=0, lt=1)
     every: int = Field(1, ge=1, description="steps between two updates of α")
     validation_fraction: float = Field(0.2, gt=0, lt=1)
+    normalise: Literal["none", "loss", "gradient"] | None = Field(
+        None, description="make terms alike in size, see distpro.normalise; null: by gradient, unless all are pathways"
+    )
+    normalise_batches: int = Field(4, gt=0, description="training batches to measure the terms' size on")
     validation_batch_size: int | None = Field(None, gt=0)
     threshold: float | None = Field(None, description="τ during the search; null drops nothing")
     revive_every: int = Field(0, ge=0, description="with a threshold: compute all terms in every so many updates")
@@ -139,6 +167,12 @@ class RetrainConfig(Section):
     threshold: float | None = Field(0.5, description="τ; null drops nothing")
     mapping: dict[str, str] = {}
     training: dict[str, Any] = Field({}, description="what of `training` is different in a retrain")
+
+
+class CacheConfig(Section):
+    """The teacher's outputs, kept on disk."""
+
+    folder: str
 
 
 class TrackingConfig(Section):
@@ -162,7 +196,15 @@ class Config(Section):
     task: Spec = "classification"
     data: DataConfig = DataConfig()
     teacher: ModelConfig | None = None
+    teachers: dict[str, ModelConfig] = Field({}, description="several, in place of one")
+    combine: Literal["logits", "probabilities", "log_probabilities"] = Field(
+        "logits", description="what of several teachers is averaged to their common output"
+    )
     student: ModelConfig
+    freeze: list[str] = Field([], description="modules of the student that do not train")
+    task_weight: Moving = Field(1.0, description="of the task loss, a number or a process; 0: not computed")
+    prune: bool = Field(True, description="run only the parts of the models that a loss depends on")
+    cache: CacheConfig | None = None
     teacher_training: bool = Field(False, description="run the teacher in training mode (a fault of ReviewKD's code)")
     pathways: PathwayConfig | None = None
     terms: list[TermConfig] = []
@@ -170,6 +212,23 @@ class Config(Section):
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
     tracking: TrackingConfig = TrackingConfig()
+    stages: list[dict[str, Any]] = Field([], description="trainings one after the other, see distpro.stages")
+
+    @field_validator("task_weight")
+    @classmethod
+    def _known_process(cls, weight: Any) -> Any:
+        return _check_process(weight)
+
+    @model_validator(mode="after")
+    def _one_or_several_teachers(self) -> Config:
+        if self.teacher is not None and self.teachers:
+            raise UserError("teacher and teachers exclude each other: name all of them under teachers")
+        return self
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is any teacher."""
+        return self.teacher is not None or bool(self.teachers)
 
     def for_retrain(self, where: str = "config") -> Config:
         """The config with `retrain.training` merged into `training`."""
@@ -177,6 +236,13 @@ class Config(Section):
         merged["training"] = merge(merged["training"], merged["retrain"]["training"])
         merged["retrain"]["training"] = {}
         return check(merged, f"{where}, with retrain.training as training")
+
+
+def _check_process(value: Any) -> Any:
+    """A weight as it is. Raises UserError if it is a mapping that is no process."""
+    if isinstance(value, dict) and reduction_of(value) not in REDUCTIONS:
+        parse_process(value)
+    return value
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,10 +351,13 @@ def _explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> l
         key = ".".join(path) if error["type"] not in ("missing", "invalid_key") else ".".join(map(str, error["loc"]))
         expected = error["msg"].partition(" or instance of")[0].replace("dictionary", "mapping")
         named = re.findall(r"'(.*?)'", expected) if error["type"] == "literal_error" else []
-        if error["type"] == "extra_forbidden" or error["loc"][-1] == "[key]":
+        if error["type"] == "extra_forbidden" or error["loc"][-1:] == ("[key]",):
             allowed = named or _keys_of(path[:-1])
             near = nearest(path[-1], allowed)
             lines[key] = f"{where}: unknown key '{key}'{near} (allowed here: {', '.join(allowed)})"
+        elif error["type"] == "value_error":
+            at = f"'{key}': " if key else ""
+            lines[key] = f"{where}: {at}{error['msg'].removeprefix('Value error, ')}"
         elif error["type"] == "missing":
             lines[key] = f"{where}: '{key}' is missing"
         elif key in lines:

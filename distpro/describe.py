@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from distpro import build
 from distpro.config import Config
 from distpro.objective import Objective, entries_of
+from distpro.process import Clock
+from distpro.terms import build_terms, weight_of
 from pathways import probe_shapes
 from pathways.registry import UserError
 from pathways.space import parse_spec
@@ -21,7 +23,8 @@ from pathways.taps import untouched
 
 @dataclass(frozen=True)
 class Description:
-    """Facts of a run before it starts. Costs are multiply-accumulates of one forward pass of one image."""
+    """Facts of a run before it starts. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
+    counts only the parts of the models that a loss depends on."""
 
     teacher: str
     student: str
@@ -33,6 +36,7 @@ class Description:
     terms: list[tuple[str, Any, int, float]]
     teacher_macs: float
     student_macs: float
+    run_macs: dict[str, float]
     term_macs: float
     passes: dict[str, float]
     steps: int | None
@@ -41,7 +45,7 @@ class Description:
     @property
     def step_macs(self) -> float:
         """Multiply-accumulates of one training step."""
-        costs = {"teacher": self.teacher_macs, "student": self.student_macs, "terms": self.term_macs}
+        costs = {**self.run_macs, "terms": self.term_macs}
         return self.batch_size * sum(costs[part] * count for part, count in self.passes.items())
 
 
@@ -52,11 +56,18 @@ def describe(config: Config, searching: bool) -> Description:
     many classes there are and how large the images are.
     """
     build.check_names(config)
-    if searching and config.teacher is None:
+    if searching and not config.has_teacher:
         raise UserError("a search needs a teacher")
     num_classes, image_shape, samples = _data_facts(config)
     pair = build.build_pair(config, num_classes, image_shape, load=False)
-    objective = Objective(pair.teacher, pair.student, build.build_terms(config, pair), pair.example_input)
+    objective = Objective(
+        pair.teacher,
+        pair.student,
+        build_terms(config, pair, num_classes),
+        pair.example_input,
+        task_weight=weight_of(config.task_weight, Clock(1)),  # type: ignore[arg-type]
+        prune=config.prune,
+    )
     terms = _term_costs(objective, pair.example_input)
     steps = None
     if samples is not None:
@@ -64,7 +75,7 @@ def describe(config: Config, searching: bool) -> Description:
         steps = config.training.epochs * -(-round(samples * share) // config.training.batch_size)
         steps = min(steps, config.training.max_steps or steps)
     return Description(
-        teacher=config.teacher.model if pair.teacher is not None and config.teacher else "none",
+        teacher=teacher_name(config) if pair.teacher is not None else "none",
         student=config.student.model,
         teacher_parameters=_parameters(pair.teacher),
         student_parameters=_parameters(pair.student),
@@ -74,11 +85,20 @@ def describe(config: Config, searching: bool) -> Description:
         terms=terms,
         teacher_macs=_macs(pair.teacher, pair.example_input) if pair.teacher is not None and objective.entries else 0.0,
         student_macs=_macs(pair.student, pair.example_input),
+        run_macs={
+            "teacher": _macs(objective.teacher, pair.example_input) if objective.teacher is not None else 0.0,
+            "student": _macs(objective.student, pair.example_input),
+        },
         term_macs=sum(cost for *_, cost in terms),
         passes=_passes(config, searching),
         steps=steps,
         batch_size=config.training.batch_size,
     )
+
+
+def teacher_name(config: Config) -> str:
+    """The model of the teacher, or of all of them."""
+    return " + ".join(member.model for member in ([config.teacher] if config.teacher else config.teachers.values()))
 
 
 def _passes(config: Config, searching: bool) -> dict[str, float]:
@@ -150,9 +170,9 @@ def _term_costs(objective: Objective, x: torch.Tensor) -> list[tuple[str, Any, i
 def as_text(d: Description) -> str:
     """The description for a person."""
     lines = [
-        f"teacher  {d.teacher}: {d.teacher_parameters:,} parameters, {_million(d.teacher_macs)} MMAC an image",
+        f"teacher  {d.teacher}: {d.teacher_parameters:,} parameters, {_model_cost(d.teacher_macs, d.run_macs['teacher'])}",
         *(f"    {tap}  {_shape(shape)}" for tap, shape in d.teacher_shapes.items()),
-        f"student  {d.student}: {d.student_parameters:,} parameters, {_million(d.student_macs)} MMAC an image",
+        f"student  {d.student}: {d.student_parameters:,} parameters, {_model_cost(d.student_macs, d.run_macs['student'])}",
         *(f"    {tap}  {_shape(shape)}" for tap, shape in d.student_shapes.items()),
         f"terms    {len(d.terms)}: {d.term_parameters:,} parameters, {_million(d.term_macs)} MMAC an image",
         *(
@@ -166,6 +186,11 @@ def as_text(d: Description) -> str:
     if d.steps is not None:
         lines.append(f"run      {d.steps:,} steps = {d.steps * d.step_macs / 1e15:.3f} PMAC")
     return "\n".join(lines)
+
+
+def _model_cost(whole: float, run: float) -> str:
+    part = f" ({_million(run)} of them run)" if _million(run) != _million(whole) else ""
+    return f"{_million(whole)} MMAC an image{part}"
 
 
 def _million(macs: float) -> str:

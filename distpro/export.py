@@ -8,7 +8,9 @@ import torch
 
 from distpro import build
 from distpro.config import read_config
+from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
+from distpro.stages import stages_of
 from pathways.registry import UserError
 
 
@@ -28,7 +30,10 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     weights = folder / "student.pt"
     if not weights.is_file():
         raise UserError(f"{folder}: no student.pt; has the training ended?")
-    config = read_config(folder / "config.yaml")
+    config = stages_of(read_config(folder / "config.yaml"))[-1].config
+    through = [term.loss for term in config.terms if hasattr(LOSSES[term.loss], "predict")]
+    if through:
+        raise UserError(f"{folder}: the student answers through its term '{through[0]}', which cannot be exported yet")
     data = build.build_data(config)
     model = build.build_network(config.student, data.num_classes, load=False).eval()
     load_checkpoint(model, weights)

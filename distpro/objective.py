@@ -1,25 +1,31 @@
-"""Task loss plus weighted distillation terms, L(θ, t) = L_task(θ) + λ Σ_j w_j(t) · ℓ_j(θ), and the vector ℓ itself.
+"""Task loss plus weighted distillation terms, L(θ, t) = w_task(t) L_task(θ) + λ Σ_j w_j(t) · ℓ_j(θ), and the vector ℓ.
 
-This is the one place where teacher and student run: precision, gradients and which parts have to be computed at all
-are decided here.
+This is the one place where teacher and student run: precision, gradients, which parts have to be computed at all, and
+whether the teacher's answer is known already, are decided here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distpro.process import Clock
 from distpro.schedule import Schedule
 from pathways.registry import UserError
 from pathways.tapped import Tapped
 from pathways.taps import LOGITS
 
+if TYPE_CHECKING:
+    from distpro.cache import TeacherCache
+
 Features = Mapping[str, Tensor]
+Moving = float | Callable[[int], float]
+"""A number, or a process: step → number."""
 
 
 class Term(nn.Module):
@@ -30,12 +36,18 @@ class Term(nn.Module):
             there is one tap), gives a scalar.
         key: name of the term in schedules, logs and plots.
         student_taps, teacher_taps: what it reads; ``logits`` is the model's output.
-        weight: constant weight, or None for a weight that a schedule or a search decides (1 until one does).
+        weight: constant weight, a process ``step → weight``, or None for a weight that a schedule or a search decides
+            (1 until one does).
         level: (i, j, k) where the term belongs to one teacher and one student level, for schedules of another pair.
         per_level: weight the loss's ``levels`` separately: the term stands for L entries of the vector of losses,
             ``<key>.1`` to ``<key>.L``, one per teacher level.
         reduction: how a schedule of more terms is summed up for this one, see `Schedule.reduce`; None where it has a
             column of its own.
+        scalars: processes of other scalars of the loss, attribute → ``step → value``, for instance its temperature;
+            ``level_weights.1`` is an item of a list.
+        pretrain: compute the loss of the recipe's first stage, `DistillationLoss.pretrain`, in place of the loss.
+        rows: stored sample number → row of what the loss keeps per sample, (largest number + 1,) int64; None hands
+            the numbers on as they are.
     """
 
     def __init__(
@@ -44,10 +56,13 @@ class Term(nn.Module):
         key: str,
         student_taps: Sequence[str] = (LOGITS,),
         teacher_taps: Sequence[str] = (LOGITS,),
-        weight: float | None = None,
+        weight: Moving | None = None,
         level: tuple[int, int, int] | None = None,
         per_level: bool = False,
         reduction: str | None = None,
+        scalars: Mapping[str, Callable[[int], float]] | None = None,
+        pretrain: bool = False,
+        rows: Tensor | None = None,
     ):
         super().__init__()
         self.loss = loss
@@ -57,10 +72,29 @@ class Term(nn.Module):
         self.level = level
         self.per_level = per_level
         self.reduction = reduction
+        self.scalars = dict(scalars or {})
+        self.transform_name = ""
+        self.pretrain = pretrain
+        self.register_buffer("rows", rows, persistent=False)
+        if pretrain and getattr(loss, "pretrain_reads", "both") == "teacher":
+            self.student_taps = ()
+
+    def at(self, step: int) -> None:
+        """Give the loss's scalars the values of a training step."""
+        for path, process in self.scalars.items():
+            name, _, item = path.partition(".")
+            if item:
+                values = list(getattr(self.loss, name))
+                values[int(item)] = process(step)
+                setattr(self.loss, name, values)
+            else:
+                setattr(self.loss, name, process(step))
 
     def forward(self, student: Any, teacher: Any, target: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Scalar loss, or the losses (L,) of a ``per_level`` term."""
-        compare = self.loss.levels if self.per_level else self.loss
+        compare = self.loss.levels if self.per_level else self.loss.pretrain if self.pretrain else self.loss
+        if self.rows is not None and index is not None:
+            index = self.rows[index]  # type: ignore[index]
         return compare(student, teacher, target=target, index=index)  # type: ignore[operator]
 
 
@@ -95,9 +129,9 @@ class Evaluation:
 
     Attributes:
         loss: what to differentiate, a scalar.
-        task: task loss, detached scalar.
+        task: task loss, detached scalar; 0 where it was not computed.
         terms: the vector ℓ of unweighted term losses, (N,) float32, detached; 0 where a term was not computed.
-        output: the student's output.
+        output: the student's output; None where nothing reads it.
         teacher: the teacher's tapped tensors.
         views: per term, the tensors it read, each its own view, whose ``.grad`` is kept by the backward pass.
     """
@@ -105,7 +139,7 @@ class Evaluation:
     loss: Tensor
     task: Tensor
     terms: Tensor
-    output: Tensor
+    output: Tensor | None
     teacher: Features = field(default_factory=dict)
     views: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -127,6 +161,11 @@ class Objective(nn.Module):
         task_loss: ``task_loss(output, target) → scalar``.
         precision: dtype of autocast (``torch.bfloat16``, ``torch.float16``), or None for full precision.
         teacher_training: run the teacher in training mode, as ReviewKD's published code does by mistake.
+        task_weight: weight of the task loss, or a process. Where it is the number 0, the task loss is not computed.
+        frozen: modules of the student that do not train: no gradients, and evaluation mode.
+        prune: run only those parts of teacher and student that terms and task loss depend on.
+        cache: keeps the teacher's outputs on disk.
+        clock: the training's length; a cache has to know where epochs begin.
     """
 
     def __init__(
@@ -138,13 +177,24 @@ class Objective(nn.Module):
         task_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         precision: torch.dtype | None = None,
         teacher_training: bool = False,
+        task_weight: Moving = 1.0,
+        frozen: Sequence[nn.Module] = (),
+        prune: bool = True,
+        cache: TeacherCache | None = None,
+        clock: Clock | None = None,
     ):
         super().__init__()
         if terms and teacher is None:
             raise UserError("objective: distillation terms need a teacher")
         self.task_loss, self.precision = task_loss, precision
         self.teacher_training = teacher_training
+        self.task_weight, self.prune, self.cache, self.clock = task_weight, prune, cache, clock
+        self._frozen = tuple(frozen)
+        for module in self._frozen:
+            module.requires_grad_(False)
         self._example_input = example_input
+        self._step = 0
+        self._given = tuple(terms)
         self._weights_at: Callable[[int], Sequence[float]] = self._constant_weights
         self.student = Tapped(student, [], example_input)
         self.teacher: Tapped | None = None
@@ -159,13 +209,20 @@ class Objective(nn.Module):
         self.entries = [entry for term in terms for entry in entries_of(term)]
         if len({e.key for e in self.entries}) != len(self.entries):
             raise UserError(f"objective: two terms have one key among {', '.join(e.key for e in self.entries)}")
-        self.student = self._retap(self.student, [tap for t in terms for tap in t.student_taps])  # type: ignore[misc,union-attr]
+        ours, theirs = ([tap for t in terms for tap in getattr(t, side)] for side in ("student_taps", "teacher_taps"))
+        self.student = self._retap(self.student, ours, self.computes_task or LOGITS in ours)
         if self.teacher is not None:
-            self.teacher = self._retap(self.teacher, [tap for t in terms for tap in t.teacher_taps])  # type: ignore[misc,union-attr]
+            self.teacher = self._retap(self.teacher, theirs, LOGITS in theirs)
 
-    def _retap(self, tapped: Tapped, names: Sequence[str]) -> Tapped:
+    def _retap(self, tapped: Tapped, names: Sequence[str], output: bool) -> Tapped:
         tapped.remove()
-        return Tapped(tapped.model, [n for n in dict.fromkeys(names) if n != LOGITS], self._example_input)
+        inner = [n for n in dict.fromkeys(names) if n != LOGITS]
+        return Tapped(tapped.model, inner, self._example_input, output=output or not self.prune)
+
+    @property
+    def computes_task(self) -> bool:
+        """Whether the task loss is computed at all."""
+        return self.task_weight != 0
 
     @property
     def keys(self) -> list[str]:
@@ -177,6 +234,8 @@ class Objective(nn.Module):
         super().train(mode)
         if self.teacher is not None:
             self.teacher.train(mode and self.teacher_training)
+        for module in self._frozen:
+            module.eval()
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -186,12 +245,24 @@ class Objective(nn.Module):
 
     # Weights
 
-    def _constant_weights(self, step: int) -> list[float]:
-        weights: list[float] = []
+    def at(self, step: int) -> None:
+        """The training step that the next evaluation belongs to: moves the processes of the terms' scalars."""
+        self._step = step
         for term in self.terms:
-            constant = getattr(term, "weight", None)
-            weights += [1.0 if constant is None else float(constant)] * len(entries_of(term))  # type: ignore[arg-type]
+            if isinstance(term, Term):
+                term.at(step)
+
+    def constants_at(self, step: int) -> list[float | None]:
+        """Weight of each entry that the config or the caller has fixed, a process at its step; None for the others."""
+        weights: list[float | None] = []
+        for term in self.terms:
+            fixed: Any = getattr(term, "weight", None)
+            value = None if fixed is None else float(fixed(step) if callable(fixed) else fixed)
+            weights += [value] * len(entries_of(term))
         return weights
+
+    def _constant_weights(self, step: int) -> list[float]:
+        return [1.0 if weight is None else weight for weight in self.constants_at(step)]
 
     def follow(
         self,
@@ -204,8 +275,8 @@ class Objective(nn.Module):
         """Let a schedule drive every term that has no constant weight.
 
         The schedule is interpolated to ``total_steps``, cleared of what the threshold drops, and matched to the terms
-        by key or level (`Schedule.columns`), reduced first for terms with a ``reduction``. Terms whose weight is zero
-        at every step are taken out of the objective and cost nothing.
+        by key or level (`Schedule.columns`), reduced first for terms with a ``reduction``; its ``scales`` are factors on
+        the weights. Terms whose weight is zero at every step are taken out of the objective and cost nothing.
 
         Args:
             threshold: τ; None drops nothing.
@@ -215,6 +286,7 @@ class Objective(nn.Module):
         Raises UserError where schedule and terms do not fit.
         """
         stretched = schedule.interpolate(total_steps).drop(threshold)
+        self._set_terms(self._given)
         driven = self._driven()
         columns: dict[str, Tensor] = {}
         for reduction in dict.fromkeys(getattr(t, "reduction", None) for t in driven):
@@ -222,27 +294,31 @@ class Objective(nn.Module):
             entries = [_reduced(e, reduction) for t in members for e in entries_of(t)]
             joined = {e.key: "total" for e in entries} if reduction == "total" else mapping
             fitting = (stretched.reduce(reduction) if reduction else stretched).columns(entries, joined)
-            columns |= {entry.key: fitting.weights[:, n] for n, entry in enumerate(entries)}
+            scaled = fitting.weights * fitting.scales
+            columns |= {entry.key: scaled[:, n] for n, entry in enumerate(entries)}
         self.keep([t for t in self.terms if t not in driven or any(columns[e.key].any() for e in entries_of(t))])
         factor = scale if callable(scale) else lambda step: scale
-        constants = self._constant_weights(0)
 
         def weights_at(step: int) -> list[float]:
             row, by = min(step, total_steps - 1), factor(step)
             return [
                 by * columns[e.key][row].item() if e.key in columns else c
-                for e, c in zip(self.entries, constants, strict=True)
+                for e, c in zip(self.entries, self._constant_weights(step), strict=True)
             ]
 
         self._weights_at = weights_at
 
-    def follow_equal(self, scale: float | Callable[[int], float] = 1.0) -> None:
-        """Weight every entry without a constant weight by 1/L, L their number (control of Table 1)."""
-        driven = {e.key for t in self._driven() for e in entries_of(t)}
+    def follow_equal(
+        self, scale: float | Callable[[int], float] = 1.0, scales: Mapping[str, float] | None = None
+    ) -> None:
+        """Weight every entry without a constant weight by 1/L, L their number (control of Table 1), times its entry
+        in ``scales`` if it has one."""
+        driven = [e.key for t in self._driven() for e in entries_of(t)]
+        each = {key: (scales or {}).get(key, 1.0) / len(driven) for key in driven}
         factor = scale if callable(scale) else lambda step: scale
-        constants = self._constant_weights(0)
         self._weights_at = lambda step: [
-            factor(step) / len(driven) if e.key in driven else c for e, c in zip(self.entries, constants, strict=True)
+            factor(step) * each[e.key] if e.key in each else c
+            for e, c in zip(self.entries, self._constant_weights(step), strict=True)
         ]
 
     def keep(self, terms: Sequence[nn.Module]) -> None:
@@ -263,21 +339,40 @@ class Objective(nn.Module):
         device = next(self.student.parameters()).device.type
         return torch.autocast(device, dtype=self.precision, enabled=enabled and self.precision is not None)
 
-    def teach(self, x: Tensor) -> Features:
-        """The teacher's tapped tensors for a batch, without gradients."""
+    def teach(self, x: Tensor, index: Tensor | None = None) -> Features:
+        """The teacher's tapped tensors for a batch, without gradients: computed, or read from the cache if there is
+        one and ``index`` says which samples these are."""
         assert self.teacher is not None
+        epoch = int(self._step // self.clock.steps_per_epoch) if self.clock is not None else 0
+        known = self.cache.read(index, epoch) if self.cache is not None and index is not None else None
+        if known is not None:
+            return known
         with torch.no_grad(), self.autocast():
             output, features = self.teacher(x)
-        return {**features, LOGITS: output}
+        taught = features if output is None else {**features, LOGITS: output}
+        if self.cache is not None and index is not None:
+            self.cache.write(index, epoch, {name: taught[name] for name in self.cache.taps})
+        return taught
 
-    def study(self, x: Tensor, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's output and tapped tensors for a batch."""
+    def study(self, x: Tensor, autocast: bool = True) -> tuple[Any, dict[str, Tensor]]:
+        """The student's output (None where it is pruned) and tapped tensors for a batch."""
         with self.autocast(autocast):
             output, features = self.student(x)
-        return output, {**features, LOGITS: output}
+        return output, features if output is None else {**features, LOGITS: output}
+
+    def predict(self, x: Tensor) -> Tensor:
+        """What the student that is deployed says: its own output, or what a term's ``predict`` makes of its taps
+        (SimKD's student answers through the teacher's classifier)."""
+        term = next((t for t in self.terms if hasattr(getattr(t, "loss", None), "predict")), None)
+        with self.autocast():
+            if term is None:
+                return self.student.model(x)
+            _, features = self.student(x)
+            return term.loss.predict(_unwrap([features[tap] for tap in term.student_taps]))  # type: ignore[operator,union-attr]
 
     def task_loss_of(self, output: Tensor, target: Tensor) -> Tensor:
-        """Task loss in full precision."""
+        """Task loss in full precision, of the plain images only where each is followed by its rotations."""
+        output = output[:: max(len(output) // len(target), 1)]
         return self.task_loss(output.float() if output.dtype in (torch.bfloat16, torch.float16) else output, target)
 
     def term_losses(
@@ -304,7 +399,8 @@ class Objective(nn.Module):
                     if views is not None:
                         views.append({})
                     continue
-                read = {tap: student[tap] for tap in term.student_taps}  # type: ignore[union-attr]
+                every = 1 if target is None else _rows_per_sample(term, student or teacher, target)
+                read = {tap: _every(student[tap], every) for tap in term.student_taps}  # type: ignore[union-attr]
                 if views is not None:
                     read = {tap: f.view_as(f) for tap, f in read.items()}
                     for view in read.values():
@@ -313,7 +409,7 @@ class Objective(nn.Module):
                     views.append(read)
                 value = term(
                     _unwrap([read[tap] for tap in term.student_taps]),  # type: ignore[union-attr]
-                    _unwrap([teacher[tap] for tap in term.teacher_taps]),  # type: ignore[union-attr]
+                    _unwrap([_every(teacher[tap], every) for tap in term.teacher_taps]),  # type: ignore[union-attr]
                     target=target,
                     index=index,
                 )
@@ -346,9 +442,14 @@ class Objective(nn.Module):
         active = None if isinstance(weights, Tensor) else [w != 0 for w in weights]
         needed = bool(self.entries) and (active is None or any(active))
         if needed and teacher is None:
-            teacher = self.teach(x)
+            teacher = self.teach(x, index)
         output, features = self.study(x)
-        loss = task = self.task_loss_of(output, y)
+        task = (
+            self.task_loss_of(output, y)
+            if output is not None and self.computes_task
+            else torch.zeros((), device=x.device)
+        )
+        loss = task * self.task_weight_at(self._step)
         views: list[dict[str, Tensor]] = [] if needed else [{} for _ in self.terms]
         values = torch.zeros(len(self.entries), device=task.device)
         if needed:
@@ -364,10 +465,15 @@ class Objective(nn.Module):
                 values[chosen] = stacked.detach().float()
         return Evaluation(loss, task.detach(), values, output, teacher or {}, views)
 
+    def task_weight_at(self, step: int) -> float:
+        """Weight of the task loss at a training step."""
+        return self.task_weight(step) if callable(self.task_weight) else self.task_weight
+
     def forward(
         self, x: Tensor, y: Tensor, index: Tensor | None = None, step: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch at a training step, and its named parts: ``loss``, ``task``, and each term's unweighted loss."""
+        self.at(step)
         result = self.evaluate(x, y, index, self.weights_at(step))
         parts = {"loss": result.loss.detach(), "task": result.task, **dict(zip(self.keys, result.terms, strict=True))}
         return result.loss, parts
@@ -375,3 +481,16 @@ class Objective(nn.Module):
 
 def _unwrap(tensors: list[Tensor]) -> Tensor | list[Tensor]:
     return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _rows_per_sample(term: nn.Module, features: Features, target: Tensor) -> int:
+    """The stride at which a term reads a batch that holds each sample's rotations too: 1 if it reads them all."""
+    wanted = getattr(getattr(term, "loss", term), "views", 1)
+    given = max(len(next(iter(features.values()))) // len(target), 1)
+    if wanted not in (1, given):
+        raise UserError(f"term '{term.key}' reads {wanted} rows per sample, the batch has {given}")
+    return given // wanted
+
+
+def _every(x: Tensor, stride: int) -> Tensor:
+    return x if stride == 1 else x[::stride]

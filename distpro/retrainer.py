@@ -58,7 +58,8 @@ def replay(
 
     Args:
         how: ``searched`` (the schedule, interpolated to ``total_steps``), ``final`` (its last weights at every step),
-            ``equal`` (1/L for each of the L terms without a constant weight), ``constant`` (every term's own weight)
+            ``equal`` (1/L for each of the L terms without a constant weight, times its scale if a schedule has
+            one), ``constant`` (every term's own weight)
             or ``none`` (no term at all).
         threshold, scale, mapping: see `Objective.follow`.
 
@@ -67,7 +68,8 @@ def replay(
     if how == "none":
         objective.keep([])
     elif how == "equal":
-        objective.follow_equal(scale)
+        scales = {} if schedule is None else dict(zip(schedule.keys, schedule.scales.tolist(), strict=True))
+        objective.follow_equal(scale, scales)
     elif how in ("searched", "final"):
         if schedule is None:
             raise UserError(f"retrain.weights is '{how}', which needs a schedule: give --schedule alpha.pt")

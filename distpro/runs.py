@@ -13,8 +13,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,19 @@ import yaml
 from torch import nn
 
 from distpro import build
-from distpro.checkpoint import save_atomically, write_atomically
+from distpro.checkpoint import load_safely, save_atomically, write_atomically
 from distpro.config import Config, read_config
 from distpro.data import Dataset
+from distpro.describe import teacher_name
 from distpro.models import load_checkpoint
-from distpro.objective import Objective
+from distpro.objective import Objective, Term
 from distpro.plots import heatmap_figure, schedule_figure
 from distpro.schedule import Schedule
 from distpro.searcher import Searcher
-from distpro.tasks import TASKS
+from distpro.stages import Carry, Stage, stages_of
 from distpro.tracking import Tracker
 from distpro.trainer import Trainer, test
 from pathways.registry import UserError
-from pathways.space import parse_spec
 
 Source = str | Path | Mapping[str, Any] | Config
 
@@ -100,20 +101,71 @@ def retrain(
     if isinstance(schedule, (str, Path)):  # for the run's folder, so that a resumed run has the same one
         overrides = [*overrides, f"retrain.schedule={json.dumps(str(schedule))}"]
     checked = retrain_config(config, schedule, overrides)
-    _prepare(checked)
+    stages = stages_of(checked)
+    for stage in stages:
+        _prepare(stage.config)
     learned = _schedule_of(checked, schedule)
     folder = _open_folder(out, checked, resume)
-    data = build.build_data(checked)
-    trainer = build.build_retrain(checked, data, learned, folder)
+    if checked.stages:
+        return _retrain_stages(checked, stages, learned, folder, resume)
+    trainer = build.build_retrain(checked, build.build_data(checked), learned, folder)
     metrics = _run(trainer, checked, resume, None)
     if folder is not None:
-        save_atomically(trainer.objective.student.model.state_dict(), folder / "student.pt")
+        _save_student(trainer.objective, folder)
+    return Result(metrics, folder)
+
+
+def _save_student(objective: Objective, folder: Path, terms: bool = False) -> None:
+    """What a finished training leaves: the student, and the terms where the student needs them or ``terms`` says so."""
+    if terms or any(hasattr(getattr(term, "loss", None), "predict") for term in objective.terms):
+        save_atomically(_term_states(objective), folder / "terms.pt")
+    save_atomically(objective.student.model.state_dict(), folder / "student.pt")
+
+
+def _term_states(objective: Objective) -> dict[str, dict[str, Any]]:
+    return {term.key: term.loss.state_dict() for term in objective.terms if isinstance(term, Term)}
+
+
+def _retrain_stages(
+    config: Config, stages: Sequence[Stage], schedule: Schedule | None, folder: Path | None, resume: bool
+) -> Result:
+    """One training per stage, each in a folder of its own; a resumed run skips those that have ended."""
+    if folder is not None and not resume:
+        _record(config, folder)
+    data, carry, metrics = None, Carry(), {}
+    for n, stage in enumerate(stages):
+        inner = None if folder is None else folder / stage.name
+        taken = Carry(
+            None if stage.fresh else carry.student, carry.student if stage.previous_teaches else None, carry.terms
+        )
+        if inner is not None and resume and (inner / "result.json").is_file():
+            carry = Carry(load_safely(inner / "student.pt"), None, load_safely(inner / "terms.pt"))
+            metrics = json.loads((inner / "result.json").read_text())
+            continue
+        settings = stage.config
+        if folder is not None and stage.previous_teaches and settings.teacher is not None:
+            before = str(folder / stages[n - 1].name / "student.pt")
+            settings = settings.model_copy(
+                update={"teacher": settings.teacher.model_copy(update={"checkpoint": before})}
+            )
+        if data is None or settings.data != stages[n - 1].config.data:
+            data = build.build_data(settings)
+        going_on = inner is not None and resume and (inner / "checkpoint.pt").is_file()
+        trainer = build.build_retrain(settings, data, schedule, inner, taken)
+        metrics = _run(trainer, settings, going_on, None, ended=partial(_save_student, trainer.objective, terms=True))
+        student = {k: v.detach().clone() for k, v in trainer.objective.student.model.state_dict().items()}
+        carry = Carry(student, None, {**carry.terms, **_term_states(trainer.objective)})
+    if folder is not None:
+        last = folder / stages[-1].name
+        for name in ("terms.pt", "student.pt"):
+            save_atomically(load_safely(last / name), folder / name)
+        write_atomically(json.dumps(metrics, indent=1) + "\n", folder / "result.json")
     return Result(metrics, folder)
 
 
 def train(config: Source, out: str | Path | None = None, overrides: Sequence[str] = (), resume: bool = False) -> Result:
     """Plain training of the config's student: a teacher to be, or the baseline without one."""
-    return retrain(config, None, out, [*overrides, "retrain.weights=none"], resume)
+    return retrain(config, None, out, [*overrides, "retrain.weights=none", "stages=[]"], resume)
 
 
 def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Path | None = None) -> dict[str, float]:
@@ -129,6 +181,7 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Pa
     path = Path(target)
     if path.is_dir():
         checked, checkpoint = read_config(path / "config.yaml", overrides), path / "student.pt"
+        checked = stages_of(checked)[-1].config
         if not checkpoint.is_file():
             raise UserError(f"{path}: no student.pt; has the training ended?")
     elif path.suffix in (".yaml", ".yml"):
@@ -145,9 +198,13 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Pa
     data = build.build_data(checked)
     model = build.build_network(checked.student, data.num_classes, load=False)
     load_checkpoint(model, checkpoint)
-    objective = Objective(None, build.place(model, checked), precision=build.PRECISIONS[checked.precision])
-    name, params = parse_spec(checked.task, "task")
-    return test(objective, TASKS.build(name, **params), build.build_loader(checked, data, data.test, training=False))
+    terms = path / "terms.pt" if path.is_dir() else None
+    if terms is not None and any(hasattr(build.LOSSES[term.loss], "predict") for term in checked.terms):
+        objective = build.build_deployed(checked, data, model, load_safely(terms))
+    else:
+        objective = Objective(None, build.place(model, checked), precision=build.PRECISIONS[checked.precision])
+    task, loader = build.build_task(checked), build.build_loader(checked, data, data.test, training=False)
+    return test(objective, task, loader)
 
 
 def retrain_config(config: Source | None, schedule: str | Path | Schedule | None, overrides: Sequence[str]) -> Config:
@@ -188,15 +245,27 @@ def _prepare(config: Config) -> None:
         torch.set_num_threads(config.threads)
 
 
-def _run(trainer: Trainer, config: Config, resume: bool, searcher: Searcher | None) -> dict[str, float]:
-    """Train with tracking; everything that a finished run leaves in its folder but its weights."""
+def _record(config: Config, folder: Path) -> None:
+    """What a run needs to be repeated."""
+    write_atomically(_as_yaml(config), folder / "config.yaml")
+    write_atomically(json.dumps(environment(), indent=1) + "\n", folder / "environment.json")
+
+
+def _run(
+    trainer: Trainer,
+    config: Config,
+    resume: bool,
+    searcher: Searcher | None,
+    ended: Callable[[Path], None] = lambda folder: None,
+) -> dict[str, float]:
+    """Train with tracking; everything that a finished run leaves in its folder but its weights. ``ended`` is called
+    before the result is written, which says that the training has ended."""
     if resume:
         trainer.resume()
     if trainer.folder is None:
         return trainer.fit()
     if not resume:
-        write_atomically(_as_yaml(config), trainer.folder / "config.yaml")
-        write_atomically(json.dumps(environment(), indent=1) + "\n", trainer.folder / "environment.json")
+        _record(config, trainer.folder)
     first = trainer.step + 1 if resume else None
     with Tracker(trainer.folder, resume_step=first, tensorboard=config.tracking.tensorboard) as tracker:
         trainer.tracker = tracker
@@ -212,6 +281,7 @@ def _run(trainer: Trainer, config: Config, resume: bool, searcher: Searcher | No
             tracker.figure("alpha/processes", schedule_figure(learned), trainer.step)
             tracker.figure("alpha/heatmap", heatmap_figure(learned), trainer.step)
         tracker.hparams(_flat(config.model_dump()), metrics)
+    ended(trainer.folder)
     write_atomically(json.dumps(metrics, indent=1) + "\n", trainer.folder / "result.json")
     return metrics
 
@@ -227,7 +297,7 @@ def _open_folder(out: str | Path | None, config: Config, resume: bool) -> Path |
         raise UserError(f"{folder}: is a file, a run needs a folder")
     written = folder / "config.yaml"
     if resume:
-        for needed in (folder / "checkpoint.pt", written):
+        for needed in [written] if config.stages else [folder / "checkpoint.pt", written]:
             if not needed.is_file():
                 raise UserError(f"{folder}: no {needed.name} to resume from")
         differing = _differences(yaml.safe_load(written.read_text()), json.loads(config.model_dump_json()))
@@ -236,7 +306,9 @@ def _open_folder(out: str | Path | None, config: Config, resume: bool) -> Path |
         return folder
     if written.exists():
         way = (
-            "continue it with --resume" if (folder / "checkpoint.pt").is_file() else "remove it, it has no checkpoint,"
+            "continue it with --resume"
+            if config.stages or (folder / "checkpoint.pt").is_file()
+            else "remove it, it has no checkpoint,"
         )
         raise UserError(f"{folder}: holds a run already; {way} or choose another --out")
     return folder
@@ -298,7 +370,7 @@ def _schedule_meta(config: Config, data: Dataset, objective: Objective) -> dict[
         "weighting": json.loads(json.dumps(config.search.weighting)),
         "threshold": config.retrain.threshold,
         "lambda": config.training.distill_weight,
-        "teacher": _model_signature(config.teacher.model if config.teacher else "", objective.teacher.model),
+        "teacher": _model_signature(teacher_name(config), objective.teacher.model),
         "student": _model_signature(config.student.model, objective.student.model),
         "data": data.signature,
         "versions": facts["packages"],

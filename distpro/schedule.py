@@ -15,7 +15,7 @@ from distpro.weighting import drop
 from pathways.registry import UserError, nearest
 
 FORMAT = "distpro-schedule"
-VERSION = 1
+VERSION = 2  # 2 added scales
 REDUCTIONS = ("total", "teacher_level", "student_level", "connection")
 
 
@@ -31,6 +31,8 @@ class Schedule:
         weights: w per step, (T, N) float32.
         steps_per_epoch: of the search, so that a step can be read as an epoch.
         meta: what else the file says: weighting, threshold, config, signatures, versions, creation time.
+        scales: factor on each term's weights, (N,) float32, that made the terms alike in size during the search (see
+            `distpro.normalise`); ones where nothing was normalised.
     """
 
     keys: tuple[str, ...]
@@ -40,6 +42,7 @@ class Schedule:
     transforms: tuple[str, ...] = ()
     steps_per_epoch: float = 1.0
     meta: Mapping[str, Any] = field(default_factory=dict)
+    scales: Tensor = field(default_factory=lambda: torch.ones(0))
 
     def __post_init__(self) -> None:
         n = len(self.keys)
@@ -47,12 +50,18 @@ class Schedule:
             raise UserError("schedule: two terms have one key")
         if not self.transforms:
             object.__setattr__(self, "transforms", ("",) * n)
+        if len(self.scales) == 0:
+            object.__setattr__(self, "scales", torch.ones(n))
         for name, tensor, width in (("levels", self.levels, 3), ("weights", self.weights.T, None)):
             if tensor.dim() != 2 or len(tensor) != n or (width and tensor.shape[1] != width):
                 raise UserError(f"schedule: {name} of shape {tuple(tensor.shape)} do not fit {n} keys")
         if self.alpha_tilde.shape != self.weights.shape or len(self.weights) == 0:
             raise UserError(
                 f"schedule: alpha_tilde {tuple(self.alpha_tilde.shape)} and weights {tuple(self.weights.shape)} must be equal, (T, N) with T > 0"
+            )
+        if self.scales.shape != (n,) or not torch.isfinite(self.scales).all():
+            raise UserError(
+                f"schedule: scales of shape {tuple(self.scales.shape)} do not fit {n} keys, or are not finite"
             )
         if not torch.isfinite(self.weights).all():
             raise UserError("schedule: weights are not all finite")
@@ -73,6 +82,7 @@ class Schedule:
             "transforms": list(self.transforms),
             "alpha_tilde": self.alpha_tilde.float().contiguous(),
             "weights": self.weights.float().contiguous(),
+            "scales": self.scales.float().contiguous(),
             "steps_per_epoch": float(self.steps_per_epoch),
             "meta": dict(self.meta),
         }
@@ -94,6 +104,7 @@ class Schedule:
                 transforms=tuple(content["transforms"]),
                 alpha_tilde=content["alpha_tilde"],
                 weights=content["weights"],
+                scales=content["scales"] if version > 1 else torch.ones(len(content["keys"])),
                 steps_per_epoch=content["steps_per_epoch"],
                 meta=content["meta"],
             )
@@ -148,7 +159,8 @@ class Schedule:
     def reduce(self, how: str) -> Schedule:
         """Sum weights for a loss that wants fewer of them: ``total`` (one column), ``teacher_level``,
         ``student_level`` (one column per level, keys such as ``teacher_level.2``) or ``connection`` (one per pair of
-        levels, ``connection.2.3``). α̃ of a sum is the log of the summed exp(α̃). Raises UserError for another word."""
+        levels, ``connection.2.3``). α̃ of a sum is the log of the summed exp(α̃). The scales of the single terms mean nothing
+        to the sum's loss and are left out. Raises UserError for another word."""
         if how not in REDUCTIONS:
             raise UserError(f"unknown reduction '{how}'{nearest(how, REDUCTIONS)} (allowed: {', '.join(REDUCTIONS)})")
         sides = {"total": [], "teacher_level": [0], "student_level": [1], "connection": [0, 1]}[how]
@@ -162,6 +174,7 @@ class Schedule:
             keys=tuple(".".join([how, *map(str, group)]) for group in groups),
             levels=levels,
             transforms=("",) * len(groups),
+            scales=torch.ones(len(groups)),
             weights=torch.stack([self.weights[:, m].sum(1) for m in members], 1),
             alpha_tilde=torch.stack([self.alpha_tilde[:, m].logsumexp(1) for m in members], 1),
         )
@@ -213,6 +226,7 @@ class Schedule:
             keys=tuple(keys or (self.keys[n] for n in index)),
             transforms=tuple(self.transforms[n] for n in index),
             levels=self.levels[index],
+            scales=self.scales[index],
             weights=self.weights[:, index],
             alpha_tilde=self.alpha_tilde[:, index],
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.hypergradient import Estimator, TrainingStep
-from distpro.objective import Evaluation, Objective, entries_of
+from distpro.objective import Evaluation, Objective
 from distpro.schedule import Schedule
 from distpro.weighting import Weighting, drop
 from pathways.registry import UserError
@@ -42,6 +42,8 @@ class Searcher:
         repeats: take each step again with the weights that it has led to, as DARTS and a literal Algorithm 1 do; about
             twice the cost.
         scale: λ, or a function of the step that gives it.
+        measure: gives the factor on each entry's loss that makes the terms alike in size, (N,), see `distpro.normalise`;
+            called once, before the first step. None leaves the losses as they are.
         revive_every: with a threshold, all terms are computed again in the first of every so many updates, so that a
             dropped term has a signal and may come back; 0 never.
     """
@@ -62,9 +64,9 @@ class Searcher:
         revive_every: int = 0,
         repeats: bool = False,
         scale: float | Callable[[int], float] = 1.0,
+        measure: Callable[[], Tensor] | None = None,
     ):
-        constants = [getattr(term, "weight", None) for term in objective.terms for _ in entries_of(term)]
-        learned = [n for n, constant in enumerate(constants) if constant is None]
+        learned = [n for n, constant in enumerate(objective.constants_at(0)) if constant is None]
         if not learned:
             raise UserError("search: there is no term whose weight is to be learned")
         self.objective, self.estimator, self.weighting = objective, estimator, weighting
@@ -77,7 +79,8 @@ class Searcher:
         self.scale = scale if callable(scale) else lambda step: scale
         self.entries = [objective.entries[n] for n in learned]
         self.learned = torch.tensor(learned, device=device)
-        self.constants = torch.tensor([c or 0.0 for c in constants], device=device)
+        self._measure = measure
+        self.scales = torch.ones(len(learned), device=device)
         count = len(learned)
         self.alpha_tilde = torch.ones(count, device=device, requires_grad=True)
         if optimizer == "adam":
@@ -88,13 +91,15 @@ class Searcher:
         self.steps_done = 0
         self.validation_steps = 0
         self._current: TrainingStep | None = None
-        self._weights = self.constants
+        self._weights = self._constants(0)
 
     # What the trainer asks
 
     @torch.no_grad()
     def weights(self, step: int) -> Tensor | list[float]:
         """λ·w of every entry: a tensor, or a list whose zeros are terms that the threshold has dropped."""
+        if step == 0 and self._measure is not None:
+            self.scales = self._measure()[self.learned].to(self.scales)
         weights = self.weighting(self.alpha_tilde)
         self.history[0, step], self.history[1, step] = self.alpha_tilde, weights
         self.steps_done = step + 1
@@ -102,9 +107,15 @@ class Searcher:
         dropping = self.threshold is not None and not (self.revive_every and updates % self.revive_every == 0)
         if dropping:
             weights = drop(weights, self.alpha_tilde, self.threshold)
-        self._weights = self.constants.index_copy(0, self.learned, weights)
-        effective = self.constants.index_copy(0, self.learned, self.scale(step) * weights)
+        constants = self._constants(step)
+        self._weights = constants.index_copy(0, self.learned, weights)
+        effective = constants.index_copy(0, self.learned, self.scale(step) * self.scales * weights)
         return effective.tolist() if dropping else effective
+
+    def _constants(self, step: int) -> Tensor:
+        """Weight of each entry that is not searched, (N,), 0 for those that are."""
+        weights = [constant or 0.0 for constant in self.objective.constants_at(step)]
+        return torch.tensor(weights, device=self.learned.device)
 
     def updates_after(self, step: int) -> bool:
         """Whether α̃ moves after this step."""
@@ -117,7 +128,7 @@ class Searcher:
     def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], evaluation: Evaluation) -> None:
         """After the backward pass, before the parameters move. ``state``: random state before the forward pass."""
         theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
-        scale = torch.ones_like(self.constants).index_fill_(0, self.learned, self.scale(step))
+        scale = torch.ones_like(self._weights).index_copy_(0, self.learned, self.scale(step) * self.scales)
         self._current = TrainingStep(batch, self._weights, scale, theta, state, evaluation)
         self.estimator.before_step(self._current)
 
@@ -151,6 +162,7 @@ class Searcher:
             transforms=tuple(e.transform_name for e in entries),
             alpha_tilde=alpha_tilde,
             weights=weights,
+            scales=self.scales.cpu(),
             steps_per_epoch=steps_per_epoch,
             meta=meta,
         )
@@ -160,6 +172,7 @@ class Searcher:
         return {
             "alpha_tilde": self.alpha_tilde.detach().clone(),
             "optimizer": self.optimizer.state_dict(),
+            "scales": self.scales.clone(),
             "history": self.history[:, : self.steps_done].clone(),
             "validation_steps": self.validation_steps,
         }
@@ -168,6 +181,7 @@ class Searcher:
         """Back to a state from `state_dict`."""
         with torch.no_grad():
             self.alpha_tilde.copy_(state["alpha_tilde"])
+            self.scales.copy_(state["scales"])
             self.steps_done = state["history"].shape[1]
             self.history[:, : self.steps_done] = state["history"].to(self.history.device)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -188,6 +188,7 @@ class Trainer:
 
     def _backward(self, batch: Any, capture: bool) -> Evaluation:
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.at(self.step)
         weights = self.weights.weights(self.step)
         evaluation = self.objective.evaluate(batch.x, batch.y, batch.index, weights, capture)
         self._scaler.scale(evaluation.loss).backward()
@@ -236,16 +237,24 @@ class Trainer:
             return
         steps, images = self._counts.tolist()
         task, *terms = (self._sums / steps).tolist()
-        values: dict[str, Any] = {"train/task_loss": task, "lr": self.optimizer.param_groups[0]["lr"]}
+        values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
         values["images_per_second"] = images / (time.perf_counter() - self._since)
         values |= self.weights.scalars()
         self._record(values)
-        progress.update(self.step, loss=task, images_per_second=values["images_per_second"])
+        total = task + sum(terms)
+        progress.update(
+            self.step,
+            loss=task if self.objective.computes_task else total,
+            images_per_second=values["images_per_second"],
+        )
         self._reset_sums()
-        if not math.isfinite(task):
+        if not math.isfinite(total):
+            losses = {"task": task, **dict(zip(self.objective.keys, terms, strict=True))}
+            wrong = next(name for name, value in losses.items() if not math.isfinite(value))
             raise UserError(
-                f"training diverged: the task loss is {task} at step {self.step} (lower the learning rate?)"
+                f"training diverged: the {wrong} loss is {losses[wrong]} at step {self.step} (lower the learning rate?)"
             )
 
     def _record(self, values: dict[str, Any]) -> None:
@@ -345,14 +354,12 @@ class Trainer:
 @torch.no_grad()
 def test(objective: Objective, task: Any, loader: Any) -> dict[str, float]:
     """Mean metrics of the objective's student over a loader's epoch, in evaluation mode."""
-    model = objective.student.model
     was_training = objective.training
     objective.eval()
     sums: dict[str, Tensor] = {}
     count = 0
     for batch in loader.epoch(0):
-        with objective.autocast():
-            output = model(batch.x)
+        output = objective.predict(batch.x)
         for name, value in task.metrics(output, batch.y).items():
             sums[name] = sums.get(name, 0) + value.double()
         count += len(batch.y)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +20,41 @@ from pathways.taps import ACTIVATION_FUNCTIONS, LOGITS, Taps, check_taps, parse_
 _ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU)  # ReLU6 is a Hardtanh
 _ACTIVATION_METHODS = ("relu", "relu_")
 _INPLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+_WAIT_FOR_THE_END = ("torch.nn.parallel", "torch.distributed")  # modules that prepare the exchange of gradients then
+_NEW_MEMORY = (
+    "clone",
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.matmul,
+    torch.add,
+    torch.cat,
+)
 _MAY_RETURN_INPUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten)
 
 
 class _CannotTrace(Exception):
     pass
+
+
+class _AllRead(Exception):
+    """Every tap has been read; what is left of the forward pass is not wanted."""
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Give the modules back their present attributes afterwards, and Python its random state."""
+    attributes = {m: dict(vars(m)) for m in model.modules()}
+    random_state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(random_state)
+        for module, values in attributes.items():
+            for name in vars(module).keys() - values.keys():
+                del vars(module)[name]
+            vars(module).update(values)
 
 
 def _contexts() -> tuple[bool, ...]:
@@ -143,15 +176,18 @@ def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
         attributes = [(k, id(v)) for items in values for k, v in items if k != "training"]
         return attributes, random.getstate(), torch.get_rng_state().tolist()
 
-    attributes = {m: dict(vars(m)) for m in model.modules()}
-    random_state = random.getstate()
     try:
         parameters = inspect.signature(model.forward).parameters.values()
         if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
             raise _CannotTrace  # an argument that forward may ask for
         device = next((p.device.type for p in model.parameters()), "cpu")
         # The graphs of both modes have to agree, so autocast in one of them shows who switches it on or off.
-        with untouched(model), torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=training):
+        with (
+            _restored(model),
+            untouched(model),
+            torch.enable_grad(),
+            torch.autocast(device, torch.bfloat16, enabled=training),
+        ):
             model.train(training)
             before = state()
             tracer = _Tracer()
@@ -160,26 +196,134 @@ def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
                 raise _CannotTrace
     except Exception as error:  # whatever a forward does that symbolic values cannot follow
         raise _CannotTrace from error
-    finally:
-        random.setstate(random_state)
-        for module, values in attributes.items():
-            for name in vars(module).keys() - values.keys():
-                del vars(module)[name]
-            vars(module).update(values)
     return tracer, graph
 
 
-def _trace(model: nn.Module, names: Sequence[str], training: bool) -> tuple[str, Any]:
-    """Source text and function ``f(model, x) → (output, {tap: tensor})`` of the model's traced graph."""
+def _with_inputs(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and everything that they are computed from."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def _storages(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, fx.Node | str]:
+    """The node or buffer in whose memory each node may lie. Nodes of different storages share none."""
+    storages: dict[fx.Node, fx.Node | str] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            shares = _writes_in_place(node, modules) or isinstance(modules[str(node.target)], _MAY_RETURN_INPUT)
+        else:
+            shares = node.op in ("call_function", "call_method") and node.target not in _NEW_MEMORY
+        if node.op == "get_attr":
+            storages[node] = str(node.target)
+        else:
+            storages[node] = storages[node.all_input_nodes[0]] if shares and node.all_input_nodes else node
+    return storages
+
+
+def _prune(graph: fx.Graph, unused: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> None:
+    """Take out what the graph's output does not depend on.
+
+    Kept besides are writes in place to what is read later on, and those of ``unused`` (nodes that are there for their
+    effect, such as ``torch._assert`` and ``Tensor.register_hook``) that need no module to run for them alone.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    storages = _storages(graph, modules)
+    writers = [n for n in graph.nodes if n.all_input_nodes and _writes_in_place(n, modules)]
+    if any(isinstance(storages[n], str) for n in writers) or any("out" in n.kwargs for n in graph.nodes):
+        raise _CannotTrace  # a buffer is updated, which nothing needs to read, or it is unknown what is written to
+    needed = _with_inputs(n for n in graph.nodes if n.op == "output")
+    while True:
+        last_read = {storages[i]: order[n] for n in sorted(needed, key=order.__getitem__) for i in n.all_input_nodes}
+        more = [n for n in writers if order[n] < last_read.get(storages[n], -1)]
+        more += [n for n in unused if all(i.op != "call_module" for i in _with_inputs([n]) - needed)]
+        if needed.issuperset(more):
+            break
+        needed |= _with_inputs(more)
+    for node in reversed(list(graph.nodes)):
+        if node not in needed and node.op != "placeholder":
+            graph.erase_node(node)
+
+
+def _trace(model: nn.Module, names: Sequence[str], training: bool, output: bool) -> tuple[str, Any, list[str]]:
+    """The model's traced graph: its source text, its function ``f(model, x) → (output, {tap: tensor})``, and the
+    modules that it calls. Without ``output`` it gives None for that and is pruned."""
     tracer, graph = _trace_graph(model, training)
     modules = dict(model.named_modules())
     nodes = _traced_nodes(tracer, graph, names, modules)
+    unused = [n for n in graph.nodes if not n.users and n.op in ("call_function", "call_method")]
     _protect(graph, nodes.values(), modules)
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    output.args = ((output.args[0], nodes),)
+    (end,) = (n for n in graph.nodes if n.op == "output")
+    end.args = ((end.args[0] if output else None, nodes),)
+    if not output:
+        _prune(graph, unused, modules)
     graph.lint()
     graph_module = fx.GraphModule(model, graph)
-    return graph_module.code, type(graph_module).forward
+    called = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module")
+    return graph_module.code, type(graph_module).forward, list(called)
+
+
+class _Reads:
+    """Counts how often each tap is read, and can end a forward pass once all of them have been."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.counts: Counter[str] = Counter()
+        self._model, self._names = model, names
+        self._ending = False
+        modules = dict(model.named_modules())
+        self._handles = []
+        for name in names:
+            module, point = parse_tap(name)
+            target = model if name == LOGITS and LOGITS not in modules else modules[module]
+            register: Any = target.register_forward_pre_hook if point == "input" else target.register_forward_hook
+            self._handles.append(register(partial(self._count, name)))
+
+    def _count(self, name: str, *_: Any) -> None:
+        self.counts[name] += 1
+        if self._ending and len(self.counts) == len(self._names):
+            raise _AllRead
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """A forward pass that ends with the last tap."""
+        self.counts.clear()
+        self._ending = True  # only here: activation checkpointing runs hooks in the backward pass too
+        try:
+            self._model(*args, **kwargs)
+        except _AllRead:
+            pass
+        finally:
+            self._ending = False
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _may_end(model: nn.Module, names: Sequence[str], example_input: Any) -> bool:
+    """Whether a forward pass can be left as soon as every tap has been read: each is read once, in training and
+    evaluation mode, and no module has work to do when its submodules have run."""
+    for module in model.modules():
+        hooks = module._forward_hooks.keys() - module._forward_hooks_always_called.keys()
+        if hooks or "forward" in vars(module) or type(module).__module__.startswith(_WAIT_FOR_THE_END):
+            return False
+    reads = _Reads(model, names)
+    try:
+        with _restored(model), untouched(model):
+            for training in (True, False):
+                reads.counts.clear()
+                model.train(training)(example_input)
+                if reads.counts != dict.fromkeys(names, 1):
+                    return False
+    except Exception:  # a model that one batch does not fit, in one of the modes
+        return False
+    finally:
+        reads.remove()
+    return True
 
 
 class Tapped(nn.Module):
@@ -189,27 +333,47 @@ class Tapped(nn.Module):
     way in training and evaluation mode, the traced code runs (`traced` is True) and reads the parameters of `model`;
     otherwise hooks registered here do the reading until `remove` is called.
 
+    Without ``output``, ``tapped(x) → (None, {tap: tensor})`` and only what the taps depend on runs. Modules that do
+    not run update no buffers, draw no random numbers (so that what is drawn later differs) and get no gradients. A
+    model that cannot be traced runs up to its last tap, or to its end where that could change a tap: without an
+    example, where the example reads a tap more than once, and in models that wait for a pass to end (DDP, hooks).
+
     Args:
         model: any module.
         names: taps, see this file's head. May be empty.
         example_input: if given, traced and plain output are compared on it once, and hooks take over if they differ.
+        output: whether the model's output is wanted. `logits` among the taps is always given.
+
+    Attributes:
+        modules_run: leaf modules that a forward pass runs, in order; None where hooks read the taps.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], example_input: Tensor | None = None):
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], example_input: Tensor | None = None, output: bool = True
+    ):
         super().__init__()
         check_taps(model, names, type(model).__name__)
         self.model = model
         self.names = list(dict.fromkeys(names))
+        self.output = output
+        self.modules_run: list[str] | None = None
         self._taps: Taps | None = None
+        self._reads: _Reads | None = None
         self._function: Any = None
+        if not (output or self.names):
+            self.modules_run = []
+            return
         try:
-            (code, function), (code_eval, _) = _trace(model, self.names, True), _trace(model, self.names, False)
+            code, function, called = _trace(model, self.names, True, output)
+            code_eval, _, _ = _trace(model, self.names, False, output)
             if code == code_eval and (example_input is None or self._agrees(function, example_input)):
-                self._function = function
+                self._function, self.modules_run = function, called
         except _CannotTrace:
             pass
         if self._function is None:
+            may_end = not output and example_input is not None and _may_end(model, self.names, example_input)
             self._taps = Taps(model, self.names)
+            self._reads = _Reads(model, self.names) if may_end else None  # its hooks run after those of the taps
 
     @property
     def traced(self) -> bool:
@@ -225,23 +389,23 @@ class Tapped(nn.Module):
                 output, features = function(self.model, example_input)
             except Exception:  # traced code that cannot run is no better than none
                 return False
-            return (
-                isinstance(plain, Tensor)
-                and torch.equal(plain, output)
-                and all(isinstance(features[n], Tensor) and torch.equal(taps[n], features[n]) for n in self.names)
+            return (not self.output or (isinstance(plain, Tensor) and torch.equal(plain, output))) and all(
+                isinstance(features[n], Tensor) and torch.equal(taps[n], features[n]) for n in self.names
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         if self._function is not None:
             return self._function(self.model, *args, **kwargs)
-        assert self._taps is not None
+        if self._taps is None:
+            return None, {}
         try:
-            output = self.model(*args, **kwargs)
-            return output, {name: self._taps[name] for name in self.names}
+            output = (self._reads.run if self._reads else self.model)(*args, **kwargs)
+            return output if self.output else None, {name: self._taps[name] for name in self.names}
         finally:
             self._taps.clear()  # the caller owns the tensors; the model must not keep a step's graph alive
 
     def remove(self) -> None:
         """Take the hooks off the model, if there are any."""
-        if self._taps is not None:
-            self._taps.remove()
+        for hooks in (self._taps, self._reads):
+            if hooks is not None:
+                hooks.remove()

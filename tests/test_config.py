@@ -1,11 +1,10 @@
 """What a config may say, what wins where files disagree, and how mistakes are answered."""
 
 import os
-from typing import get_args
 
 import pytest
 
-from distpro.config import Config, Reduction, merge, presets, read_config
+from distpro.config import Config, merge, presets, read_config
 from distpro.schedule import REDUCTIONS
 from pathways.registry import UserError
 
@@ -38,7 +37,6 @@ def message_of(source, *overrides):
         ("terms: [{loss: kd}, {loss: kd, wieght: 2}]", "'terms.1.wieght'", "'weight'", "teacher_taps"),
         ("teacher: {model: resnet8, chekpoint: a.pt}", "'teacher.chekpoint'", "'checkpoint'", "taps"),
         ("pathways: {transfroms: [conv1x1]}", "'pathways.transfroms'", "'transforms'", "distance"),
-        ("terms: [{loss: kd, weight: {shedule: total}}]", "'terms.0.weight.shedule'", "'schedule'", "schedule"),
         ("retrain: {training: {epcohs: 3}}", "'training.epcohs'", "'epochs'", "max_steps"),
     ],
 )
@@ -63,7 +61,21 @@ def test_an_unknown_key_names_file_key_nearest_and_allowed(write, text, key, mea
         ("terms: [{loss: kd, weight: high}]", ("'terms.0.weight' is 'high'", "valid number", "'learned'", "mapping")),
         (
             "terms: [{loss: kd, weight: {schedule: totl}}]",
-            ("schedule' is 'totl'", "did you mean 'total'?", "connection"),
+            ("'terms.0.weight'", "reduction 'totl'", "did you mean 'total'?", "connection"),
+        ),
+        (
+            "terms: [{loss: kd, weight: {lineer: {initial: 1, final: 0}}}]",
+            ("'terms.0.weight'", "process 'lineer'", "did you mean 'linear'?", "cosine"),
+        ),
+        (
+            "terms: [{loss: kd, weight: {linear: {initial: 1, final: 0, by: epochs}}}]",
+            ("'terms.0.weight'", "'epochs'", "did you mean 'epoch'?", "fraction"),
+        ),
+        ("task_weight: {step: {valeu: 1}}", ("'task_weight'", "'valeu'", "did you mean 'value'?")),
+        ("task_weight: {cosine: 3}", ("'task_weight'", "'cosine' needs its parameters as a mapping", "3")),
+        (
+            "teacher: {model: resnet8}\nteachers: {a: {model: resnet8}}",
+            ("teacher and teachers exclude each other",),
         ),
         ("teacher: resnet56", ("'teacher' is 'resnet56'", "valid mapping")),
         ("data: {image_shape: [3, 32]}", ("'data.image_shape.2' is missing",)),
@@ -207,8 +219,10 @@ def test_values_are_yaml_and_scientific_numbers_need_no_point(text, value):
     assert config.student.params["x"] == value
 
 
-def test_a_term_may_follow_every_reduction_of_a_schedule():
-    assert get_args(Reduction) == REDUCTIONS
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_term_may_follow_every_reduction_of_a_schedule(reduction):
+    given = {"student": {"model": "resnet8"}, "terms": [{"loss": "kd", "weight": {"schedule": reduction}}]}
+    assert read_config(given).terms[0].weight == {"schedule": reduction}
 
 
 # Stages

@@ -14,7 +14,7 @@ import yaml
 import distpro
 from distpro import build
 from distpro.checkpoint import load_safely
-from distpro.config import read_config
+from distpro.config import merge, read_config
 from distpro.models import build_model
 from distpro.retrainer import replay
 from distpro.schedule import Schedule
@@ -38,7 +38,8 @@ def runs(tmp_path_factory):
 
 
 def searching(folder, changes=None):
-    return settings(folder / "teacher" / "student.pt", changes)
+    """Without normalisation, so that a schedule's weights are those of the training."""
+    return settings(folder / "teacher" / "student.pt", merge({"search": {"normalise": "none"}}, changes or {}))
 
 
 def schedule_of(runs):

@@ -298,6 +298,7 @@ def content(**changes):
         "transforms": [""],
         "alpha_tilde": torch.ones(2, 1),
         "weights": torch.ones(2, 1),
+        "scales": torch.ones(1),
         "steps_per_epoch": 1.0,
         "meta": {},
         **changes,

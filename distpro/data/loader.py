@@ -29,6 +29,8 @@ class Loader:
     augment: names, or {name: parameters}, in the order of application (``distpro.data.AUGMENTATIONS``).
     rank, world_size: each step's batch of ``batch_size * world_size`` samples is cut into parts of ``batch_size``;
     a smaller last batch into parts that differ by at most one sample.
+    rotations: follow every image by itself turned by 90, 180 and 270 degrees: x has 4 rows per label.
+    augment_epochs: draw the augmentations of epoch e as those of epoch e modulo this number; None: each epoch its own.
     workers: processes that decode the files of a streamed split; without use for images in memory.
 
     Raises UserError for an augmentation that does not exist or does not fit, and for a split without a full batch.
@@ -50,11 +52,16 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        rotations: bool = False,
+        augment_epochs: int | None = None,
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise UserError(f"need batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank}, {world_size}")
         self.device = torch.device(device)
         self.shuffle, self.seed = shuffle, seed
+        self.rotations, self.augment_epochs = rotations, augment_epochs
+        if rotations and split.image_shape[1] != split.image_shape[2]:
+            raise UserError(f"rotations need square images, got {split.image_shape}")
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.global_batch = batch_size * world_size
@@ -76,10 +83,11 @@ class Loader:
         order = self._order(epoch)
         rows = order.to(self.device)
         index = self._index[rows]
-        drawn = [draw_for(name, a, index, self.seed, epoch) for name, a in self._augmentations.items()]
+        drawing = epoch % self.augment_epochs if self.augment_epochs else epoch
+        drawn = [draw_for(name, a, index, self.seed, drawing) for name, a in self._augmentations.items()]
         parts = [self._part(step) for step in range(start, len(self))]
         if isinstance(self._images, ImageFiles):
-            read = self._stream(self._images, [order[part].tolist() for part in parts], epoch)
+            read = self._stream(self._images, [order[part].tolist() for part in parts], drawing)
         else:
             read = (self._images.index_select(0, rows[part]) for part in parts)
         for part, images in zip(parts, read, strict=True):
@@ -125,6 +133,8 @@ class Loader:
         x = images.float().mul_(self._scale).add_(self._shift)
         if kept is not None:
             x.masked_fill_(~kept.unsqueeze(1), 0)
+        if self.rotations:
+            x = torch.stack([torch.rot90(x, turns, (2, 3)) for turns in range(4)], dim=1).flatten(0, 1)
         return x.contiguous(memory_format=self.memory_format)
 
 

@@ -1,4 +1,4 @@
-"""What the feature losses share: pairing of levels, common sizes, precision, BatchNorm that explains itself."""
+"""What the feature losses share: which maps meet which, common sizes, precision, BatchNorm that explains itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses.base import DistillationLoss, Shape, as_list
+from distpro.losses.base import DistillationLoss, Shape, Tensors, as_list
 from pathways.registry import UserError
 
 
@@ -31,17 +31,8 @@ class PairedLevels(DistillationLoss):
             given = self.student_shapes, self.teacher_shapes
             self.shapes = paired_shapes(self.what, *given, self.dims, self.equal_channels)
 
-    @property
-    def what(self) -> str:
-        """The loss in an error message; files are named after the registry entry."""
-        return f"loss '{type(self).__module__.rpartition('.')[2]}'"
-
     def levels(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Losses per level (L,). Raises UserError if the numbers of student and teacher tensors differ."""
         levels = pairs(self.what, student, teacher)
@@ -52,9 +43,39 @@ class PairedLevels(DistillationLoss):
         raise NotImplementedError
 
 
-def pairs(
-    what: str, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+class CrossLevels(DistillationLoss):
+    """A loss that compares any number of student maps with any number of teacher maps, all with all."""
+
+    def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
+        super().__init__(student_shapes, teacher_shapes)
+        s, t = self.student_shapes, self.teacher_shapes
+        if not s or not t or any(len(shape) != 3 for shape in (*s, *t)):
+            raise UserError(f"{self.what} needs feature maps (C, H, W) of both models, got {s} and {t}")
+
+    def maps(self, student: Tensors, teacher: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps of student and teacher, the teacher's detached, half precision as float32.
+
+        Raises UserError if their numbers are not those of the shapes.
+        """
+        students, teachers = [full(s) for s in as_list(student)], [full(t.detach()) for t in as_list(teacher)]
+        built, found = (len(self.student_shapes), len(self.teacher_shapes)), (len(students), len(teachers))
+        if found != built:
+            raise UserError(
+                f"{self.what} was built for {built[0]} student and {built[1]} teacher maps, "
+                f"got {found[0]} and {found[1]}"
+            )
+        return students, teachers
+
+
+def neighbours(what: str, student: Tensors, teacher: Tensors) -> list[tuple[Tensor, Tensor]]:
+    """The ``pairs`` of a loss that compares neighbouring levels. Raises UserError for fewer than two."""
+    maps = pairs(what, student, teacher)
+    if len(maps) < 2:
+        raise UserError(f"{what} compares neighbouring levels: needs two or more per model, got {len(maps)}")
+    return maps
+
+
+def pairs(what: str, student: Tensors, teacher: Tensors) -> list[tuple[Tensor, Tensor]]:
     """(student, teacher) tensors level by level, the teacher detached, half precision as float32.
 
     Raises UserError if the numbers of tensors differ.
@@ -89,6 +110,13 @@ def paired_shapes(
         if s[0] != t[0]:
             raise UserError(f"{what} needs equal channel counts, got {s[0]} (student) and {t[0]} (teacher)")
     return shapes
+
+
+def same_shapes(what: str, student: Sequence[Shape], teacher: Sequence[Shape]) -> None:
+    """Raise UserError if two shapes (without the batch) that are compared differ."""
+    for s, t in zip(student, teacher, strict=False):
+        if tuple(s) != tuple(t):
+            raise UserError(f"{what} needs tensors of one shape, got {tuple(s)} (student) and {tuple(t)} (teacher)")
 
 
 def one_pair(

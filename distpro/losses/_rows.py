@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import full, one_pair
-from distpro.losses.base import DistillationLoss, Shape, as_list, single
-from pathways.registry import UserError, nearest
+from distpro.losses._maps import full, one_pair, same_shapes
+from distpro.losses.base import DistillationLoss, Shape, Tensors, as_list, single
+from pathways.registry import UserError
 
 
 class RowLoss(DistillationLoss):
@@ -20,28 +19,25 @@ class RowLoss(DistillationLoss):
     The teacher arrives there detached, and half precision as float32.
     """
 
-    smallest_batch: ClassVar[int] = 1  # fewer rows than this have no relation to compare
+    smallest_batch: int = 1  # fewer rows than this have no relation to compare
     uses_teacher: bool = True  # False for losses that stand in for a teacher
-
-    @property
-    def what(self) -> str:
-        """The loss in an error message; files are named after the registry entry."""
-        return f"loss '{type(self).__module__.rpartition('.')[2]}'"
 
     def rows(self, x: Tensor) -> Tensor:
         """``x`` as a matrix."""
         raise NotImplementedError
+
+    def labels(self, target: Tensor | None) -> Tensor:
+        """``target``, or UserError if it is missing."""
+        if target is None:
+            raise UserError(f"{self.what} needs the labels: pass target")
+        return target
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """Scalar loss of two matrices. Without ``uses_teacher``, ``teacher`` is the student's own, detached."""
         raise NotImplementedError
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         s = self.rows(full(single(student, self.what)))
         t = self.rows(full(single(teacher, self.what))).detach() if self.uses_teacher else s.detach()
@@ -49,8 +45,6 @@ class RowLoss(DistillationLoss):
             raise UserError(f"{self.what} compares row by row, got {len(s)} student and {len(t)} teacher rows")
         if len(s) < self.smallest_batch:
             raise UserError(f"{self.what} needs a batch of at least {self.smallest_batch} samples, got {len(s)}")
-        if target is None and self.needs_target:
-            raise UserError(f"{self.what} needs the labels: pass target")
         return self.compare(s, t, target)
 
 
@@ -62,6 +56,7 @@ class ResponseLoss(RowLoss):
 
     family = "response"
     reads = "logits"
+    taps = ("logits",)
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
         super().__init__(student_shapes, teacher_shapes)
@@ -71,11 +66,7 @@ class ResponseLoss(RowLoss):
         return logit_rows(x)
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         if self.uses_teacher:
             same_shapes(self.what, *([x.shape[1:] for x in as_list(xs)] for xs in (student, teacher)))
@@ -87,6 +78,7 @@ class RelationLoss(RowLoss):
 
     family = "relation"
     reads = "embedding"
+    taps = ("embedding",)
 
     def rows(self, x: Tensor) -> Tensor:
         return x.flatten(1)
@@ -97,27 +89,18 @@ def logit_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
-def same_shapes(what: str, student: Sequence[Shape], teacher: Sequence[Shape]) -> None:
-    """Raise UserError if two shapes (without the batch) that are compared differ."""
-    for s, t in zip(student, teacher, strict=False):
-        if tuple(s) != tuple(t):
-            raise UserError(f"{what} needs tensors of one shape, got {tuple(s)} (student) and {tuple(t)} (teacher)")
+def kl_rows(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
+    """T^2 KL(softmax(t/T) || softmax(s/T)) of each row of logits (M, K), shape (M,)."""
+    log_p = F.log_softmax(student / temperature, dim=1)
+    return F.kl_div(log_p, F.softmax(teacher / temperature, dim=1), reduction="none").sum(1) * temperature**2
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
-    """T^2 KL(softmax(t/T) || softmax(s/T)) of logits (M, K), averaged over rows."""
-    log_p = F.log_softmax(student / temperature, dim=1)
-    return F.kl_div(log_p, F.softmax(teacher / temperature, dim=1), reduction="batchmean") * temperature**2
+    """The mean of ``kl_rows``, a scalar."""
+    return kl_rows(student, teacher, temperature).mean()
 
 
-def one_of(what: str, value: str, allowed: Sequence[str]) -> str:
-    """``value`` if it is allowed, else UserError."""
-    if value not in allowed:
-        raise UserError(f"{what} must be {' or '.join(allowed)}, got '{value}'{nearest(value, allowed)}")
-    return value
-
-
-def two(what: str, tensors: Tensor | Sequence[Tensor], names: str) -> tuple[Tensor, Tensor]:
+def two(what: str, tensors: Tensors, names: str) -> tuple[Tensor, Tensor]:
     """The two tensors of a loss that reads two per model, else UserError."""
     found = as_list(tensors)
     if len(found) != 2:

@@ -32,9 +32,13 @@ class ActivationBoundary(PairedLevels):
     paper = "Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019"
     year = 2019
     family = "feature"
-    reads = "features before the ReLU"
+    reads = "features of all stages before the ReLU"
+    taps = ("stages",)
+    before_relu = "both"
+    pretrain_reads = "both"
     formula = "sum_i 3/1000 2^(i-L+1) / N sum relu(margin - sign(t_i) s_i)^2"
     stages = 2
+    scalars = ("margin",)
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), margin: float = 1.0):
         super().__init__(student_shapes, teacher_shapes)
@@ -51,13 +55,3 @@ class ActivationBoundary(PairedLevels):
         student, teacher = same_size(full(self.connectors[i](student)), teacher)
         margins = torch.where(teacher > 0, self.margin - student, self.margin + student)
         return margins.relu().square().sum() * (self.weight(i) / len(student))
-
-    def pretrain(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """Loss of the first stage: this loss itself."""
-        return self(student, teacher, target, index)

@@ -20,28 +20,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm1d, full, pooled
+from distpro.losses._maps import BatchNorm1d, CrossLevels, full, pooled
 from distpro.losses.at import attention_map
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, as_list
-from pathways.registry import UserError
+from distpro.losses.base import LOSSES, Shape, Tensors
 
 
 @LOSSES.register("afd")
-class AttentionFeature(DistillationLoss):
+class AttentionFeature(CrossLevels):
     """Attention maps of the teacher against those of the student maps it attends to."""
 
     title = "Show, Attend and Distill: Knowledge Distillation via Attention-based Feature Matching"
     paper = "Ji, Heo & Park, Show, Attend and Distill, AAAI 2021"
     year = 2021
     family = "feature"
-    reads = "features of several stages; the numbers may differ"
+    reads = "features of all stages; the numbers may differ"
+    taps = ("stages",)
     formula = "sum_t mean_n sum_s att_(t,s) mean_hw (a(s) - a(t))^2"
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), dim: int = 128):
         super().__init__(student_shapes, teacher_shapes)
         students, teachers = self.student_shapes, self.teacher_shapes
-        if not students or not teachers or any(len(s) != 3 for s in (*students, *teachers)):
-            raise UserError(f"loss 'afd' needs feature maps (C, H, W) of both models, got {students} and {teachers}")
         self.dim = dim
         self.query = nn.ModuleList(_linear_norm(t[0], dim) for t in teachers)
         self.key = nn.ModuleList(_linear_norm(s[0], dim) for s in students)
@@ -50,19 +48,10 @@ class AttentionFeature(DistillationLoss):
         self.position_s = nn.Parameter(nn.init.xavier_normal_(torch.empty(len(students), dim)))
 
     def levels(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Losses per teacher map (T,)."""
-        students, teachers = [full(s) for s in as_list(student)], [full(t.detach()) for t in as_list(teacher)]
-        if (len(students), len(teachers)) != (len(self.key), len(self.query)):
-            raise UserError(
-                f"loss 'afd' was built for {len(self.key)} student and {len(self.query)} teacher maps, "
-                f"got {len(students)} and {len(teachers)}"
-            )
+        students, teachers = self.maps(student, teacher)
         attention = self.attention(students, teachers)
         energy = [s.square().mean(1, keepdim=True) for s in students]
         maps: dict[torch.Size, Tensor] = {}  # teacher maps of one size share the student's maps

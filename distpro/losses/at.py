@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, linalg
 
 from distpro.losses._maps import PairedLevels, same_size
-from distpro.losses.base import LOSSES, Shape
-from pathways.registry import UserError, nearest
+from distpro.losses.base import LOSSES, Shape, one_of
 
 
 @LOSSES.register("at")
@@ -29,8 +28,10 @@ class AttentionTransfer(PairedLevels):
     paper = "Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017"
     year = 2017
     family = "feature"
-    reads = "features"
+    reads = "features of all stages"
+    taps = ("stages",)
     needs_shapes = False
+    scalars = ("p",)
     formula = "mean (a(s) - a(t))^2, a(f) = normalise(mean_c |f|^p)"
 
     def __init__(
@@ -41,10 +42,8 @@ class AttentionTransfer(PairedLevels):
         form: str = "code",
     ):
         super().__init__(student_shapes, teacher_shapes)
-        if form not in ("code", "paper"):
-            raise UserError(f"loss 'at': form must be code or paper, got '{form}'{nearest(form, ('code', 'paper'))}")
         self.p = p
-        self.form = form
+        self.form = one_of(f"{self.what}: form", form, ("code", "paper"))
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = same_size(student, teacher)

@@ -7,12 +7,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pathways.registry import Registry, UserError
+from pathways.registry import Registry, UserError, nearest
 
 LOSSES = Registry("loss")
 
 Shape = Sequence[int]
 """Shape of one sample's tensor, without the batch dimension: (C, H, W), (D,) or (L, D)."""
+
+Tensors = Tensor | Sequence[Tensor]
+"""What a loss reads of one model: a tensor, or a list of them."""
 
 
 class DistillationLoss(nn.Module):
@@ -27,49 +30,80 @@ class DistillationLoss(nn.Module):
     paper: ClassVar[str] = ""  # authors, title, venue
     year: ClassVar[int] = 0
     family: ClassVar[str] = ""  # response | feature | relation | dense
-    reads: ClassVar[str] = "features"  # logits | features | embedding | what else it needs, in words
+    reads: ClassVar[str] = "features"  # what it reads, in words
+    taps: ClassVar[tuple[str, ...]] = ("stages",)  # likewise for the builder: of stages, last, embedding, logits
+    before_relu: ClassVar[str] = "neither"  # whose stages it reads before their last ReLU: neither | teacher | both
     formula: ClassVar[str] = ""  # one line, plain text
     stages: ClassVar[int] = 1  # training stages of the published recipe
-    needs_target: ClassVar[bool] = False
-    needs_index: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()  # parameters that a config leaves to the builder, see `distpro.build`
+    views: ClassVar[int] = 1  # rows of x per sample: 4 where each image is followed by its three rotations
+    pretrain_reads: ClassVar[str] = ""  # what `pretrain` reads: teacher | both
+    scalars: ClassVar[tuple[str, ...]] = ()  # options, numbers or lists of them, that may change from call to call
+    needs_target: bool = False
+    needs_index: bool = False
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
         super().__init__()
         self.student_shapes = [tuple(s) for s in student_shapes]
         self.teacher_shapes = [tuple(s) for s in teacher_shapes]
 
+    @property
+    def what(self) -> str:
+        """The loss in an error message; files are named after the registry entry."""
+        return f"loss '{type(self).__module__.rpartition('.')[2]}'"
+
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Scalar loss. ``target``: labels (N,) int64; ``index``: the samples' numbers in the data set (N,) int64."""
         return self.levels(student, teacher, target, index).sum()
 
     def levels(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Losses per teacher level, shape (L,), of a loss that is their sum, so that a schedule can weight them."""
         raise NotImplementedError(f"{type(self).__name__} is not a sum over levels")
 
+    def pretrain(
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Scalar loss of the recipe's first stage, for losses with ``pretrain_reads``: this loss itself, or its own."""
+        if not self.pretrain_reads:
+            raise NotImplementedError(f"{type(self).__name__} has no stage before its own")
+        return self(student, teacher, target, index)
 
-def as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+
+def option_of(part: str, name: str) -> property:
+    """An option of a loss that its submodule ``part`` holds under the same name, to be read and set on the loss."""
+
+    def read(loss: nn.Module) -> Any:
+        return getattr(getattr(loss, part), name)
+
+    def write(loss: nn.Module, value: Any) -> None:
+        read(loss)  # an AttributeError rather than a new attribute that nobody reads
+        setattr(getattr(loss, part), name, value)
+
+    return property(read, write)
+
+
+def as_list(tensors: Tensors) -> list[Tensor]:
     """One tensor or a list of tensors as a list."""
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def single(tensors: Tensor | Sequence[Tensor], what: str) -> Tensor:
+def single(tensors: Tensors, what: str) -> Tensor:
     """The one tensor of a loss that reads one. Raises UserError if there are several."""
     tensors = as_list(tensors)
     if len(tensors) != 1:
         raise UserError(f"{what} reads one tensor per model, got {len(tensors)}")
     return tensors[0]
+
+
+def one_of(what: str, value: str, allowed: Sequence[str]) -> str:
+    """``value`` if it is allowed, else UserError."""
+    if value not in allowed:
+        raise UserError(f"{what} must be {' or '.join(allowed)}, got '{value}'{nearest(value, allowed)}")
+    return value
 
 
 def build_loss(

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from distpro.losses._maps import full, matmul
-from distpro.losses._rows import RelationLoss, linear_embeds, one_of
-from distpro.losses.base import LOSSES, Shape
+from distpro.losses._rows import RelationLoss, linear_embeds
+from distpro.losses.base import LOSSES, Shape, one_of
 from pathways.registry import UserError
 
 
@@ -33,6 +33,7 @@ class CorrelationCongruence(RelationLoss):
     title = "Correlation Congruence for Knowledge Distillation"
     paper = "Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019"
     year = 2019
+    scalars = ("gamma",)
     formula = "mean_i <|e_s - e_t|_i, |e_s - e_t|_(i+1)>, or |K_s - K_t|_F / N^2"
 
     def __init__(
@@ -45,9 +46,9 @@ class CorrelationCongruence(RelationLoss):
         max_p: int = 2,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        self.form = one_of("loss 'cc': form", form, ("neighbour", "gaussian", "bilinear"))
+        self.form = one_of(f"{self.what}: form", form, ("neighbour", "gaussian", "bilinear"))
         self.gamma, self.max_p = gamma, max_p
-        self.smallest_batch = 2 if form == "neighbour" else 1  # type: ignore[misc]
+        self.smallest_batch = 2 if form == "neighbour" else 1
         self.embed_s: nn.Module = nn.Identity()
         self.embed_t: nn.Module = nn.Identity()
         if feat_dim is not None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from distpro.losses._maps import full, matmul
 from distpro.losses._rows import linear_embeds
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
 from pathways.registry import UserError
 
 _EPS = 1e-7
@@ -45,8 +45,11 @@ class Contrastive(DistillationLoss):
     year = 2020
     family = "relation"
     reads = "embedding"
+    taps = ("embedding",)
+    needs = ("n_data", "labels")
     formula = "-log h(e_s, m_t+) - sum_neg log(1 - h(e_s, m_t-)) + the same with s, t exchanged"
     needs_index = True
+    scalars = ("nce_t", "nce_m")
 
     memory_s: Tensor
     memory_t: Tensor
@@ -70,7 +73,7 @@ class Contrastive(DistillationLoss):
         if n_data < 1:
             raise UserError("loss 'crd' needs n_data, the number of training samples")
         self.n_data, self.nce_k, self.nce_t, self.nce_m = n_data, nce_k, nce_t, nce_m
-        self.embed_s, self.embed_t = linear_embeds("loss 'crd'", self.student_shapes, self.teacher_shapes, feat_dim)
+        self.embed_s, self.embed_t = linear_embeds(self.what, self.student_shapes, self.teacher_shapes, feat_dim)
         bound = math.sqrt(3 / feat_dim)  # rows of about unit length
         self.register_buffer("memory_s", torch.empty(n_data, feat_dim).uniform_(-bound, bound))
         self.register_buffer("memory_t", torch.empty(n_data, feat_dim).uniform_(-bound, bound))
@@ -91,17 +94,13 @@ class Contrastive(DistillationLoss):
         self.register_buffer("class_sizes", sizes, persistent=False)
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         if index is None:
             raise UserError("loss 'crd' needs the samples' numbers in the data set: pass index")
         samples = index if index.dim() == 2 else torch.cat([index[:, None], self.draw_negatives(index)], dim=1)
-        e_s = F.normalize(full(self.embed_s(single(student, "loss 'crd'").flatten(1))), dim=1)
-        e_t = F.normalize(full(self.embed_t(single(teacher, "loss 'crd'").detach().flatten(1))), dim=1)
+        e_s = F.normalize(full(self.embed_s(single(student, self.what).flatten(1))), dim=1)
+        e_t = F.normalize(full(self.embed_t(single(teacher, self.what).detach().flatten(1))), dim=1)
         scores = [self._scores(self.memory_t, samples, e_s), self._scores(self.memory_s, samples, e_t)]
         normalizer = self._normalizers(scores)
         loss = sum((self._contrast(s / z) for s, z in zip(scores, normalizer, strict=True)), start=e_s.new_zeros(()))

@@ -34,6 +34,8 @@ class CurriculumTemperature(ResponseLoss):
     year = 2023
     formula = "T^2 KL(softmax(t/T) || softmax(s/T)), T = start + span sigmoid(theta) with reversed gradient"
 
+    scalars = ("start", "span")
+
     step: Tensor
 
     def __init__(

@@ -27,7 +27,9 @@ class ChannelWise(PairedLevels):
     paper = "Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
     year = 2021
     family = "dense"
-    reads = "logits or features"
+    reads = "logits of a dense task, or features"
+    taps = ("logits",)
+    scalars = ("temperature",)
     formula = "T^2 / (C N) sum KL(softmax_hw(t/T) || softmax_hw(s/T))"
 
     def __init__(

@@ -33,6 +33,7 @@ class DIST(ResponseLoss):
     title = "DIST"
     paper = "Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
     year = 2022
+    scalars = ("beta", "gamma", "tau")
     formula = "tau^2 (beta (1 - mean rho_rows) + gamma (1 - mean rho_columns))"
 
     def __init__(

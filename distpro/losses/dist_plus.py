@@ -19,9 +19,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from distpro.losses._maps import full, same_size
-from distpro.losses._rows import logit_rows, one_of, same_shapes, two
-from distpro.losses.base import LOSSES, DistillationLoss, Shape
+from distpro.losses._maps import full, same_shapes, same_size
+from distpro.losses._rows import logit_rows, two
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, one_of, option_of
 from distpro.losses.dist import DIST, pearson
 
 
@@ -33,7 +33,9 @@ class DISTPlus(DistillationLoss):
     paper = "Huang et al., DIST+: Knowledge Distillation From a Stronger Adaptive Teacher, TPAMI 2025"
     year = 2025
     family = "response"
-    reads = "the logits, then a feature map (name both taps)"
+    reads = "logits and the last features before pooling"
+    taps = ("logits", "last")
+    scalars = ("beta", "gamma", "iota", "kappa", "tau")
     formula = "DIST(logits) + iota (1 - rho over channels) + kappa (1 - rho over samples of the map)"
 
     def __init__(
@@ -49,20 +51,18 @@ class DISTPlus(DistillationLoss):
         form: str = "distance",
     ):
         super().__init__(student_shapes, teacher_shapes)
-        same_shapes("loss 'dist_plus'", [s[:1] for s in self.student_shapes], [t[:1] for t in self.teacher_shapes])
-        self.form = one_of("loss 'dist_plus': form", form, ("distance", "torchdistill"))
+        same_shapes(self.what, [s[:1] for s in self.student_shapes], [t[:1] for t in self.teacher_shapes])
+        self.form = one_of(f"{self.what}: form", form, ("distance", "torchdistill"))
         self.dist = DIST(beta=beta, gamma=gamma, tau=tau, eps=eps)
         self.iota, self.kappa, self.eps = iota, kappa, eps
 
+    beta, gamma, tau = (option_of("dist", name) for name in ("beta", "gamma", "tau"))
+
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        (logits_s, f_s), (logits_t, f_t) = (two("loss 'dist_plus'", x, "logits, map") for x in (student, teacher))
-        same_shapes("loss 'dist_plus'", [f_s.shape[:2]], [f_t.shape[:2]])
+        (logits_s, f_s), (logits_t, f_t) = (two(self.what, x, "logits, map") for x in (student, teacher))
+        same_shapes(self.what, [f_s.shape[:2]], [f_t.shape[:2]])
         f_s, f_t = same_size(full(f_s), full(f_t.detach()))
         rho = pearson(logit_rows(f_s), logit_rows(f_t), self.eps).mean()
         channel = rho if self.form == "torchdistill" else 1 - rho

@@ -23,8 +23,8 @@ from torch import Tensor, linalg, nn
 
 from distpro.losses._maps import BatchNorm2d, full, one_pair, same_size
 from distpro.losses.at import attention_map
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
-from pathways.registry import UserError, nearest
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, one_of, single
+from pathways.registry import UserError
 
 
 def encoder(in_channels: int, out_channels: int, batch_norm: bool) -> nn.Sequential:
@@ -52,6 +52,21 @@ class Paraphraser(nn.Module):
         return self.decoder(self.encoder(x))
 
 
+def order(what: str, p: int) -> int:
+    """The order of a norm if it is 1 or 2, else UserError."""
+    if p not in (1, 2):
+        raise UserError(f"{what}: p must be 1 or 2, got {p}")
+    return p
+
+
+def unit_distance(student: Tensor, teacher: Tensor, p: int) -> Tensor:
+    """Scalar distance of two maps (N, C, H, W), each normalised per sample: mean absolute difference (p = 1) or mean
+    over the batch of the 2-norm of the difference (p = 2). Of different sizes the larger map is average-pooled."""
+    student, teacher = same_size(full(student), full(teacher.detach()))
+    difference = F.normalize(student.flatten(1), dim=1) - F.normalize(teacher.flatten(1), dim=1)
+    return difference.abs().mean() if p == 1 else linalg.vector_norm(difference, dim=1).mean()
+
+
 @LOSSES.register("ft")
 class FactorTransfer(DistillationLoss):
     """Distance between the translated student map and the paraphrased teacher map."""
@@ -61,6 +76,8 @@ class FactorTransfer(DistillationLoss):
     year = 2018
     family = "feature"
     reads = "last features before pooling"
+    taps = ("last",)
+    pretrain_reads = "teacher"
     formula = "mean |a(translator(s)) - a(encoder(t))|, a(f) = normalise(mean_c f^2)"
     stages = 2
 
@@ -73,45 +90,31 @@ class FactorTransfer(DistillationLoss):
         form: str = "attention",
     ):
         super().__init__(student_shapes, teacher_shapes)
-        student, teacher = one_pair("loss 'ft'", self.student_shapes, self.teacher_shapes)
-        if form not in ("attention", "flat"):
-            hint = nearest(form, ("attention", "flat"))
-            raise UserError(f"loss 'ft': form must be attention or flat, got '{form}'{hint}")
-        if p not in (1, 2):
-            raise UserError(f"loss 'ft': p must be 1 or 2, got {p}")
+        student, teacher = one_pair(self.what, self.student_shapes, self.teacher_shapes)
+        self.form = one_of(f"{self.what}: form", form, ("attention", "flat"))
+        self.p = order(self.what, p)
         factors = max(1, int(teacher[0] * rate))
-        self.p = p
-        self.form = form
         self.translator = encoder(student[0], factors, batch_norm=True)
         self.paraphraser = Paraphraser(teacher[0], factors)
 
     def pretrain(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Loss of the first stage: mean squared reconstruction error of the teacher's map."""
-        features = full(single(teacher, "loss 'ft'").detach())
+        features = full(single(teacher, self.what).detach())
         return F.mse_loss(self.paraphraser(features), features)
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         with torch.no_grad():
-            factor_t = self.paraphraser.encoder(single(teacher, "loss 'ft'"))
-        return self.distance(self.translator(single(student, "loss 'ft'")), factor_t)
+            factor_t = self.paraphraser.encoder(single(teacher, self.what))
+        return self.distance(self.translator(single(student, self.what)), factor_t)
 
     def distance(self, factor_s: Tensor, factor_t: Tensor) -> Tensor:
         """Scalar loss of two factors (N, C_f, H, W)."""
+        if self.form == "flat":
+            return unit_distance(factor_s, factor_t, self.p)
         factor_s, factor_t = same_size(full(factor_s), full(factor_t.detach()))
-        if self.form == "attention":
-            difference = attention_map(factor_s) - attention_map(factor_t)
-            return difference.abs().mean() if self.p == 1 else difference.square().mean()
-        difference = F.normalize(factor_s.flatten(1), dim=1) - F.normalize(factor_t.flatten(1), dim=1)
-        return difference.abs().mean() if self.p == 1 else linalg.vector_norm(difference, dim=1).mean()
+        difference = attention_map(factor_s) - attention_map(factor_t)
+        return difference.abs().mean() if self.p == 1 else difference.square().mean()

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from distpro.losses._maps import PairedLevels
-from distpro.losses._rows import same_shapes
+from distpro.losses._maps import PairedLevels, same_shapes
 from distpro.losses.base import LOSSES, Shape
 
 
@@ -30,7 +29,8 @@ class GeneralizedHead(PairedLevels):
     )
     year = 2020
     family = "feature"
-    reads = "features"
+    reads = "features at several depths"
+    taps = ("stages",)
     dims = (1, 2, 3)
     needs_shapes = False
     formula = "sum_i |s_i - t_i|^2"

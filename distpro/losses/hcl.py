@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distpro.losses._maps import PairedLevels, same_size
-from distpro.losses.base import LOSSES, Shape
+from distpro.losses.base import LOSSES, Shape, option_of
 from pathways.distances import HCL
 
 
@@ -26,9 +26,12 @@ class HierarchicalContext(PairedLevels):
     paper = "Chen et al., Distilling Knowledge via Knowledge Review, CVPR 2021"
     year = 2021
     family = "feature"
-    reads = "features"
+    reads = "features of all stages"
+    taps = ("stages",)
+    before_relu = "teacher"
     needs_shapes = False
     equal_channels = True
+    scalars = ("level_weights",)
     formula = "sum_l w_l MSE(pool_l(s), pool_l(t)) / sum_l w_l"
 
     def __init__(
@@ -42,6 +45,8 @@ class HierarchicalContext(PairedLevels):
     ):
         super().__init__(student_shapes, teacher_shapes)
         self.distance = HCL(levels, level_weights, decay, pooling)
+
+    level_weights = option_of("distance", "level_weights")
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
         return self.distance(*same_size(student, teacher))

@@ -56,7 +56,8 @@ class Hint(PairedLevels):
     paper = "Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015"
     year = 2015
     family = "feature"
-    reads = "features"
+    reads = "features of one or more stages"
+    taps = ("stages",)
     formula = "mean (ReLU(BN(conv(s))) - t)^2"
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):

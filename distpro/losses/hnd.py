@@ -23,6 +23,7 @@ class Head(GeneralizedHead):
     paper = "Matsubara et al., Head Network Distillation: Splitting Distilled Deep Neural Networks, IEEE Access 2020"
     year = 2020
     reads = "features at the end of the head"
+    taps = ("last",)
     formula = "|s - t|^2"
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):

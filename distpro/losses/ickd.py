@@ -30,6 +30,7 @@ class InterChannelCorrelation(PairedLevels):
     year = 2021
     family = "feature"
     reads = "last features before pooling"
+    taps = ("last",)
     formula = "sum (G(embed(s)) - G(t))^2 / (C N^2), G(f) = normalise_rows(f f^T)"
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):

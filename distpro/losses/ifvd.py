@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.losses._maps import full, matmul, one_pair, same_size
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
 from pathways.registry import UserError
 
 
@@ -41,6 +41,8 @@ class IntraClassVariation(DistillationLoss):
     year = 2020
     family = "dense"
     reads = "features in front of the classifier"
+    taps = ("last",)
+    needs = ("num_classes",)
     formula = "mean (M(s) - M(t))^2, M(f) = cos(f, class centre of f)"
     needs_target = True
 
@@ -52,22 +54,18 @@ class IntraClassVariation(DistillationLoss):
     ):
         super().__init__(student_shapes, teacher_shapes)
         if self.student_shapes or self.teacher_shapes:
-            one_pair("loss 'ifvd'", self.student_shapes, self.teacher_shapes)
+            one_pair(self.what, self.student_shapes, self.teacher_shapes)
         if num_classes is None:
             raise UserError("loss 'ifvd' needs num_classes, the number of classes in the labels")
         self.num_classes = num_classes
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         if target is None or target.dim() != 3:
             found = "none" if target is None else f"shape {tuple(target.shape)}"
             raise UserError(f"loss 'ifvd' needs a label map (N, H, W) as target, got {found}")
-        features = full(single(student, "loss 'ifvd'")), full(single(teacher, "loss 'ifvd'").detach())
+        features = full(single(student, self.what)), full(single(teacher, self.what).detach())
         student, teacher = same_size(*features)
         members = self._members(target, student)
         return F.mse_loss(_similarity(student, members), _similarity(teacher, members))

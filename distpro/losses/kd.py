@@ -27,6 +27,7 @@ class KD(ResponseLoss):
     title = "Knowledge Distillation"
     paper = "Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2015"
     year = 2015
+    scalars = ("temperature", "ce_weight")
     formula = "T^2 KL(softmax(t/T) || softmax(s/T))"
 
     def __init__(
@@ -39,11 +40,10 @@ class KD(ResponseLoss):
         super().__init__(student_shapes, teacher_shapes)
         self.temperature = temperature
         self.ce_weight = ce_weight
-        self.needs_target = ce_weight != 0  # type: ignore[misc]
+        self.needs_target = ce_weight != 0
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         loss = softened_kl(student, teacher, self.temperature)
         if not self.ce_weight:
             return loss
-        assert target is not None
-        return self.ce_weight * F.cross_entropy(student, target) + (1 - self.ce_weight) * loss
+        return self.ce_weight * F.cross_entropy(student, self.labels(target)) + (1 - self.ce_weight) * loss

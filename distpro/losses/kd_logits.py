@@ -28,12 +28,12 @@ class KDLogits(ResponseLoss):
     year = 2015
     formula = "(1 - a) CE(s, y) + a KL(softmax(t) || softmax(s))"
     needs_target = True
+    scalars = ("coeff",)
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), coeff: float = 0.5):
         super().__init__(student_shapes, teacher_shapes)
         self.coeff = coeff
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None
-        task = F.cross_entropy(student, target)
+        task = F.cross_entropy(student, self.labels(target))
         return (1 - self.coeff) * task + self.coeff * softened_kl(student, teacher, 1.0)

@@ -7,24 +7,25 @@ sign, and both are scaled by the teacher's singular values (normalised over the 
     R(v)_(a,b) = exp(-(v_i[a] - v_(i-1)[b])^2 / 8) over all channel pairs (a, b)
     loss_i     = 1/N sum of (R(v_s) - R(v_t))^2,   i = 1 .. L-1
 
-Maps (N, C, H, W) of at least two levels; sizes may differ, channels must agree level by level. ``levels`` has L - 1
-entries. ``k`` 1, as in RepDistiller. The signs of singular vectors, and so the loss, are the decomposition routine's
-choice: values agree between devices only up to that.
+Maps (N, C, H, W) of at least two levels; sizes may differ, channels must agree level by level. L maps have L - 1
+neighbouring pairs, so ``levels`` has L - 1 entries. ``k`` 1, as in RepDistiller. The signs of singular vectors, and so
+the loss, are the decomposition routine's choice: values agree between devices only up to that.
 
+One stage: the paper trains with the task loss at the same time. RepDistiller trains with this loss alone first.
 Departure: none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, linalg
 
-from distpro.losses._maps import matmul, paired_shapes, pairs
-from distpro.losses.base import LOSSES, DistillationLoss, Shape
-from pathways.registry import UserError
+from distpro.losses._maps import matmul, neighbours, paired_shapes
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors
 
 
 @LOSSES.register("kdsvd")
@@ -35,33 +36,22 @@ class SingularVectors(DistillationLoss):
     paper = "Lee, Kim & Song, Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018"
     year = 2018
     family = "feature"
-    reads = "features of at least two stages"
+    reads = "features of two or more stages"
+    taps = ("stages",)
     formula = "1/N sum (R(v_s) - R(v_t))^2, R = exp(-(v_i[a] - v_(i-1)[b])^2 / 8)"
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), k: int = 1):
         super().__init__(student_shapes, teacher_shapes)
         if self.student_shapes or self.teacher_shapes:
-            paired_shapes("loss 'kdsvd'", self.student_shapes, self.teacher_shapes, equal_channels=True)
+            paired_shapes(self.what, self.student_shapes, self.teacher_shapes, equal_channels=True)
         self.k = k
 
     def levels(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        """Losses per pair of neighbouring levels (L - 1,). Raises UserError for less than two levels."""
-        maps = pairs("loss 'kdsvd'", student, teacher)
-        if len(maps) < 2:
-            raise UserError(f"loss 'kdsvd' compares neighbouring levels and needs at least two, got {len(maps)}")
-        vectors = [self._vectors(s, t) for s, t in maps]
-        return torch.stack(
-            [
-                _distance(_kernel(s, s_before), _kernel(t, t_before))
-                for (s_before, t_before), (s, t) in zip(vectors[:-1], vectors[1:], strict=True)
-            ]
-        )
+        """Losses of the L - 1 neighbouring pairs of L maps. Raises UserError for fewer than two maps."""
+        vectors = [self._vectors(s, t) for s, t in neighbours(self.what, student, teacher)]
+        return torch.stack([_distance(_kernel(s1, s0), _kernel(t1, t0)) for (s0, t0), (s1, t1) in pairwise(vectors)])
 
     def _vectors(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Matched right singular vectors (N, C, k) of both maps, scaled by the teacher's singular values."""

@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, linalg, nn
 
 from distpro.losses._maps import BatchNorm2d, full, one_pair, same_size
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
-from distpro.losses.ft import Paraphraser
-from pathways.registry import UserError
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
+from distpro.losses.ft import Paraphraser, order, unit_distance
 
 
 @LOSSES.register("ktaad")
@@ -38,8 +37,11 @@ class KnowledgeAdaptation(DistillationLoss):
     year = 2019
     family = "dense"
     reads = "features in front of the classifier"
+    taps = ("last",)
+    pretrain_reads = "teacher"
     formula = "50 |n(A(s)) - n(enc(t))| + sum_c ||a_c a_c^T - b_c b_c^T||_F / HW"
     stages = 2
+    scalars = ("adaptation_weight", "affinity_weight")
 
     def __init__(
         self,
@@ -52,25 +54,19 @@ class KnowledgeAdaptation(DistillationLoss):
         code_weight: float = 1e-7,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        student, teacher = one_pair("loss 'ktaad'", self.student_shapes, self.teacher_shapes)
-        if p not in (1, 2):
-            raise UserError(f"loss 'ktaad': p must be 1 or 2, got {p}")
+        student, teacher = one_pair(self.what, self.student_shapes, self.teacher_shapes)
+        self.p = order(self.what, p)
         codes = max(1, int(teacher[0] * rate))
-        self.p = p
         self.adaptation_weight, self.affinity_weight, self.code_weight = adaptation_weight, affinity_weight, code_weight
         self.translator = Paraphraser(teacher[0], codes, batch_norm=True).eval()
         self.feature_adapter = nn.Sequential(nn.Conv2d(student[0], codes, 3, padding=1), BatchNorm2d(codes), nn.ReLU())
         self.affinity_adapter = nn.Conv2d(student[0], codes, 3, padding=1)
 
     def pretrain(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Loss of the first stage: reconstruction error of the teacher's map plus the penalty on its code."""
-        features = full(single(teacher, "loss 'ktaad'").detach())
+        features = full(single(teacher, self.what).detach())
         self.translator.train(self.training)
         code = self.translator.encoder(features)
         reconstruction = self.translator.decoder(code)
@@ -78,16 +74,12 @@ class KnowledgeAdaptation(DistillationLoss):
         return F.mse_loss(full(reconstruction), features) + self.code_weight * full(code).abs().sum()
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        features = single(student, "loss 'ktaad'")
+        features = single(student, self.what)
         with torch.no_grad():
-            code = self.translator.encoder(single(teacher, "loss 'ktaad'"))
-        adaptation = self.adaptation(self.feature_adapter(features), code)
+            code = self.translator.encoder(single(teacher, self.what))
+        adaptation = unit_distance(self.feature_adapter(features), code, self.p)
         affinity = self.affinity(self.affinity_adapter(features), code)
         return self.adaptation_weight * adaptation + self.affinity_weight * affinity
 
@@ -96,12 +88,6 @@ class KnowledgeAdaptation(DistillationLoss):
         super().train(mode)
         self.translator.eval()
         return self
-
-    def adaptation(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Scalar distance of two maps (N, C, H, W), each normalised per sample."""
-        student, teacher = same_size(full(student), full(teacher.detach()))
-        difference = F.normalize(student.flatten(1), dim=1) - F.normalize(teacher.flatten(1), dim=1)
-        return difference.abs().mean() if self.p == 1 else linalg.vector_norm(difference, dim=1).mean()
 
     def affinity(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Scalar distance of the affinity matrices, channel by channel, of two maps (N, C, H, W)."""

@@ -40,7 +40,8 @@ class L2(PairedLevels):
     paper = "Zhang et al., Prime-Aware Adaptive Distillation, ECCV 2020 (baseline)"
     year = 2020
     family = "feature"
-    reads = "features or embedding"
+    reads = "features of all stages, or embedding"
+    taps = ("stages",)
     dims = (1, 2, 3)
     formula = "mean (project(s) - t)^2"
 

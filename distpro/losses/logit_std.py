@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from distpro.losses._rows import ResponseLoss, one_of
-from distpro.losses.base import LOSSES, Shape, build_loss
+from distpro.losses._rows import ResponseLoss
+from distpro.losses.base import LOSSES, Shape, build_loss, one_of, option_of
 
 
-def standardized(logits: Tensor, eps: float) -> Tensor:
+def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """Logits (M, K) with zero mean and unit (unbiased) standard deviation in every row."""
     return (logits - logits.mean(1, keepdim=True)) / (eps + logits.std(1, keepdim=True))
 
@@ -34,6 +34,7 @@ class LogitStandardization(ResponseLoss):
     title = "Logit Standardization in Knowledge Distillation"
     paper = "Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024"
     year = 2024
+    scalars = ("temperature", "alpha", "beta")
     formula = "T^2 KL(softmax(z(t)/T) || softmax(z(s)/T)), z = standardise over classes"
 
     def __init__(
@@ -47,9 +48,11 @@ class LogitStandardization(ResponseLoss):
     ):
         super().__init__(student_shapes, teacher_shapes)
         self.eps = eps
-        one_of("loss 'logit_std': of", of, ("kd", "dkd"))
+        one_of(f"{self.what}: of", of, ("kd", "dkd"))
         self.inner = build_loss(of, student_shapes, teacher_shapes, temperature=temperature, **params)
-        self.needs_target = self.inner.needs_target  # type: ignore[misc]
+        self.needs_target = self.inner.needs_target
+
+    temperature, alpha, beta = (option_of("inner", name) for name in ("temperature", "alpha", "beta"))
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         return self.inner(standardized(student, self.eps), standardized(teacher, self.eps), target)

@@ -27,6 +27,7 @@ class LabelSmoothing(ResponseLoss):
     formula = "(1 - e) CE(s, y) - e mean_k log softmax(s)_k"
     needs_target = True
     uses_teacher = False
+    scalars = ("smoothing",)
 
     def __init__(
         self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), smoothing: float = 0.1
@@ -35,5 +36,4 @@ class LabelSmoothing(ResponseLoss):
         self.smoothing = smoothing
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None
-        return F.cross_entropy(student, target, label_smoothing=self.smoothing)
+        return F.cross_entropy(student, self.labels(target), label_smoothing=self.smoothing)

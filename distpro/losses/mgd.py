@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from distpro.losses._maps import PairedLevels, full, resized
-from distpro.losses.base import LOSSES, Shape
-from pathways.registry import UserError, nearest
+from distpro.losses.base import LOSSES, Shape, one_of
+from pathways.registry import UserError
 
 
 @LOSSES.register("mgd")
@@ -30,7 +30,9 @@ class MaskedGeneration(PairedLevels):
     paper = "Yang et al., Masked Generative Distillation, ECCV 2022"
     year = 2022
     family = "feature"
-    reads = "features"
+    reads = "last features before pooling"
+    taps = ("last",)
+    scalars = ("ratio", "alpha")
     formula = "alpha / N sum (G(mask * align(s)) - t)^2"
 
     def __init__(
@@ -42,12 +44,10 @@ class MaskedGeneration(PairedLevels):
         mask: str = "channel",
     ):
         super().__init__(student_shapes, teacher_shapes)
-        if mask not in ("channel", "position"):
-            hint = nearest(mask, ("channel", "position"))
-            raise UserError(f"loss 'mgd': mask must be channel or position, got '{mask}'{hint}")
         if not 0 <= ratio < 1:
             raise UserError(f"loss 'mgd': ratio must be at least 0 and below 1, got {ratio}")
-        self.ratio, self.alpha, self.mask = ratio, alpha, mask
+        self.ratio, self.alpha = ratio, alpha
+        self.mask = one_of(f"{self.what}: mask", mask, ("channel", "position"))
         self.align = nn.ModuleList(nn.Identity() if s[0] == t[0] else nn.Conv2d(s[0], t[0], 1) for s, t in self.shapes)
         self.generation = nn.ModuleList(_generator(t[0]) for _, t in self.shapes)
 

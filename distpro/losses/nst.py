@@ -27,7 +27,8 @@ class NeuronSelectivity(PairedLevels):
     )
     year = 2017
     family = "feature"
-    reads = "features"
+    reads = "features of all stages"
+    taps = ("stages",)
     needs_shapes = False
     formula = "mean k(t,t) + mean k(s,s) - 2 mean k(s,t), k(a,b) = (a.b)^2 of normalised channels"
 

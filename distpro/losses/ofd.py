@@ -52,7 +52,10 @@ class Overhaul(PairedLevels):
     paper = "Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019"
     year = 2019
     family = "feature"
-    reads = "features before the ReLU"
+    reads = "features of all stages before the ReLU"
+    taps = ("stages",)
+    before_relu = "both"
+    needs = ("margins",)
     formula = "sum_i 2^-(L-i-1) / N sum [r > t' or t' > 0] (r - t')^2, r = BN(conv1x1(s)), t' = max(t, margin)"
 
     def __init__(

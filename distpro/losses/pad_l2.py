@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm1d, full, one_pair
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
+from distpro.losses._rows import pooled_embedding
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
 from distpro.losses.l2 import projection
 
 
@@ -31,43 +32,35 @@ class PrimeAwareL2(DistillationLoss):
     year = 2020
     family = "feature"
     reads = "embedding"
+    taps = ("embedding",)
+    pretrain_reads = "both"
     formula = "mean (e - t)^2 / (eps + exp(v)) + v, e = project(s), v = BN(W e)"
     stages = 2
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), eps: float = 1e-6):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = one_pair("loss 'pad_l2'", self.student_shapes, self.teacher_shapes, dims=(1, 3))
+        shapes = one_pair(self.what, self.student_shapes, self.teacher_shapes, dims=(1, 3))
         student, teacher = (shape[:1] for shape in shapes)
         self.eps = eps
         self.project = projection(student, teacher)
         self.variance = nn.Sequential(nn.Linear(teacher[0], teacher[0]), BatchNorm1d(teacher[0]))
 
     def pretrain(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Loss of the first stage: mean squared error of the embeddings."""
-        return F.mse_loss(full(self.project(_embedding(student))), _embedding(teacher).detach())
+        return F.mse_loss(full(self.project(self._embedding(student))), self._embedding(teacher).detach())
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        embedding = self.project(_embedding(student))
-        return self.distance(embedding, _embedding(teacher), self.variance(embedding))
+        embedding = self.project(self._embedding(student))
+        return self.distance(embedding, self._embedding(teacher), self.variance(embedding))
 
     def distance(self, student: Tensor, teacher: Tensor, log_variance: Tensor) -> Tensor:
         """Scalar loss of embeddings (N, D) and logarithms of variances (N, D)."""
         error, v = (full(student) - full(teacher.detach())).square(), full(log_variance)
         return (error / (self.eps + v.exp()) + v).mean()
 
-
-def _embedding(features: Tensor | Sequence[Tensor]) -> Tensor:
-    x = full(single(features, "loss 'pad_l2'"))
-    return x.mean((2, 3)) if x.dim() == 4 else x
+    def _embedding(self, features: Tensors) -> Tensor:
+        return pooled_embedding(full(single(features, self.what)))

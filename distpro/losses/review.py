@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm2d, full, paired_shapes, pairs
-from distpro.losses.base import LOSSES, DistillationLoss, Shape
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors
 from pathways.distances import HCL
 from pathways.registry import UserError, check_parameters
 
@@ -86,7 +86,9 @@ class KnowledgeReview(DistillationLoss):
     paper = "Chen et al., Distilling Knowledge via Knowledge Review, CVPR 2021"
     year = 2021
     family = "feature"
-    reads = "features of all stages, shallow to deep, and the pooled one"
+    reads = "features of all stages, shallow to deep, and the embedding"
+    taps = ("stages", "embedding")
+    before_relu = "teacher"
     formula = "sum_k HCL(out_k, t_k), out_k = BN(conv3x3(ABF(f_k, r_(k+1))))"
 
     def __init__(
@@ -100,7 +102,7 @@ class KnowledgeReview(DistillationLoss):
         hcl: bool | Mapping[str, Any] = True,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        shapes = paired_shapes("loss 'review'", self.student_shapes, self.teacher_shapes, dims=(1, 3))
+        shapes = paired_shapes(self.what, self.student_shapes, self.teacher_shapes, dims=(1, 3))
         inputs, outputs = [s[0] for s, _ in shapes], [t[0] for _, t in shapes]
         self.residual = review and residual
         if self.residual:
@@ -115,14 +117,10 @@ class KnowledgeReview(DistillationLoss):
         self.distance = _distance(hcl)
 
     def levels(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Losses per teacher level (L,), shallow to deep."""
-        levels = pairs("loss 'review'", student, teacher)
+        levels = pairs(self.what, student, teacher)
         students, teachers = [_as_map(s) for s, _ in levels], [_as_map(t) for _, t in levels]
         outputs = self.outputs(students, [t.shape[2:] for t in teachers])
         return torch.stack([self.distance(full(o), t) for o, t in zip(outputs, teachers, strict=True)])

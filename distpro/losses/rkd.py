@@ -33,6 +33,7 @@ class Relational(RelationLoss):
     year = 2019
     formula = "w_d huber(d^s - d^t) + w_a huber(a^s - a^t)"
     smallest_batch = 2
+    scalars = ("w_d", "w_a")
 
     def __init__(
         self,

@@ -23,20 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm2d, full, matmul, same_size
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, as_list
+from distpro.losses._maps import BatchNorm2d, CrossLevels, full, matmul, same_size
+from distpro.losses.base import LOSSES, Shape, Tensors
 from pathways.registry import UserError
 
 
 @LOSSES.register("semckd")
-class SemanticCalibration(DistillationLoss):
+class SemanticCalibration(CrossLevels):
     """Attention over the teacher's layers, from batch similarities, weighs projected squared errors."""
 
     title = "Cross-Layer Distillation with Semantic Calibration"
     paper = "Chen et al., Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
     year = 2021
     family = "feature"
-    reads = "features of several stages; the numbers may differ"
+    reads = "features of all stages; the numbers may differ"
+    taps = ("stages",)
+    needs = ("batch_size",)
+    scalars = ("soft",)
     formula = "1/(N S) sum_(n,s,t) att_(s,t) mean (P_st(s) - t)^2"
 
     def __init__(
@@ -49,8 +52,6 @@ class SemanticCalibration(DistillationLoss):
     ):
         super().__init__(student_shapes, teacher_shapes)
         students, teachers = self.student_shapes, self.teacher_shapes
-        if not students or not teachers or any(len(s) != 3 for s in (*students, *teachers)):
-            raise UserError(f"loss 'semckd' needs feature maps (C, H, W) of both models, got {students} and {teachers}")
         self.batch_size, self.soft = batch_size, soft
         width = max(1, batch_size // factor)
         self.query = nn.ModuleList(_perceptron(batch_size, width) for _ in students)
@@ -58,15 +59,13 @@ class SemanticCalibration(DistillationLoss):
         self.regressors = nn.ModuleList(nn.ModuleList(_projector(s[0], t[0]) for t in teachers) for s in students)
 
     def levels(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Losses per teacher map (T,)."""
-        students, teachers = [full(s) for s in as_list(student)], [full(t.detach()) for t in as_list(teacher)]
-        self._check(students, teachers)
+        students, teachers = self.maps(student, teacher)
+        if len(students[0]) > self.batch_size:
+            found = f"built for batches of up to {self.batch_size} samples, got {len(students[0])}"
+            raise UserError(f"loss 'semckd' was {found}: set its batch_size")
         errors = [
             _error(self.regressors[i][j], s, t)  # type: ignore[index]
             for i, s in enumerate(students)
@@ -86,18 +85,6 @@ class SemanticCalibration(DistillationLoss):
     def _similarity(self, f: Tensor) -> Tensor:
         f = f.flatten(1)
         return F.pad(matmul(f, f.T), (0, self.batch_size - len(f)))
-
-    def _check(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
-        if (len(students), len(teachers)) != (len(self.query), len(self.key)):
-            raise UserError(
-                f"loss 'semckd' was built for {len(self.query)} student and {len(self.key)} teacher maps, "
-                f"got {len(students)} and {len(teachers)}"
-            )
-        if len(students[0]) > self.batch_size:
-            raise UserError(
-                f"loss 'semckd' was built for batches of up to {self.batch_size} samples, got {len(students[0])}: "
-                "set its batch_size"
-            )
 
 
 def _error(projector: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,18 +7,20 @@ is conv1x1, conv3x3, conv1x1 without bias, each with BatchNorm and ReLU; C_t / `
 Of different sizes the larger map is average-pooled first.
 
 This is the whole published objective (no task loss, no KD), and the student that is deployed predicts with the
-teacher's classifier on the projected features: ``predict``. Departure: none.
+teacher's ``classifier``, its last linear layer (C_t -> K), on the projected features: ``predict``. The loss keeps a copy
+of it as buffers, which are saved with it and not trained. Departure: none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm2d, full, one_pair, pooled, same_size
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
+from pathways.registry import UserError
 
 
 @LOSSES.register("simkd")
@@ -30,33 +32,52 @@ class SimKD(DistillationLoss):
     year = 2022
     family = "feature"
     reads = "last features before pooling"
+    taps = ("last",)
+    needs = ("classifier",)
     formula = "mean (P(s) - t)^2"
 
-    def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), factor: int = 2):
+    classifier_weight: Tensor | None
+    classifier_bias: Tensor | None
+
+    def __init__(
+        self,
+        student_shapes: Sequence[Shape] = (),
+        teacher_shapes: Sequence[Shape] = (),
+        factor: int = 2,
+        classifier: nn.Linear | None = None,
+    ):
         super().__init__(student_shapes, teacher_shapes)
-        student, teacher = one_pair("loss 'simkd'", self.student_shapes, self.teacher_shapes)
+        student, teacher = one_pair(self.what, self.student_shapes, self.teacher_shapes)
         mid = max(1, teacher[0] // factor)
         self.projector = nn.Sequential(
             *_block(student[0], mid, 1),
             *_block(mid, mid, 3),
             *_block(mid, teacher[0], 1),
         )
+        if classifier is not None and classifier.in_features != teacher[0]:
+            found = f"{classifier.in_features} features for a teacher map of {teacher[0]} channels"
+            raise UserError(f"loss 'simkd': classifier reads {found}")
+        for name in ("weight", "bias"):
+            values = getattr(classifier, name, None)
+            self.register_buffer(f"classifier_{name}", None if values is None else values.detach().clone())
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        features = single(teacher, "loss 'simkd'").detach()
-        source, features = same_size(single(student, "loss 'simkd'"), full(features))
+        features = single(teacher, self.what).detach()
+        source, features = same_size(single(student, self.what), full(features))
         return F.mse_loss(full(self.projector(source)), features)
 
-    def predict(self, student: Tensor, classifier: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits of the deployed student: the teacher's ``classifier`` (N, C_t) -> (N, K) on the pooled projection."""
+    def predict(self, student: Tensor) -> Tensor:
+        """Logits (N, K) of the deployed student from its last map (N, C_s, H_s, W_s), by the teacher's classifier.
+
+        Raises UserError if the loss was built without it.
+        """
+        if self.classifier_weight is None:
+            raise UserError("loss 'simkd' predicts with the teacher's classifier, and was built without one")
         size = [min(a, b) for a, b in zip(student.shape[2:], self.teacher_shapes[0][1:], strict=True)]
-        return classifier(self.projector(pooled(student, size)).mean((2, 3)))
+        embedding = self.projector(pooled(student, size)).mean((2, 3))
+        return F.linear(embedding, self.classifier_weight, self.classifier_bias)
 
 
 def _block(in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:

@@ -30,7 +30,8 @@ class SimilarityPreserving(PairedLevels):
     paper = "Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019"
     year = 2019
     family = "relation"
-    reads = "features"
+    reads = "last features before pooling, or embedding"
+    taps = ("last",)
     dims = (1, 2, 3)
     needs_shapes = False
     formula = "|G^t - G^s|^2 / N^2, G = row-normalised f f^T"

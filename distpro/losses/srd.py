@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm1d, full
-from distpro.losses._rows import pooled_embedding, same_shapes, softened_kl, two
-from distpro.losses.base import LOSSES, DistillationLoss, Shape
+from distpro.losses._maps import BatchNorm1d, full, same_shapes
+from distpro.losses._rows import pooled_embedding, softened_kl, two
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors
 from pathways.registry import UserError
 
 
@@ -28,7 +28,9 @@ class SimpleRecipe(DistillationLoss):
     paper = "Miles and Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024"
     year = 2024
     family = "feature"
-    reads = "the logits, then a feature map or embedding (name both taps)"
+    reads = "logits and the last features before pooling, or the embedding"
+    taps = ("logits", "last")
+    scalars = ("exponent", "temperature")
     formula = "2 log sum |BN(W f_s) - BN(f_t)|^a + KL(softmax(t/T) || softmax(s/T))"
 
     def __init__(
@@ -42,7 +44,7 @@ class SimpleRecipe(DistillationLoss):
         for shapes in (self.student_shapes, self.teacher_shapes):
             if len(shapes) != 2:
                 raise UserError(f"loss 'srd' reads logits and a feature of each model, got {len(shapes)} shapes")
-        same_shapes("loss 'srd'", self.student_shapes[:1], self.teacher_shapes[:1])
+        same_shapes(self.what, self.student_shapes[:1], self.teacher_shapes[:1])
         self.exponent, self.temperature = exponent, temperature
         width_s, width_t = self.student_shapes[1][0], self.teacher_shapes[1][0]
         self.projector = nn.Linear(width_s, width_t)
@@ -50,13 +52,9 @@ class SimpleRecipe(DistillationLoss):
         self.norm_t = BatchNorm1d(width_t, eps=1e-4, affine=False)
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        (logits_s, f_s), (logits_t, f_t) = (two("loss 'srd'", x, "logits, feature") for x in (student, teacher))
+        (logits_s, f_s), (logits_t, f_t) = (two(self.what, x, "logits, feature") for x in (student, teacher))
         z_s = self.norm_s(full(self.projector(pooled_embedding(f_s))))
         z_t = self.norm_t(full(pooled_embedding(f_t.detach())))
         feature = (z_s - z_t).abs().pow(self.exponent).sum().log()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm1d, full, matmul, one_pair
 from distpro.losses._rows import pooled_embedding
-from distpro.losses.base import LOSSES, DistillationLoss, Shape, single
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
 from pathways.registry import UserError
 
 
@@ -33,6 +33,8 @@ class SoftmaxRegression(DistillationLoss):
     year = 2021
     family = "feature"
     reads = "embedding"
+    taps = ("embedding",)
+    needs = ("classifier",)
     formula = "mean (h - f_t)^2 + mean (W h - W f_t)^2, h = ReLU(BN(linear(f_s)))"
 
     classifier: Tensor
@@ -44,7 +46,7 @@ class SoftmaxRegression(DistillationLoss):
         classifier: nn.Linear | Tensor | None = None,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        (width_s, *_), (width_t, *_) = one_pair("loss 'srrl'", self.student_shapes, self.teacher_shapes, dims=(1, 3))
+        (width_s, *_), (width_t, *_) = one_pair(self.what, self.student_shapes, self.teacher_shapes, dims=(1, 3))
         weight = classifier.weight if isinstance(classifier, nn.Linear) else classifier
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != width_t:
             raise UserError(f"loss 'srrl' needs classifier, the teacher's last linear layer ({width_t} -> classes)")
@@ -52,12 +54,8 @@ class SoftmaxRegression(DistillationLoss):
         self.transfer = nn.Sequential(nn.Linear(width_s, width_t, bias=False), BatchNorm1d(width_t), nn.ReLU())
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        h = full(self.transfer(pooled_embedding(single(student, "loss 'srrl'"))))
-        f_t = full(pooled_embedding(single(teacher, "loss 'srrl'").detach()))
+        h = full(self.transfer(pooled_embedding(single(student, self.what))))
+        f_t = full(pooled_embedding(single(teacher, self.what).detach()))
         return F.mse_loss(h, f_t) + matmul(h - f_t, self.classifier.T).square().mean()

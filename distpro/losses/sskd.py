@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import full, matmul
-from distpro.losses._rows import same_shapes, softened_kl, two
-from distpro.losses.base import LOSSES, DistillationLoss, Shape
+from distpro.losses._maps import full, matmul, same_shapes
+from distpro.losses._rows import kl_rows, softened_kl, two
+from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors
 from pathways.registry import UserError
 
 
@@ -40,9 +40,13 @@ class SelfSupervised(DistillationLoss):
     paper = "Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020"
     year = 2020
     family = "relation"
-    reads = "the logits, then the embedding, of a batch with rotations (name both taps)"
+    reads = "logits and embedding of each image and its three rotations"
+    taps = ("logits", "embedding")
+    pretrain_reads = "teacher"
+    views = 4
     formula = "w1 CE + w2 KL(plain) + w3 KL(rotated) + w4 KL(similarities)"
     stages = 2
+    scalars = ("kd_t", "tf_t", "ss_t", "tf_ratio", "ss_ratio", "ce_weight", "kd_weight", "tf_weight", "ss_weight")
     needs_target = True
 
     def __init__(
@@ -63,24 +67,18 @@ class SelfSupervised(DistillationLoss):
         super().__init__(student_shapes, teacher_shapes)
         self.kd_t, self.tf_t, self.ss_t = kd_t, tf_t, ss_t
         self.tf_ratio, self.ss_ratio = tf_ratio, ss_ratio
-        self.weights = (ce_weight, kd_weight, tf_weight, ss_weight)
+        self.ce_weight, self.kd_weight, self.tf_weight, self.ss_weight = ce_weight, kd_weight, tf_weight, ss_weight
         self.head_s, self.head_t = _head(self.student_shapes, head), _head(self.teacher_shapes, head)
 
     def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        parts = self.parts(student, teacher, target)
-        return sum((w * part for w, part in zip(self.weights, parts, strict=True)), start=parts[0].new_zeros(()))
+        ce, kd, tf, ss = self.parts(student, teacher, target)
+        return self.ce_weight * ce + self.kd_weight * kd + self.tf_weight * tf + self.ss_weight * ss
 
-    def parts(
-        self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], target: Tensor | None
-    ) -> list[Tensor]:
+    def parts(self, student: Tensors, teacher: Tensors, target: Tensor | None) -> list[Tensor]:
         """The four scalars before their weights, in the order of the formula."""
-        (logits_s, rep_s), (logits_t, rep_t) = (two("loss 'sskd'", x, "logits, embedding") for x in (student, teacher))
+        (logits_s, rep_s), (logits_t, rep_t) = (two(self.what, x, "logits, embedding") for x in (student, teacher))
         self._check(logits_s, logits_t, target)
         assert target is not None
         logits_s, logits_t = full(logits_s), full(logits_t.detach())
@@ -98,18 +96,14 @@ class SelfSupervised(DistillationLoss):
         ]
 
     def pretrain(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
-        index: Tensor | None = None,
+        self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Loss of the first stage: the teacher's head tells from which image a rotated one comes."""
-        cos = _similarities(full(self.head_t(two("loss 'sskd'", teacher, "logits, embedding")[1].detach())))
+        cos = _similarities(full(self.head_t(two(self.what, teacher, "logits, embedding")[1].detach())))
         return F.cross_entropy(cos, torch.arange(cos.shape[1], device=cos.device).repeat_interleave(3))
 
     def _check(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
-        same_shapes("loss 'sskd'", [student.shape], [teacher.shape])
+        same_shapes(self.what, [student.shape], [teacher.shape])
         if target is None:
             raise UserError("loss 'sskd' needs the labels: pass target")
         if len(student) != 4 * len(target):
@@ -151,6 +145,4 @@ def _kept(scores: Tensor, truth: Tensor, ratio: float) -> Tensor:
 
 def _kept_kl(student: Tensor, teacher: Tensor, temperature: float, kept: Tensor) -> Tensor:
     """T^2 KL averaged over the kept rows; 0 if none is kept."""
-    log_p = F.log_softmax(student / temperature, dim=1)
-    rows = F.kl_div(log_p, F.softmax(teacher / temperature, dim=1), reduction="none").sum(1)
-    return (rows * kept).sum() / kept.sum().clamp(min=1) * temperature**2
+    return (kl_rows(student, teacher, temperature) * kept).sum() / kept.sum().clamp(min=1)

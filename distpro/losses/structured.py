@@ -31,7 +31,8 @@ class PairWise(PairedLevels):
     paper = "Liu et al., Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019"
     year = 2019
     family = "dense"
-    reads = "features"
+    reads = "features in front of the classifier"
+    taps = ("last",)
     needs_shapes = False
     formula = "mean_(n,a,b) (cos(s_a, s_b) - cos(t_a, t_b))^2 of max-pooled maps"
 

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.losses._rows import ResponseLoss, one_of, softened_kl
-from distpro.losses.base import LOSSES, Shape
+from distpro.losses._rows import ResponseLoss, softened_kl
+from distpro.losses.base import LOSSES, Shape, one_of
 
 
 @LOSSES.register("tf_kd")
@@ -35,6 +35,7 @@ class TeacherFree(ResponseLoss):
     year = 2020
     formula = "(1 - a) CE(s, y) + a m T^2 KL(softmax(t/T) || softmax(s/T)) / K"
     needs_target = True
+    scalars = ("alpha", "temperature", "multiplier", "correct")
 
     def __init__(
         self,
@@ -47,12 +48,12 @@ class TeacherFree(ResponseLoss):
         correct: float = 0.99,
     ):
         super().__init__(student_shapes, teacher_shapes)
-        self.uses_teacher = one_of("loss 'tf_kd': form", form, ("self", "virtual")) == "self"
+        self.uses_teacher = one_of(f"{self.what}: form", form, ("self", "virtual")) == "self"
         self.alpha = (0.9 if self.uses_teacher else 0.1) if alpha is None else alpha
         self.temperature, self.multiplier, self.correct = temperature, multiplier, correct
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None
+        target = self.labels(target)
         if self.uses_teacher:
             soft = softened_kl(student, teacher, self.temperature)
         else:

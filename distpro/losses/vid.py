@@ -52,7 +52,8 @@ class VariationalInformation(PairedLevels):
     paper = "Ahn et al., Variational Information Distillation for Knowledge Transfer, CVPR 2019"
     year = 2019
     family = "feature"
-    reads = "features"
+    reads = "features of all stages"
+    taps = ("stages",)
     formula = "mean 1/2 ((mu(s) - t)^2 / var_c + log var_c)"
 
     def __init__(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,21 @@ from tests.losses import examples_feature_dense, examples_response_relation
 
 EXAMPLES = {**examples_feature_dense.EXAMPLES, **examples_response_relation.EXAMPLES}
 LABEL_SHAPES = {"ifvd": (16, 16)}  # of one sample; () for all others
-ROWS_PER_LABEL = {"sskd": 4}
 BATCH = 4
+
+# What the words of `taps` stand for, of both models; cwd reads the logits of a dense task.
+PLACES = {"stages": [(6, 8, 8), (8, 4, 4)], "last": [(8, 4, 4)], "embedding": [(8,)], "logits": [(5,)]}
+DENSE_LOGITS = {"cwd"}
+
+# Options without which another has no effect.
+TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
+    ("cc", "gamma"): {"form": "gaussian"},
+    ("logit_std", "alpha"): {"of": "dkd"},
+    ("logit_std", "beta"): {"of": "dkd"},
+    ("semckd", "soft"): {"batch_size": 8},
+    ("tf_kd", "correct"): {"form": "virtual"},
+}
+SCALARS = [(name, scalar) for name in available_losses() for scalar in LOSSES[name].scalars]
 
 # Their backward pass is no derivative of their forward pass, by definition of the method.
 NO_DERIVATIVE = {"afd": "the attention of the sum over pairs is detached"}
@@ -28,16 +43,16 @@ names = pytest.mark.parametrize("name", available_losses())
 class Sample:
     """A built loss and inputs for it."""
 
-    def __init__(self, name: str, batch: int = BATCH, dtype: torch.dtype = torch.float32, scale=(1, 1)):
+    def __init__(self, name: str, batch: int = BATCH, dtype: torch.dtype = torch.float32, scale=(1, 1), **params):
         torch.manual_seed(0)
         example = EXAMPLES[name]
         shapes = [
             _scaled(example[f"{side}_shapes"], by) for side, by in zip(("student", "teacher"), scale, strict=True)
         ]
-        self.loss: DistillationLoss = build_loss(name, *shapes, **example["params"])
+        self.loss: DistillationLoss = build_loss(name, *shapes, **example["params"] | params)
         if dtype != torch.float32:
             self.loss.to(dtype)
-        rows = batch * ROWS_PER_LABEL.get(name, 1)
+        rows = batch * self.loss.views
         self.student, self.teacher = ([torch.randn(rows, *s, dtype=dtype) for s in side] for side in shapes)
         self.target = torch.randint(3, (batch, *LABEL_SHAPES.get(name, ())))
         self.index = torch.arange(batch)
@@ -67,7 +82,67 @@ def test_has_an_example_and_its_facts(name):
     assert kind.__module__ == f"distpro.losses.{name}"
     assert kind.title and kind.formula and kind.reads and str(kind.year) in kind.paper
     assert kind.family in ("response", "feature", "relation", "dense")
-    assert kind.stages == 1 or callable(kind.pretrain)
+    assert kind.taps and set(kind.taps) <= set(PLACES)
+    assert kind.before_relu in ("neither", "teacher", "both") and (
+        "stages" in kind.taps or kind.before_relu == "neither"
+    )
+    assert kind.pretrain_reads in (("teacher", "both") if kind.stages == 2 else ("",))
+    assert set(kind.needs) <= set(inspect.signature(kind).parameters)
+
+
+@names
+def test_reads_its_default_taps(name):
+    shapes = [shape for tap in LOSSES[name].taps for shape in PLACES[tap]]
+    if name in DENSE_LOGITS:
+        shapes = [(*shape, 4, 4) for shape in shapes]
+    sample = Sample(name)
+    loss = build_loss(name, shapes, shapes, **EXAMPLES[name]["params"])
+    student, teacher = ([torch.randn(BATCH * loss.views, *s, requires_grad=True) for s in shapes] for _ in range(2))
+    loss(_unwrap(student), _unwrap(teacher), target=sample.target, index=sample.index).backward()
+    assert all(s.grad is not None and s.grad.isfinite().all() for s in student)
+
+
+@names
+@pytest.mark.parametrize("given", ["target", "index"])
+def test_needs_labels_and_sample_numbers_where_it_says(name, given):
+    sample = Sample(name)
+    needed = getattr(sample.loss, f"needs_{given}")
+    setattr(sample, given, None)
+    if needed:
+        with pytest.raises(UserError, match="target|index"):
+            sample()
+    else:
+        assert sample().isfinite()
+
+
+@pytest.mark.parametrize("name", [n for n in available_losses() if LOSSES[n].pretrain_reads])
+def test_first_stage_trains_from_what_it_reads(name):
+    sample = Sample(name).tracked()
+    student = [] if sample.loss.pretrain_reads == "teacher" else _unwrap(sample.student)
+    value = sample.loss.pretrain(student, _unwrap(sample.teacher), target=sample.target)
+    value.backward()
+    trained = [*sample.student, *sample.loss.parameters()]
+    assert value.isfinite() and any(x.grad is not None and x.grad.any() for x in trained)
+    assert all(t.grad is None for t in sample.teacher)
+
+
+@pytest.mark.parametrize(("name", "scalar"), SCALARS)
+def test_a_scalar_set_later_is_the_scalar_given_at_first(name, scalar):
+    """The second of two calls is compared, as a memory's momentum shows there only."""
+    together = TOGETHER.get((name, scalar), {})
+    before, later = (Sample(name, dtype=torch.float64, **together) for _ in range(2))
+    value = getattr(later.loss, scalar)
+    other = 0.6 * value + 0.17 if isinstance(value, float) else [0.6 * x + 0.17 for x in value]
+    setattr(later.loss, scalar, other)
+    first = Sample(name, dtype=torch.float64, **together, **{scalar: other})
+
+    def second_call(sample):
+        torch.manual_seed(1)
+        sample()
+        return sample()
+
+    torch.testing.assert_close(second_call(later), second_call(first), rtol=1e-12, atol=0)
+    assert (second_call(later) - second_call(before)).abs() > 1e-6 * second_call(before).abs()
 
 
 @names

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from distpro.losses import build_loss
+from distpro.losses.ft import unit_distance
 from distpro.losses.ofd import margin
 from pathways.registry import UserError
 
@@ -89,6 +90,7 @@ def test_unequal_numbers_of_levels_are_refused(name):
         ("structured", [(4, 8, 8)], [(4, 8, 8)], {"scale": 0}, "scale"),
         ("ifvd", [(4, 8, 8)], [(4, 8, 8)], {}, "num_classes"),
         ("afd", [(4, 8, 8)], [(4,)], {}, "feature maps"),
+        ("simkd", [(4, 8, 8)], [(5, 8, 8)], {"classifier": torch.nn.Linear(6, 3)}, "reads 6 features .* 5 channels"),
         ("semckd", [], [(4, 8, 8)], {}, "feature maps"),
         ("review", LEVELS, LEVELS, {"hcl": {"decoy": 1}}, "did you mean 'decay'"),
         ("review", LEVELS, LEVELS, {"hcl": "no"}, "true, false or a mapping"),
@@ -218,14 +220,31 @@ def test_l2_is_the_squared_error_after_projection(student, teacher):
 
 @pytest.mark.parametrize("sizes", [(4, 4), (8, 4), (4, 8)])
 def test_simkd_error_and_prediction(sizes):
-    loss = _build("simkd", [(6, sizes[0], sizes[0])], [(8, sizes[1], sizes[1])])
+    classifier = torch.nn.Linear(8, 3, bias=sizes != (4, 4))
+    loss = _build("simkd", [(6, sizes[0], sizes[0])], [(8, sizes[1], sizes[1])], classifier=classifier)
     s, t = _inputs([(6, sizes[0], sizes[0])])[0], _inputs([(8, sizes[1], sizes[1])])[0]
     source, expected = _pool_pair(s, t)
     projected = loss.projector(source)
     assert projected.min() == 0 and [m.out_channels for m in loss.projector if hasattr(m, "out_channels")] == [4, 4, 8]
     torch.testing.assert_close(loss(s, t), ((projected - expected) ** 2).mean())
-    classifier = torch.nn.Linear(8, 3).double()
-    torch.testing.assert_close(loss.predict(s, classifier), classifier(projected.mean((2, 3))))
+    torch.testing.assert_close(loss.predict(s), classifier.double()(projected.mean((2, 3))))
+
+
+def test_simkd_keeps_the_classifier_frozen_and_saves_it():
+    shapes, classifier = ([(6, 4, 4)], [(8, 4, 4)]), torch.nn.Linear(8, 3)
+    loss = build_loss("simkd", *shapes, classifier=classifier).eval()
+    assert all(name.startswith("projector") for name, _ in loss.named_parameters())
+    s = torch.randn(2, 6, 4, 4)
+    expected = loss.predict(s)
+    torch.nn.init.zeros_(classifier.weight)  # what becomes of the teacher afterwards does not matter
+    restored = build_loss("simkd", *shapes, classifier=classifier).eval()
+    restored.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(restored.predict(s), expected)
+
+
+def test_simkd_without_a_classifier_does_not_predict():
+    with pytest.raises(UserError, match="built without one"):
+        build_loss("simkd", [(6, 4, 4)], [(8, 4, 4)]).predict(torch.randn(2, 6, 4, 4))
 
 
 def test_mgd_without_mask_is_the_generation_error():
@@ -314,7 +333,7 @@ def test_kdsvd_of_equal_maps_is_zero_and_ignores_rotations_of_positions():
 
 
 def test_kdsvd_needs_two_levels():
-    with pytest.raises(UserError, match="at least two, got 1"):
+    with pytest.raises(UserError, match="needs two or more per model, got 1"):
         build_loss("kdsvd")(torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3))
 
 
@@ -336,10 +355,11 @@ def test_ktaad_is_the_weighted_sum_and_finite_at_its_minimum():
     loss = _build("ktaad", [(6, 4, 4)], [(8, 4, 4)], adaptation_weight=2.0, affinity_weight=3.0)
     s, t = _inputs([(6, 4, 4)])[0], _inputs([(8, 4, 4)])[0]
     code = loss.translator.encoder(t)
-    expected = 2 * loss.adaptation(loss.feature_adapter(s), code) + 3 * loss.affinity(loss.affinity_adapter(s), code)
+    adaptation = unit_distance(loss.feature_adapter(s), code, 1)
+    expected = 2 * adaptation + 3 * loss.affinity(loss.affinity_adapter(s), code)
     torch.testing.assert_close(loss(s, t), expected)
     same = s.clone().requires_grad_()
-    value = loss.adaptation(same, s) + loss.affinity(same, s)
+    value = unit_distance(same, s, 2) + loss.affinity(same, s)
     assert value == 0 and torch.autograd.grad(value, same)[0].isfinite().all()
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from distpro.losses import build_loss
 from tests.losses.examples_response_relation import EXAMPLES
-from tests.losses.truth import build, close, mean_kl, randn, softmax
+from tests.losses.truth import build, close, kl, mean_kl, randn, softmax
 
 
 @pytest.fixture(autouse=True)
@@ -55,14 +55,29 @@ def test_kd_and_its_mixture(temperature):
 
 def test_dkd_recombines_to_kd():
     """KL(p_t || p_s) = TCKD + (1 - p_t[y]) NCKD for each sample."""
-    loss_t, loss_n = build("dkd", alpha=1.0, beta=0.0), build("dkd", alpha=0.0, beta=1.0)
+    loss_t, loss_n = build("dkd_target"), build("dkd_nontarget")
     for _ in range(3):
         s, t, y = randn(1, 6), randn(1, 6), torch.randint(6, (1,))
         other = 1 - softmax(t[0].tolist(), 4.0)[y]
         close(build("kd")(s, t), loss_t(s, t, target=y) + other * loss_n(s, t, target=y))
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "dist", "logit_std", "mlkd"])
+def test_dkd_is_the_weighted_sum_of_its_parts():
+    s, t, y = randn(6, 5), randn(6, 5), torch.randint(5, (6,))
+    target, nontarget = (build(f"dkd_{part}", temperature=3.0)(s, t, target=y) for part in ("target", "nontarget"))
+    whole = build("dkd", alpha=0.7, beta=2.5, temperature=3.0)(s, t, target=y)
+    close(whole, 0.7 * target + 2.5 * nontarget)
+    expected_target, expected_nontarget = 0.0, 0.0
+    for row_s, row_t, label in zip(s.tolist(), t.tolist(), y.tolist(), strict=True):
+        p, q = softmax(row_t, 3.0), softmax(row_s, 3.0)
+        expected_target += 9 * kl([p[label], 1 - p[label]], [q[label], 1 - q[label]]) / 6
+        others = [[x for k, x in enumerate(d) if k != label] for d in (p, q)]
+        expected_nontarget += 9 * kl(*([x / sum(d) for x in d] for d in others)) / 6
+    close(target, expected_target)
+    close(nontarget, expected_nontarget)
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "dist", "logit_std", "mlkd", "skd"])
 def test_sure_predictions_stay_finite(name):
     s, t = torch.eye(4).mul(1e4).requires_grad_(), torch.eye(4).roll(1, 0).mul(1e4)
     value = build_loss(name)(s, t, target=torch.arange(4))
@@ -153,6 +168,33 @@ def test_mlkd_sums_three_levels_over_temperatures():
                 dots = [sum(row[k] * row[m] for row in x) for x in (p, q)]
                 expected += (dots[0] - dots[1]) ** 2 / 4
     close(build("mlkd", temperatures=[1.5, 4.0])(s, t), expected)
+
+
+def test_mlkd_standardises_the_logits_of_its_kl_part_alone():
+    s, t = randn(3, 4), randn(3, 4)
+    options = {"temperatures": [2.0]}
+    plain, standardised = (build("mlkd", **options, standardize=on)(s, t) for on in (False, True))
+    close(standardised - plain, build("logit_std")(s, t) - build("kd", temperature=2.0)(s, t))
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_skd_is_kl_and_the_mahalanobis_length_of_similarity_differences(form):
+    s, t = randn(6, 5), randn(6, 5)
+    d = torch.stack([F.cosine_similarity(s, a) - F.cosine_similarity(t, b) for a, b in zip(s, t, strict=True)])
+    if form == "code":
+        d = d / 5
+    inverse = torch.linalg.inv(torch.cov(d.T) + 0.3 * torch.eye(6, dtype=torch.float64))
+    direction = sum((row @ inverse @ row).sqrt() for row in d) / 6
+    if form == "code":  # three of the five classes are at most the median
+        direction = direction * 3 / 5
+    instance = mean_kl(s, t, 2.0)
+    if form == "code":  # three of the six samples are at most the median
+        unsure = t.softmax(1).amax(1).argsort()[:3]
+        instance = 4 * mean_kl(s[unsure], t[unsure], 2.0) / 2
+    options = {"temperature": 2.0, "tikhonov": 0.3, "form": form}
+    close(build("skd", **options, direction_weight=0.0)(s, t), instance)
+    close(build("skd", **options, instance_weight=0.0)(s, t), direction)
+    close(build("skd", **options, instance_weight=0.9, direction_weight=0.4)(s, t), 0.9 * instance + 0.4 * direction)
 
 
 def test_ls_is_kd_from_a_uniform_teacher_up_to_a_constant():

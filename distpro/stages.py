@@ -1,0 +1,86 @@
+"""Recipes of several trainings, one after the other: hints before distillation, a teacher's paraphraser before its
+student, an assistant in between, generations of one network.
+
+A config's ``stages`` is a list of mappings. Each is merged over the config of the stage before (the first over the
+config itself), and so names only what is different: ``training``, ``data``, ``terms``, ``task_weight``, ``freeze``, ...
+Lists are replaced whole. Four keys belong to a stage alone:
+
+    name: hint             names its folder
+    teacher: previous      the student of the stage before teaches (Born-Again Networks; Teacher Assistant)
+    fresh: true            a new student in place of the one so far; so does a ``student`` that is another one
+    seed: 1                as in the config: a fresh student of the same seed would be the same network
+
+The student and the terms that both stages have, by key and loss, go on with the weights that they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from distpro.config import Config, check, merge
+from distpro.objective import Term
+from pathways.registry import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a recipe: its name, its whole config, and what it takes from the stage before."""
+
+    name: str
+    config: Config
+    fresh: bool = False
+    previous_teaches: bool = False
+
+
+@dataclass
+class Carry:
+    """What a stage takes over: weights of the student (None: a fresh one), of the teacher (None: its checkpoint), and
+    of terms by key."""
+
+    student: Mapping[str, Tensor] | None = None
+    teacher: Mapping[str, Tensor] | None = None
+    terms: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def give(self, terms: Sequence[nn.Module]) -> None:
+        """Load the weights of the terms that are known. Raises UserError where they do not fit."""
+        for term in terms:
+            if isinstance(term, Term) and term.key in self.terms:
+                try:
+                    term.loss.load_state_dict(self.terms[term.key])  # type: ignore[arg-type]
+                except RuntimeError as error:
+                    reason = str(error).splitlines()[-1].strip()
+                    raise UserError(f"term '{term.key}' is another one in the stage before: {reason}") from None
+
+
+def stages_of(config: Config, where: str = "config") -> list[Stage]:
+    """The trainings that a config asks for, in order: itself alone without ``stages``.
+
+    Raises UserError as `distpro.config.read_config` does, naming the stage.
+    """
+    if not config.stages:
+        return [Stage("", config)]
+    found: list[Stage] = []
+    before = {**config.model_dump(exclude_unset=True), "stages": []}
+    for n, given in enumerate(config.stages, start=1):
+        content = dict(given)
+        name = str(content.pop("name", f"stage{n}"))
+        at = f"{where}, stages.{n - 1} ({name})"
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise UserError(f"{at}: a stage's name becomes a folder's: letters, digits, - and _ only")
+        fresh, previous = bool(content.pop("fresh", False)), content.get("teacher") == "previous"
+        if previous:
+            if not found:
+                raise UserError(f"{at}: teacher is 'previous', but there is no stage before")
+            content["teacher"] = before["student"]
+        if "stages" in content or "base" in content or "preset" in content:
+            raise UserError(f"{at}: a stage has no stages, base or preset of its own")
+        after = merge(before, content)
+        if previous:
+            after["teacher"], after["teachers"] = dict(before["student"]), {}
+        fresh = fresh or bool(found and after["student"] != before["student"])
+        found.append(Stage(f"{n}_{name}", check(after, at).for_retrain(at), fresh or not found, previous))
+        before = after
+    return found
