@@ -69,7 +69,7 @@ def build_data(config: Config) -> Dataset:
         data.name,
         samples=data.samples,
         classes=data.classes,
-        seed=config.seed,
+        seed=config.seed if data.seed is None else data.seed,
         mean=data.mean,
         std=data.std,
         **root,

@@ -37,6 +37,7 @@ class DataConfig(Section):
     name: str = "digits"
     root: str | None = None
     samples: int | None = Field(None, gt=0, description="training images kept, stratified and seeded")
+    seed: int | None = Field(None, ge=0, description="draws the samples; null: the run's seed")
     classes: int | list[str] | None = None
     augment: list[Any] = []
     augment_epochs: int | None = Field(

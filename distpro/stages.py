@@ -63,7 +63,7 @@ def stages_of(config: Config, where: str = "config") -> list[Stage]:
     if not config.stages:
         return [Stage("", config)]
     found: list[Stage] = []
-    before = {**config.model_dump(exclude_unset=True), "stages": []}
+    before = {**config.model_dump(), "stages": []}
     for n, given in enumerate(config.stages, start=1):
         content = dict(given)
         name = str(content.pop("name", f"stage{n}"))
@@ -80,6 +80,8 @@ def stages_of(config: Config, where: str = "config") -> list[Stage]:
         after = merge(before, content)
         if previous:
             after["teacher"], after["teachers"] = dict(before["student"]), {}
+        if after["data"].get("seed") is None:  # another seed is another student, not another choice of samples
+            after["data"] = {**after["data"], "seed": config.seed}
         fresh = fresh or bool(found and after["student"] != before["student"])
         found.append(Stage(f"{n}_{name}", check(after, at).for_retrain(at), fresh or not found, previous))
         before = after
