@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distpro.cache import TeacherCache, digest, digest_data
 from distpro.config import Config
 from distpro.data import DATASETS, Dataset, Loader, Split, build_augment, load_data, split
 from distpro.data.datasets import locate
@@ -17,7 +19,7 @@ from distpro.hypergradient import ESTIMATORS
 from distpro.losses import LOSSES
 from distpro.models import MODELS
 from distpro.normalise import measure_scales
-from distpro.objective import Objective
+from distpro.objective import Objective, Term
 from distpro.pair import Pair, build_network, build_pair, device_of, needs_teacher, place
 from distpro.process import Clock, reduction_of
 from distpro.retrainer import replay
@@ -120,6 +122,46 @@ def build_objective(config: Config, data: Dataset, train: Split, clock: Clock, c
         frozen=frozen_modules(config, pair.student),
         prune=config.prune,
         clock=clock,
+    )
+
+
+def build_cache(config: Config, data: Dataset, objective: Objective) -> TeacherCache | None:
+    """The cache that the config asks for, of the taps that the objective reads; None where it asks for none.
+
+    Raises UserError for a teacher whose answers cannot be kept, and as `TeacherCache` does.
+    """
+    if config.cache is None or not objective.entries:
+        return None
+    assert objective.teacher is not None and objective.clock is not None
+    if config.teacher_training:
+        raise UserError("cache: teacher_training makes the teacher's answer depend on the rest of the batch")
+    if data.train.streamed:
+        raise UserError("cache: for data in memory, not for a streamed set")
+    epochs = math.ceil(objective.clock.total_steps / objective.clock.steps_per_epoch)
+    versions = min(config.data.augment_epochs or epochs, epochs) if config.data.augment else 1
+    views = max((getattr(term.loss, "views", 1) for term in objective.terms if isinstance(term, Term)), default=1)
+    example = objective.example_input
+    assert example is not None and isinstance(data.train.images, Tensor)
+    members = {"": config.teacher} if config.teacher is not None else dict(config.teachers)
+    fingerprint = {
+        "teacher weights": digest(objective.teacher.model),
+        "teacher": {
+            name: m.model_dump(include={"model", "params", "input", "weight"}) for name, m in members.items() if m
+        },
+        "combine": config.combine,
+        "precision": config.precision,
+        "channels_last": config.channels_last,
+        "device": example.device.type,
+        "data": digest_data(data.train.images, data.train.labels, data.train.index),
+        "mean and std": [list(data.mean), list(data.std)],
+        "augment": config.data.augment,
+        "seed": config.seed if config.data.augment else None,
+        "image shape": list(data.image_shape),
+    }
+    taught = objective.teach(example)
+    taps = {tap: taught[tap] for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
+    return TeacherCache(
+        config.cache.folder, data.train.index, versions, taps, fingerprint, views=views, device=example.device
     )
 
 
@@ -250,6 +292,7 @@ def build_search(config: Config, data: Dataset, folder: Path | None = None) -> T
         scale=distill_scale(config, len(train)),
         measure=None if how == "none" else measure,
     )
+    objective.cache = build_cache(config, data, objective)
     test = build_loader(config, data, data.test, training=False)
     return _trainer(config, objective, optimizer, searcher, train, test, folder, "search")
 
@@ -281,6 +324,7 @@ def build_retrain(
     )
     if not objective.computes_task and not objective.entries:
         raise UserError("task_weight is 0 and there is no term: nothing to train")
+    objective.cache = build_cache(config, data, objective)
     optimizer = build_optimizer(config, objective.trainable_parameters())
     test = build_loader(config, data, data.test, training=False)
     return _trainer(config, objective, optimizer, weights, train, test, folder, f"retrain ({retrain.weights})")

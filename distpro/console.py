@@ -106,6 +106,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     console.print(grid)
 
 
+def note(message: str) -> None:
+    """Print a line that a person should know of before the work begins."""
+    print(message, flush=True)
+
+
 def fail(message: str) -> None:
     """Print ``distpro: <message>`` to stderr."""
     print(f"distpro: {message}", file=sys.stderr, flush=True)

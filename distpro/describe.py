@@ -41,6 +41,7 @@ class Description:
     passes: dict[str, float]
     steps: int | None
     batch_size: int
+    cache_bytes: int | None = None
 
     @property
     def step_macs(self) -> float:
@@ -93,7 +94,19 @@ def describe(config: Config, searching: bool) -> Description:
         passes=_passes(config, searching),
         steps=steps,
         batch_size=config.training.batch_size,
+        cache_bytes=_cache_bytes(config, objective, samples) if config.cache and samples else None,
     )
+
+
+def _cache_bytes(config: Config, objective: Objective, samples: int) -> int:
+    """Size of the full teacher cache, without its few bytes of checksums."""
+    taught = objective.teach(objective.example_input) if objective.entries else {}  # type: ignore[arg-type]
+    read = {tap for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
+    row = sum(taught[tap][0].numel() * taught[tap].element_size() for tap in read)
+    if config.precision != "float32":
+        row //= 2
+    epochs = min(config.data.augment_epochs or config.training.epochs, config.training.epochs)
+    return samples * row * (epochs if config.data.augment else 1)
 
 
 def teacher_name(config: Config) -> str:
@@ -185,6 +198,8 @@ def as_text(d: Description) -> str:
     ]
     if d.steps is not None:
         lines.append(f"run      {d.steps:,} steps = {d.steps * d.step_macs / 1e15:.3f} PMAC")
+    if d.cache_bytes is not None:
+        lines.append(f"cache    {d.cache_bytes / 1e9:.3g} GB of teacher outputs when full")
     return "\n".join(lines)
 
 

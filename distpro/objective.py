@@ -164,7 +164,7 @@ class Objective(nn.Module):
         task_weight: weight of the task loss, or a process. Where it is the number 0, the task loss is not computed.
         frozen: modules of the student that do not train: no gradients, and evaluation mode.
         prune: run only those parts of teacher and student that terms and task loss depend on.
-        cache: keeps the teacher's outputs on disk.
+        cache: keeps the teacher's outputs on disk. Its augmentations repeat as often as its epochs do.
         clock: the training's length; a cache has to know where epochs begin.
     """
 
@@ -192,7 +192,7 @@ class Objective(nn.Module):
         self._frozen = tuple(frozen)
         for module in self._frozen:
             module.requires_grad_(False)
-        self._example_input = example_input
+        self.example_input = example_input
         self._step = 0
         self._given = tuple(terms)
         self._weights_at: Callable[[int], Sequence[float]] = self._constant_weights
@@ -217,7 +217,7 @@ class Objective(nn.Module):
     def _retap(self, tapped: Tapped, names: Sequence[str], output: bool) -> Tapped:
         tapped.remove()
         inner = [n for n in dict.fromkeys(names) if n != LOGITS]
-        return Tapped(tapped.model, inner, self._example_input, output=output or not self.prune)
+        return Tapped(tapped.model, inner, self.example_input, output=output or not self.prune)
 
     @property
     def computes_task(self) -> bool:

@@ -27,6 +27,7 @@ from torch import nn
 from distpro import build
 from distpro.checkpoint import load_safely, save_atomically, write_atomically
 from distpro.config import Config, read_config
+from distpro.console import note
 from distpro.data import Dataset
 from distpro.describe import teacher_name
 from distpro.models import load_checkpoint
@@ -262,6 +263,8 @@ def _run(
     before the result is written, which says that the training has ended."""
     if resume:
         trainer.resume()
+    if trainer.objective.cache is not None:
+        note(trainer.objective.cache.describe())
     if trainer.folder is None:
         return trainer.fit()
     if not resume:
