@@ -15,16 +15,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import resource
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark import measure, medians, parser, save
 from torch import nn
 
 from distpro.batch import Batch
@@ -179,31 +175,13 @@ class Setup:
         return run
 
 
-def measure(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run in each round, taken in turn after one warm-up round."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="resnet56")
-    parser.add_argument("--student", default="resnet20")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--transforms", type=int, choices=(1, 2, 3), default=3, help="9 pathways each")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=Path("runs/bench_search.json"))
-    options = parser.parse_args()
+    command = parser(__doc__, "bench_search")
+    command.add_argument("--teacher", default="resnet56")
+    command.add_argument("--student", default="resnet20")
+    command.add_argument("--batch", type=int, default=128)
+    command.add_argument("--transforms", type=int, choices=(1, 2, 3), default=3, help="9 pathways each")
+    options = command.parse_args()
     torch.set_num_threads(options.threads)
 
     plain = Setup(options, None, channels_last=False)
@@ -220,15 +198,11 @@ def main() -> None:
             f"{name}: KD step": setup.kd_step(),
         }
     seconds = measure(runs, options.rounds, plain.device)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    naive = median["naive, float32 NCHW"]
     ratios = {}
     print(f"{len(plain.objective.terms)} pathways, {options.teacher} -> {options.student}, batch {options.batch}, {options.device}, "
           f"{options.threads} threads, torch {torch.__version__}, {options.rounds} rounds\n")  # fmt: skip
-    for name, value in median.items():
-        print(
-            f"  {1000 * value:9.1f} ms   {name}   [{1000 * min(seconds[name]):.0f} - {1000 * max(seconds[name]):.0f}]"
-        )
+    median = medians(seconds)
+    naive = median["naive, float32 NCHW"]
     for name in fast:
         passes = [v for k, v in median.items() if k.startswith(f"{name}: ") and "step" not in k]
         step, floor, kd = median[f"{name}: search step"], sum(passes), median[f"{name}: KD step"]
@@ -240,16 +214,7 @@ def main() -> None:
     if plain.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
     print(f"\npeak memory of the whole benchmark: {memory:.0f} MiB")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": options.threads,
-    }
-    settings = {k: str(v) for k, v in vars(options).items()}
-    options.json.write_text(
-        json.dumps({**facts, "settings": settings, "seconds": seconds, "ratios": ratios, "peak_mib": memory}, indent=1)
-    )
+    save(options, seconds, ratios, peak_mib=memory)
 
 
 if __name__ == "__main__":
