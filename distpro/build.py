@@ -291,6 +291,9 @@ def build_search(config: Config, data: Dataset, folder: Path | None = None) -> T
         repeats=search.repeats,
         scale=distill_scale(config, len(train)),
         measure=None if how == "none" else measure,
+        rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)
+        if search.per_rate
+        else lambda: 1.0,
     )
     objective.cache = build_cache(config, data, objective)
     test = build_loader(config, data, data.test, training=False)

@@ -148,6 +148,7 @@ class SearchConfig(Section):
     learning_rate: float = Field(0.05, gt=0, description="γ")
     betas: tuple[float, float] = (0.5, 0.999)
     momentum: float = Field(0.0, ge=0, lt=1)
+    per_rate: bool = Field(False, description="divide h by the learning rate's factor, to which it is proportional")
     every: int = Field(1, ge=1, description="steps between two updates of α")
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     normalise: Literal["none", "loss", "gradient"] | None = Field(

@@ -44,6 +44,8 @@ class Searcher:
         scale: λ, or a function of the step that gives it.
         measure: gives the factor on each entry's loss that makes the terms alike in size, (N,), see `distpro.normalise`;
             called once, before the first step. None leaves the losses as they are.
+        rate: the learning rate's factor in the present step, by which h is divided: h is proportional to the learning
+            rate, and an optimiser of α̃ with a long memory (Adam) would take small steps for long after it has dropped.
         revive_every: with a threshold, all terms are computed again in the first of every so many updates, so that a
             dropped term has a signal and may come back; 0 never.
     """
@@ -65,6 +67,7 @@ class Searcher:
         repeats: bool = False,
         scale: float | Callable[[int], float] = 1.0,
         measure: Callable[[], Tensor] | None = None,
+        rate: Callable[[], float] = lambda: 1.0,
     ):
         learned = [n for n, constant in enumerate(objective.constants_at(0)) if constant is None]
         if not learned:
@@ -79,7 +82,7 @@ class Searcher:
         self.scale = scale if callable(scale) else lambda step: scale
         self.entries = [objective.entries[n] for n in learned]
         self.learned = torch.tensor(learned, device=device)
-        self._measure = measure
+        self._measure, self._rate = measure, rate
         self.scales = torch.ones(len(learned), device=device)
         count = len(learned)
         self.alpha_tilde = torch.ones(count, device=device, requires_grad=True)
@@ -139,6 +142,7 @@ class Searcher:
         h = self.estimator(self._current, next(self.validation))
         self.validation_steps += 1
         self._current = None
+        h = h / (self._rate() or 1.0)
         self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
         self.optimizer.step()
         return True

@@ -163,7 +163,7 @@ class _Facts:
         return self.num_classes
 
     def _n_data(self, teacher_taps: list[str], teacher: str | None) -> int:
-        return len(self.train) if self.train is not None else self.config.data.samples or 1
+        return len(self.train) if self.train is not None else self.config.data.samples or len(self.pair.example_input)
 
     def _labels(self, teacher_taps: list[str], teacher: str | None) -> Any:
         return self.train.labels if self.train is not None else None

@@ -133,6 +133,27 @@ def test_sgd_moves_alpha_against_its_gradient(float64):
     assert torch.allclose(trainer.weights.alpha_tilde, hand.alpha, rtol=1e-10)
 
 
+def test_h_per_learning_rate(float64):
+    """After the rate has dropped to a tenth, the same gradient again: α̃ goes ten times as far as without the division."""
+    moves = []
+    for per_rate in (False, True):
+        trainer = build("forward_mode", steps=2, optimizer="sgd", learning_rate=1.0, momentum=0.0)
+        trainer.learning_rate = LearningRate("step", [0.4], 0.1)  # from the second of two steps on
+        if per_rate:
+            group = trainer.optimizer.param_groups[0]
+            base = group["lr"]
+            trainer.weights._rate = lambda group=group, base=base: group["lr"] / base
+        trainer.fit()
+        first, second = (
+            trainer.weights.history[0, 1] - 1,
+            trainer.weights.alpha_tilde.detach() - trainer.weights.history[0, 1],
+        )
+        moves.append((first, second))
+    (first, second), (same, ten_times) = moves
+    assert torch.equal(first, same) and first.abs().min() > 0
+    assert torch.allclose(ten_times, 10 * second, rtol=1e-5)
+
+
 # What is recorded
 
 
