@@ -143,13 +143,13 @@ class TeacherCache:
     # Opening
 
     def _open(self, facts: dict[str, Any]) -> None:
-        description = self.folder / "cache.json"
-        if description.is_file():
-            self._compare(facts)
-        self._check_space()
-        if not description.is_file():
+        new = not (self.folder / "cache.json").is_file()
+        if new:
+            self._check_space()
             self._create(facts)
-            self._compare(facts)  # another process may have been first
+        self._compare(facts)  # of a new one too: another process may have been first
+        if not new:
+            self._check_space()
         files = [_File(self.folder / name, self.epochs * self.samples, width) for name, width in self._widths.items()]
         *self._files, self._sums = files
 

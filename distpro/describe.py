@@ -165,19 +165,20 @@ def _term_costs(objective: Objective, x: torch.Tensor) -> list[tuple[str, Any, i
     """(key, level, parameters, multiply-accumulates per image) of every term."""
     if not objective.entries:
         return []
-    rows = []
+    found: list[tuple[str, Any, int, float]] = []
+    rows = max(getattr(getattr(term, "loss", term), "views", 1) for term in objective.terms)
     target = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    x = x.repeat_interleave(rows, dim=0)  # each image and its rotations
     with untouched(objective):
         objective.eval()
         teacher, (_, student) = objective.teach(x), objective.study(x)
         for term in objective.terms:
             only = [t is term for t in objective.terms for _ in entries_of(t)]
             with FlopCounterMode(display=False) as counter:
-                objective.term_losses(student, teacher, target, torch.arange(len(x), device=x.device), only)
-            rows.append(
-                (str(term.key), getattr(term, "level", None), _parameters(term), counter.get_total_flops() / 2 / len(x))
-            )
-    return rows
+                objective.term_losses(student, teacher, target, torch.arange(len(target), device=x.device), only)
+            macs = counter.get_total_flops() / 2 / len(target)
+            found.append((str(term.key), getattr(term, "level", None), _parameters(term), macs))
+    return found
 
 
 def as_text(d: Description) -> str:

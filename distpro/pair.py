@@ -28,6 +28,7 @@ class Reading:
         embedding: tap of what enters the classifier, if it was found.
         classifier: the last linear layer, if there is one.
         logits: tap of the model's own output.
+        path: where the model is a child of another, its path there.
     """
 
     stages: Sequence[str]
@@ -35,6 +36,7 @@ class Reading:
     embedding: str | None = None
     classifier: nn.Linear | None = None
     logits: str = LOGITS
+    path: str = ""
 
     def within(self, path: str) -> Reading:
         """The same places of a model that is the child ``path`` of another."""
@@ -44,7 +46,12 @@ class Reading:
             before_relu=[f"{path}.{tap}" for tap in self.before_relu],
             embedding=None if self.embedding is None else f"{path}.{self.embedding}",
             logits=path if self.logits == LOGITS else f"{path}.{self.logits}",
+            path=f"{path}.{self.path}" if self.path else path,
         )
+
+    def own(self, taps: Sequence[str]) -> list[str]:
+        """Taps that are named within this model."""
+        return [self.logits if tap == LOGITS else f"{self.path}.{tap}" if self.path else tap for tap in taps]
 
     def taps(self, kinds: Sequence[str], before_relu: bool) -> list[str]:
         """Taps of the kinds that a loss reads: of ``stages``, ``last``, ``embedding``, ``logits``.

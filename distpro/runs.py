@@ -39,6 +39,7 @@ from distpro.stages import Carry, Stage, stages_of
 from distpro.tracking import Tracker
 from distpro.trainer import Trainer, test
 from pathways.registry import UserError
+from pathways.space import parse_spec
 
 Source = str | Path | Mapping[str, Any] | Config
 
@@ -219,15 +220,26 @@ def retrain_config(config: Source | None, schedule: str | Path | Schedule | None
     if not isinstance(stored, Mapping):
         raise UserError("this schedule holds no config: give one")
     checked = _checked(stored, overrides).for_retrain()
-    for role in ("teacher", "student"):
-        model = getattr(checked, role)
-        foreign = model is not None and ":" in model.model and not model.model.startswith(("torchvision:", "timm:"))
-        if foreign and f"{role}.model={model.model}" not in overrides:
+    for key, name in _code_named_in(checked):
+        if f"{key}={name}" not in overrides:
+            repeat = f"repeat it as {key}={name}, or " if key.endswith(".model") else ""
             raise UserError(
-                f"the schedule's config names code of its own, {role}.model '{model.model}'. A schedule file never runs "
-                f"code by itself: if you trust it, repeat it as {role}.model={model.model}, or give a config"
+                f"the schedule's config names code of its own, {key} '{name}'. A schedule file never runs code by "
+                f"itself: if you trust it, {repeat}give a config"
             )
     return checked
+
+
+def _code_named_in(config: Config) -> list[tuple[str, str]]:
+    """(key, name) of everything in a config that is imported and run."""
+    models = {"teacher.model": config.teacher, "student.model": config.student}
+    models |= {f"teachers.{name}.model": member for name, member in config.teachers.items()}
+    named = [(key, m.model) for key, m in models.items() if m and not m.model.startswith(("torchvision:", "timm:"))]
+    named += [(f"terms.{n}.loss", term.loss) for n, term in enumerate(config.terms)]
+    if config.pathways is not None:
+        named += [("pathways.transforms", parse_spec(t, "transform")[0]) for t in config.pathways.transforms]
+        named += [("pathways.distance", parse_spec(config.pathways.distance, "distance")[0])]
+    return [(key, name) for key, name in named if ":" in name]
 
 
 def _checked(config: Source, overrides: Sequence[str]) -> Config:

@@ -33,10 +33,10 @@ def build_terms(
     terms: list[nn.Module] = []
     if not needs_teacher(config):
         return terms
-    if pair.teacher is None:
-        raise UserError("the config has distillation terms but no teacher")
     torch.manual_seed(config.seed + 1)
     if config.pathways is not None:
+        if pair.teacher is None:
+            raise UserError("pathways need a teacher")
         space = config.pathways
         for pathway in build_pathways(
             pair.teacher,
@@ -61,17 +61,20 @@ def build_terms(
 
 def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> list[nn.Module]:
     kind: type[DistillationLoss] = LOSSES[config.loss]  # type: ignore[assignment]
-    assert pair.teacher is not None and pair.student_reading is not None
+    assert pair.student_reading is not None
     student_taps = config.student_taps or pair.student_reading.taps(kind.taps, kind.before_relu == "both")
     logits_only = kind.taps == ("logits",) and config.teacher is None
-    if config.teacher_taps:
-        teacher_taps = config.teacher_taps
+    if pair.teacher is None:
+        teacher_taps = []
+    elif config.teacher_taps:
+        named = config.teacher is not None or len(pair.teachers) == 1
+        teacher_taps = pair.teacher_reading(config.teacher).own(config.teacher_taps) if named else config.teacher_taps
     elif logits_only:
         teacher_taps = ["logits"]  # of several teachers: what they say together
     else:
         teacher_taps = pair.teacher_reading(config.teacher).taps(kind.taps, kind.before_relu != "neither")
     student_shapes = probe_shapes(pair.student, student_taps, pair.example_input)
-    teacher_shapes = probe_shapes(pair.teacher, teacher_taps, pair.example_input)
+    teacher_shapes = probe_shapes(pair.teacher, teacher_taps, pair.example_input) if pair.teacher is not None else {}
     params, moving = split_processes(config.params, clock)
     key = config.key or (config.loss if config.teacher is None else f"{config.loss}@{config.teacher}")
     groups: list[tuple[str, list[str], list[str], tuple[int, int, int] | None]]
@@ -89,11 +92,15 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
         loss = build_loss(
             config.loss,
             [student_shapes[t] for t in ours],
-            [teacher_shapes[t] for t in theirs],
+            [teacher_shapes[t] for t in theirs] if pair.teacher is not None else [student_shapes[t] for t in ours],
             **params,
             **{need: value for need, value in needs.items() if value is not None},
         ).to(pair.example_input.device)
         _check_moving(config.loss, loss, moving)
+        if not getattr(loss, "uses_teacher", True):
+            theirs = []
+        elif pair.teacher is None:
+            raise UserError("the config has no teacher")
         if config.pretrain and not loss.pretrain_reads:
             raise UserError("has no stage before its own: pretrain is for losses that list two stages")
         per_level = reduction == "teacher_level" and level is None

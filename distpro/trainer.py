@@ -191,7 +191,8 @@ class Trainer:
         self.objective.at(self.step)
         weights = self.weights.weights(self.step)
         evaluation = self.objective.evaluate(batch.x, batch.y, batch.index, weights, capture)
-        self._scaler.scale(evaluation.loss).backward()
+        if evaluation.loss.requires_grad:  # else every weight is 0 at this step
+            self._scaler.scale(evaluation.loss).backward()
         return evaluation
 
     def _update(self) -> None:

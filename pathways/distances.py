@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pathways.registry import Registry, UserError
 
-DISTANCES = Registry("distance")
+DISTANCES = Registry("distance", takes_code=True)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
+import operator
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,10 +33,13 @@ class Registry(Mapping[str, Callable[..., Any]]):
     ... def square(side=1): return side * side
     >>> shapes.build("square", side=3)
     9
+
+    With ``takes_code`` a name may also be ``package.module:attribute``, which imports and runs that module: for code
+    that the user trusts.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, takes_code: bool = False):
+        self.kind, self.takes_code = kind, takes_code
         self._entries: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -57,6 +65,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
         return entry(*args, **params)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
+        if self.takes_code and is_code(name):
+            return import_entry(f"{self.kind} '{name}'", name)
         try:
             return self._entries[name]
         except KeyError:
@@ -70,6 +80,30 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def is_code(name: str) -> bool:
+    """Whether a name is ``package.module:attribute`` rather than one of a registry."""
+    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name))
+
+
+def import_entry(what: str, name: str) -> Callable[..., Any]:
+    """The class or function ``package.module:attribute``. The current directory can be imported from, after the
+    installed packages. Raises UserError, beginning with ``what``, if there is none."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        imported = importlib.import_module(module)
+    except Exception as error:  # a module of the user's may fail in any way
+        raise UserError(f"{what}: cannot import '{module}' ({type(error).__name__}: {error})") from error
+    try:
+        entry = operator.attrgetter(attribute)(imported)
+    except AttributeError:
+        raise UserError(f"{what}: '{module}' has no '{attribute}'{nearest(attribute, dir(imported))}") from None
+    if not callable(entry):
+        raise UserError(f"{what}: '{attribute}' is {type(entry).__name__}, not a class or function")
+    return entry
 
 
 _SCALARS: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}

@@ -230,7 +230,7 @@ def _prune(graph: fx.Graph, unused: Sequence[fx.Node], modules: Mapping[str, nn.
     """Take out what the graph's output does not depend on.
 
     Kept besides are writes in place to what is read later on, and those of ``unused`` (nodes that are there for their
-    effect, such as ``torch._assert`` and ``Tensor.register_hook``) that need no module to run for them alone.
+    effect, such as ``torch._assert``) that need no module to run for them alone.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     storages = _storages(graph, modules)
@@ -334,9 +334,10 @@ class Tapped(nn.Module):
     otherwise hooks registered here do the reading until `remove` is called.
 
     Without ``output``, ``tapped(x) → (None, {tap: tensor})`` and only what the taps depend on runs. Modules that do
-    not run update no buffers, draw no random numbers (so that what is drawn later differs) and get no gradients. A
-    model that cannot be traced runs up to its last tap, or to its end where that could change a tap: without an
-    example, where the example reads a tap more than once, and in models that wait for a pass to end (DDP, hooks).
+    not run update no buffers, draw no random numbers (so that what is drawn later differs) and get no gradients (DDP
+    around it needs ``find_unused_parameters``). A model that cannot be traced runs up to its last tap, or to its end
+    where that could change a tap: without an example, where the example reads a tap more than once, and in models
+    that wait for a pass to end (DDP, hooks).
 
     Args:
         model: any module.
@@ -345,7 +346,7 @@ class Tapped(nn.Module):
         output: whether the model's output is wanted. `logits` among the taps is always given.
 
     Attributes:
-        modules_run: leaf modules that a forward pass runs, in order; None where hooks read the taps.
+        modules_run: modules of torch.nn that a forward pass runs, by name and in order; None where hooks read the taps.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pathways.registry import Registry, UserError
 
-TRANSFORMS = Registry("transform")
+TRANSFORMS = Registry("transform", takes_code=True)
 
 Shape = tuple[int, ...]
 

@@ -378,13 +378,14 @@ def check_rows(cache):
     return present
 
 
-def write_forever(folder, seed):
+def write_forever(folder, seed, begun):
     torch.set_num_threads(1)
     cache = open_cache(folder, TAPS, epochs=3, index=torch.arange(200))
     generator = torch.Generator().manual_seed(seed)
     while True:
         index, epoch = torch.randperm(200, generator=generator)[:16], int(torch.randint(3, (), generator=generator))
         cache.write(index, epoch, value(index, epoch))
+        begun.set()
 
 
 @pytest.mark.parametrize("writers", [1, 2])
@@ -392,20 +393,21 @@ def test_rows_are_right_after_kill_9(tmp_path, writers):
     context = multiprocessing.get_context("fork")
     present = [0]
     for round_number in range(8):
+        begun = [context.Event() for _ in range(writers)]
         processes = [
-            context.Process(target=write_forever, args=(tmp_path / "c", 10 * round_number + w)) for w in range(writers)
+            context.Process(target=write_forever, args=(tmp_path / "c", 10 * round_number + n, event))
+            for n, event in enumerate(begun)
         ]
         for process in processes:
             process.start()
-        while not (tmp_path / "c" / "cache.json").is_file():
-            time.sleep(0.001)
-        time.sleep(random.Random(round_number).uniform(0.002, 0.02))
+        assert all(event.wait(30) for event in begun)
+        time.sleep(random.Random(round_number).uniform(0, 0.01))
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
         for process in processes:
             process.join()
         present.append(check_rows(open_cache(tmp_path / "c", TAPS, epochs=3, index=torch.arange(200))))
-    assert present == sorted(present) and 0 < present[-1]
+    assert present == sorted(present) and 0 < present[1]
 
 
 def make(folder, seed, start, results):
@@ -434,6 +436,21 @@ def test_only_one_of_several_makes_the_folder(tmp_path, seeds):
         assert len(refused) == (0 if len(set(seeds)) == 1 else 2)
         assert all(f"seed (was {winner}, is" in text for text in refused)
     assert len(list(tmp_path.iterdir())) == 5  # nothing of the losers is left
+
+
+@pytest.mark.parametrize("moment", ["disk_usage", "write_atomically"])
+def test_a_cache_that_another_makes_meanwhile_is_compared(tmp_path, monkeypatch, moment):
+    owner = module.shutil if moment == "disk_usage" else module
+    original = getattr(owner, moment)
+
+    def other_process(*args):
+        monkeypatch.undo()
+        open_cache(tmp_path / "c", made_for=MADE_FOR | {"seed": 4})
+        return original(*args)
+
+    monkeypatch.setattr(owner, moment, other_process)
+    with pytest.raises(UserError, match=r"seed \(was 4, is 3\)"):
+        open_cache(tmp_path / "c")
 
 
 def test_a_reader_never_sees_half_of_a_row(tmp_path):

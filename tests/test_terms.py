@@ -135,6 +135,24 @@ def test_mistakes(teachers, terms, message):
         distpro.retrain(content(teachers, terms))
 
 
+@pytest.mark.parametrize("term", [{"loss": "ls"}, {"loss": "tf_kd", "params": {"form": "virtual"}}])
+def test_a_loss_without_a_teacher_needs_none(teachers, term):
+    """And does not run one that is there."""
+    alone = distpro.retrain(content(teachers, [{**term, "weight": 1}], teacher=None)).metrics
+    objective, _, train = objective_of(teachers, [{**term, "weight": 1}])
+    assert objective.teacher.modules_run == []
+    with_teacher = distpro.retrain(content(teachers, [{**term, "weight": 1}])).metrics
+    assert alone["loss"] == with_teacher["loss"]
+    with pytest.raises(UserError, match=r"terms.0 \(kd\): the config has no teacher"):
+        distpro.retrain(content(teachers, [{"loss": "kd"}], teacher=None))
+
+
+def test_a_step_at_which_every_weight_is_zero(teachers):
+    """Nothing moves, and nothing fails."""
+    rising = {"loss": "kd", "weight": {"linear": {"initial": 0, "final": 1, "start": 0.5}}}
+    assert distpro.retrain(content(teachers, [rising], task_weight=0)).metrics["step"] == 15
+
+
 # Several teachers, and one that wants its images otherwise
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pathways.registry import Registry, UserError, nearest
 
-LOSSES = Registry("loss")
+LOSSES = Registry("loss", takes_code=True)
 
 Shape = Sequence[int]
 """Shape of one sample's tensor, without the batch dimension: (C, H, W), (D,) or (L, D)."""

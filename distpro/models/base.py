@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import operator
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pathways.registry import Registry, UserError, check_parameters, nearest
+from pathways.registry import Registry, UserError, check_parameters, import_entry, nearest
 
 MODELS = Registry("model")
 
@@ -79,7 +75,7 @@ def build_model(name: str, num_classes: int | None = None, **params: Any) -> nn.
     elif source in _LIBRARIES:
         entry = _LIBRARIES[source](what, rest)
     else:
-        entry = _import(what, source, rest)
+        entry = import_entry(what, name)
     model = _call(what, entry, params)
     if not isinstance(model, nn.Module):
         raise UserError(f"{what} gives {type(model).__name__}, not a torch.nn.Module")
@@ -128,19 +124,3 @@ def _checked(what: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Mo
 
 
 _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
-
-
-def _import(what: str, module: str, attribute: str) -> Callable[..., Any]:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        imported = importlib.import_module(module)
-    except Exception as error:  # a module of the user's may fail in any way
-        raise UserError(f"{what}: cannot import '{module}' ({type(error).__name__}: {error})") from error
-    try:
-        entry = operator.attrgetter(attribute)(imported)
-    except AttributeError:
-        raise UserError(f"{what}: '{module}' has no '{attribute}'{nearest(attribute, dir(imported))}") from None
-    if not callable(entry):
-        raise UserError(f"{what}: '{attribute}' is {type(entry).__name__}, not a class or function")
-    return entry

@@ -253,13 +253,6 @@ def test_forward_mode_tangents_equal_finite_differences(traced):
 # Compilation, DDP, autocast
 
 
-@pytest.fixture
-def compiler():
-    torch._dynamo.reset()
-    yield torch.compile
-    torch._dynamo.reset()
-
-
 COMPILED = ["bn1", "layer1", "layer2.0.relu:input", "layer4:pre_relu", "logits"]
 
 
@@ -286,14 +279,6 @@ def test_hooks_registered_before_compilation_read_the_compiled_model(compiler):
         compiler(model, backend="eager")(images())
     expected = written_by_hand(resnet(), images())[1]
     torch.testing.assert_close({n: taps[n] for n in names}, {n: expected[n] for n in names})
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("outside", ["DDP", "Tapped", "tap"])

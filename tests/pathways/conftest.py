@@ -1,0 +1,20 @@
+"""Fixtures of more than one file."""
+
+import pytest
+import torch
+import torch.distributed
+
+
+@pytest.fixture
+def compiler():
+    torch._dynamo.reset()
+    yield torch.compile
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
