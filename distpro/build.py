@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distpro import distributed
 from distpro.cache import TeacherCache, digest, digest_data
 from distpro.config import Config
 from distpro.data import DATASETS, Dataset, Loader, Split, build_augment, load_data, split
@@ -84,7 +85,7 @@ def build_loader(config: Config, data: Dataset, part: Any, *, training: bool, ba
     followed by their rotations where a term reads them."""
     return Loader(
         part,
-        batch_size or config.training.batch_size,
+        distributed.share(batch_size or config.training.batch_size),
         mean=data.mean,
         std=data.std,
         augment=config.data.augment if training else (),
@@ -94,6 +95,8 @@ def build_loader(config: Config, data: Dataset, part: Any, *, training: bool, ba
         device=device_of(config),
         channels_last=config.channels_last,
         workers=config.data.workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
         rotations=training and any(LOSSES[term.loss].views > 1 for term in config.terms),  # type: ignore[attr-defined]
         augment_epochs=config.data.augment_epochs if training else None,
     )
@@ -268,6 +271,13 @@ def build_search(config: Config, data: Dataset, folder: Path | None = None) -> T
     objective = build_objective(config, data, train_part, Clock(total, len(train)))
     optimizer = build_optimizer(config, objective.trainable_parameters())
     estimator_name, estimator_params = parse_spec(search.estimator, "search.estimator")
+    if distributed.world_size() > 1:
+        if estimator_name == "unrolled":
+            raise UserError("search.estimator: unrolled runs in one process (allowed: forward_mode, finite_difference)")
+        if estimator_name == "forward_mode" and config.sync_batch_norm:
+            raise UserError(
+                "sync_batch_norm: forward_mode cannot see through it; use finite_difference, or leave it out"
+            )
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, config.training.clip_norm, **estimator_params)
     weighting_name, weighting_params = parse_spec(search.weighting, "search.weighting")
     how = search.normalise or ("gradient" if config.terms else "none")

@@ -194,6 +194,7 @@ class Config(Section):
     device: str = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = True
+    sync_batch_norm: bool = Field(False, description="with several processes: the student's batch statistics over all")
     threads: int | None = Field(None, gt=0)
     task: Spec = "classification"
     data: DataConfig = DataConfig()

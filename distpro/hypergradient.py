@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distpro import distributed
 from distpro.batch import Batch
 from distpro.objective import Evaluation, Objective, entries_of
 from distpro.tangents import forward_mode
@@ -213,6 +214,7 @@ class Estimator:
             gradients = torch.autograd.grad(loss, params, allow_unused=True)
         self.validation_loss = loss.detach()
         v = {p: g for p, g in zip(params, gradients, strict=True) if g is not None}
+        distributed.average(v.values())
         return self.derivative(v, step.theta)
 
 

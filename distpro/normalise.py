@@ -20,6 +20,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from distpro import distributed
 from distpro.batch import Batch
 from distpro.hypergradient import no_trace
 from distpro.objective import Objective
@@ -42,6 +43,7 @@ def measure_scales(objective: Objective, batches: Iterable[Batch], how: str = "g
         raise UserError(f"cannot normalise by '{how}' (allowed: {', '.join(WAYS)})")
     with no_trace(objective.student, objective.terms), torch.enable_grad():
         rows = torch.stack([_sizes(objective, batch, how) for batch in batches]).double()
+        distributed.average([rows])
     task, terms = rows[:, 0].mean(), rows[:, 1:].mean(0)
     if task == 0:
         raise UserError(f"normalise: the task loss has no {how} to compare with")
@@ -66,4 +68,6 @@ def _norm(scalar: Tensor, params: list[torch.nn.Parameter]) -> Tensor:
     if not scalar.requires_grad:
         return torch.zeros((), device=scalar.device)
     gradients = torch.autograd.grad(scalar, params, retain_graph=True, allow_unused=True)
-    return torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).float()
+    found = [g for g in gradients if g is not None]
+    distributed.average(found)
+    return torch.nn.utils.get_total_norm(found).float()

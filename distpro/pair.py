@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distpro import distributed
 from distpro.config import Config, ModelConfig
 from distpro.data.datasets import locate
 from distpro.models import build_model, load_checkpoint, stage_taps
@@ -110,6 +111,7 @@ class Pair:
 def device_of(config: Config) -> torch.device:
     """The config's device; ``auto`` is CUDA if there is one. Raises UserError for one that is not there."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    name = f"cuda:{distributed.local_rank()}" if name == "cuda" and distributed.world_size() > 1 else name
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -162,6 +164,8 @@ def build_pair(
     student = build_network(config.student, num_classes, load)
     if student_state is not None:
         student.load_state_dict(student_state)
+    if config.sync_batch_norm and distributed.world_size() > 1:
+        distributed.synchronise_batch_norm(student)
     student = place(student, config)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     x = torch.zeros(2, *image_shape, device=device_of(config)).contiguous(memory_format=memory_format)

@@ -24,7 +24,7 @@ import torch
 import yaml
 from torch import nn
 
-from distpro import build
+from distpro import build, distributed
 from distpro.checkpoint import load_safely, save_atomically, write_atomically
 from distpro.config import Config, read_config
 from distpro.console import note
@@ -68,6 +68,11 @@ def search(
     """
     checked = _checked(config, overrides)
     _prepare(checked)
+    with distributed.started(checked.device):
+        return _search(checked, out, resume)
+
+
+def _search(checked: Config, out: str | Path | None, resume: bool) -> Schedule:
     folder = _open_folder(out, checked, resume)
     data = build.build_data(checked)
     trainer = build.build_search(checked, data, folder)
@@ -107,6 +112,13 @@ def retrain(
     for stage in stages:
         _prepare(stage.config)
     learned = _schedule_of(checked, schedule)
+    with distributed.started(checked.device):
+        return _retrain(checked, stages, learned, out, resume)
+
+
+def _retrain(
+    checked: Config, stages: Sequence[Stage], learned: Schedule | None, out: str | Path | None, resume: bool
+) -> Result:
     folder = _open_folder(out, checked, resume)
     if checked.stages:
         return _retrain_stages(checked, stages, learned, folder, resume)
@@ -119,6 +131,8 @@ def retrain(
 
 def _save_student(objective: Objective, folder: Path, terms: bool = False) -> None:
     """What a finished training leaves: the student, and the terms where the student needs them or ``terms`` says so."""
+    if not distributed.is_main():
+        return
     if terms or any(hasattr(getattr(term, "loss", None), "predict") for term in objective.terms):
         save_atomically(_term_states(objective), folder / "terms.pt")
     save_atomically(objective.student.model.state_dict(), folder / "student.pt")
@@ -132,10 +146,11 @@ def _retrain_stages(
     config: Config, stages: Sequence[Stage], schedule: Schedule | None, folder: Path | None, resume: bool
 ) -> Result:
     """One training per stage, each in a folder of its own; a resumed run skips those that have ended."""
-    if folder is not None and not resume:
+    if folder is not None and not resume and distributed.is_main():
         _record(config, folder)
     data, carry, metrics = None, Carry(), {}
     for n, stage in enumerate(stages):
+        distributed.any_of(False)  # nobody looks at the folders before everybody has left the stage before
         inner = None if folder is None else folder / stage.name
         taken = Carry(
             None if stage.fresh else carry.student, carry.student if stage.previous_teaches else None, carry.terms
@@ -157,7 +172,7 @@ def _retrain_stages(
         metrics = _run(trainer, settings, going_on, None, ended=partial(_save_student, trainer.objective, terms=True))
         student = {k: v.detach().clone() for k, v in trainer.objective.student.model.state_dict().items()}
         carry = Carry(student, None, {**carry.terms, **_term_states(trainer.objective)})
-    if folder is not None:
+    if folder is not None and distributed.is_main():
         last = folder / stages[-1].name
         for name in ("terms.pt", "student.pt"):
             save_atomically(load_safely(last / name), folder / name)
@@ -277,7 +292,7 @@ def _run(
         trainer.resume()
     if trainer.objective.cache is not None:
         note(trainer.objective.cache.describe())
-    if trainer.folder is None:
+    if trainer.folder is None or not distributed.is_main():
         return trainer.fit()
     if not resume:
         _record(config, trainer.folder)
@@ -311,6 +326,8 @@ def _open_folder(out: str | Path | None, config: Config, resume: bool) -> Path |
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, a run needs a folder")
     written = folder / "config.yaml"
+    if not distributed.is_main():  # rank 0 looks, and writes at once
+        return folder
     if resume:
         for needed in [written] if config.stages else [folder / "checkpoint.pt", written]:
             if not needed.is_file():

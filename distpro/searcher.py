@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distpro import distributed
 from distpro.batch import Batch
 from distpro.hypergradient import Estimator, TrainingStep
 from distpro.objective import Evaluation, Objective
@@ -143,6 +144,7 @@ class Searcher:
         self.validation_steps += 1
         self._current = None
         h = h / (self._rate() or 1.0)
+        distributed.average([h, self.estimator.validation_loss])
         self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
         self.optimizer.step()
         return True

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from distpro import distributed
 from distpro.checkpoint import load_safely, save_atomically
 from distpro.console import Progress
 from distpro.hypergradient import random_state, set_random_state
@@ -130,6 +131,7 @@ class Trainer:
         self.seconds = 0.0
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._stop_signal: int | None = None
+        self._stopping = False
         device = next(self.objective.student.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
         self._reset_sums()
@@ -150,6 +152,8 @@ class Trainer:
         Returns the last evaluation's metrics, and ``best_<headline>`` beside it.
         """
         start = time.perf_counter() - self.seconds
+        if distributed.rank():  # or dropout would draw the same on every rank
+            torch.manual_seed(torch.initial_seed() + distributed.rank())
         with self._signals(), Progress(self.total_steps, self.name) as progress:
             while self.step < self.total_steps:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
@@ -157,15 +161,21 @@ class Trainer:
                     self.train_step(batch)
                     self.seconds = time.perf_counter() - start
                     self._log(progress)
-                    if self._stop_signal is not None or self.step >= self.total_steps:
+                    if self._stops() or self.step >= self.total_steps:
                         break
                 if self.step % self.steps_per_epoch == 0 or self.step >= self.total_steps:
                     self._end_of_epoch(progress)
                     self.seconds = time.perf_counter() - start
-                if self._stop_signal is not None and self.step < self.total_steps:
+                if self._stopping and self.step < self.total_steps:
                     self.save()
-                    raise Interrupted(self._stop_signal, self.step, self.total_steps)
+                    raise Interrupted(self._stop_signal or signal.SIGTERM, self.step, self.total_steps)
         return self.result()
+
+    def _stops(self) -> bool:
+        """Whether to stop after this step: all ranks at the same one, so they ask each other now and then."""
+        if distributed.world_size() == 1 or self.step % 10 == 0:
+            self._stopping = distributed.any_of(self._stop_signal is not None)
+        return self._stopping
 
     def train_step(self, batch: Any) -> None:
         """One step of Algorithm 1: forward, backward, update of θ, and of α̃ where the weights are searched."""
@@ -193,6 +203,7 @@ class Trainer:
         evaluation = self.objective.evaluate(batch.x, batch.y, batch.index, weights, capture)
         if evaluation.loss.requires_grad:  # else every weight is 0 at this step
             self._scaler.scale(evaluation.loss).backward()
+            distributed.average_gradients(self.objective.trainable_parameters())
         return evaluation
 
     def _update(self) -> None:
@@ -236,7 +247,9 @@ class Trainer:
         if self.step % self.log_every and self.step < self.total_steps and self.step % self.steps_per_epoch:
             progress.update(self.step)
             return
+        distributed.average([self._sums])
         steps, images = self._counts.tolist()
+        images *= distributed.world_size()
         task, *terms = (self._sums / steps).tolist()
         values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
         values["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -264,6 +277,7 @@ class Trainer:
 
     def _end_of_epoch(self, progress: Progress) -> None:
         epoch, last = math.ceil(self.step / self.steps_per_epoch), self.step >= self.total_steps
+        self._share_statistics()
         if last or epoch % self.evaluate_every == 0:
             metrics = self.test()
             self.history.append({"epoch": epoch, "step": self.step, **metrics})
@@ -314,9 +328,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything that a resumed run needs to go on to the same numbers."""
+        self._share_statistics()
+        if not distributed.is_main():
+            return
         if self.checkpoint_path is not None:
             save_atomically(self.state_dict(), self.checkpoint_path)
         self.on_checkpoint()
+
+    def _share_statistics(self) -> None:
+        """Running statistics of the student as means over the ranks: each has seen its own part of the data."""
+        distributed.average(b for b in self.objective.student.buffers() if b.is_floating_point())
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises UserError if there is none, or it is of another set-up."""
@@ -360,9 +381,17 @@ def test(objective: Objective, task: Any, loader: Any) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     count = 0
     for batch in loader.epoch(0):
+        if len(batch.y) == 0:  # this rank's part of a small last batch
+            continue
         output = objective.predict(batch.x)
         for name, value in task.metrics(output, batch.y).items():
             sums[name] = sums.get(name, 0) + value.double()
         count += len(batch.y)
     objective.train(was_training)
-    return {name: value.item() / count for name, value in sums.items()}
+    names = list(sums)
+    *values, everything = distributed.total(torch.stack([*(sums[name] for name in names), _like(sums, count)])).tolist()
+    return {name: value / everything for name, value in zip(names, values, strict=True)}
+
+
+def _like(sums: dict[str, Tensor], count: int) -> Tensor:
+    return torch.full_like(next(iter(sums.values())), count)

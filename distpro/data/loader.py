@@ -28,7 +28,8 @@ class Loader:
     mean, std: per channel, for images in 0-1.
     augment: names, or {name: parameters}, in the order of application (``distpro.data.AUGMENTATIONS``).
     rank, world_size: each step's batch of ``batch_size * world_size`` samples is cut into parts of ``batch_size``;
-    a smaller last batch into parts that differ by at most one sample.
+    a smaller last batch into parts that differ by at most one sample (shuffled: equal parts, up to world_size - 1
+    samples of an epoch are left out).
     rotations: follow every image by itself turned by 90, 180 and 270 degrees: x has 4 rows per label.
     augment_epochs: draw the augmentations of epoch e as those of epoch e modulo this number; None: each epoch its own.
     workers: processes that decode the files of a streamed split; without use for images in memory.
@@ -65,7 +66,8 @@ class Loader:
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.global_batch = batch_size * world_size
-        self._ends = _batch_ends(len(split), self.global_batch, drop_last)
+        whole = len(split) - len(split) % world_size if shuffle else len(split)  # training: parts of one size
+        self._ends = _batch_ends(whole, self.global_batch, drop_last)
         self._scale, self._shift = _affine(mean, std, split.image_shape[0], self.device)
         augmentations = build_augment(augment)
         self._crop = _decoding_crop(augmentations, split)

@@ -1,0 +1,150 @@
+"""Two processes train what one process trains: gloo on the CPU, started as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import distpro
+from distpro.checkpoint import load_safely
+from distpro.config import merge
+from distpro.models import build_model
+from distpro.schedule import Schedule
+from distpro.tracking import read_metrics
+from tests.digits import settings
+
+NETWORK = '''
+from torch import nn
+
+def plain(num_classes=10):
+    """Without BatchNorm, so that a batch in two parts is the batch."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """With a teacher's checkpoint and a network of one's own."""
+    (tmp_path / "networks.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(5)
+    torch.save(build_model("resnet14", num_classes=10).state_dict(), tmp_path / "teacher.pt")
+    yield tmp_path
+    sys.modules.pop("networks", None)
+
+
+def write(folder, **changes):
+    plain = {
+        "student": {"model": "networks:plain", "taps": ["2", "4"]},
+        "teacher": {"taps": ["layer1", "layer2"]},
+        "pathways": None,
+        "terms": [{"loss": "kd"}, {"loss": "at", "connect": "all"}],
+        "data": {"augment": ["crop", "flip"]},
+    }
+    content = merge(merge(settings(folder / "teacher.pt"), plain), changes)
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder / "config.yaml"
+
+
+def two(*arguments, expect=0):
+    """Run a command in two processes; gives its output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}
+    done = subprocess.run(
+        [*command, "-m", "distpro.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def close(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(value.float(), ours[name].float(), rtol=tolerance, atol=tolerance), name
+
+
+def test_a_search_and_a_retrain(folder):
+    """Same α̃ on the same data, and the same student; written once, and evaluated on every test image once."""
+    config = write(folder)
+    two("search", config, "--out", "two")
+    alone = distpro.search(config, out="one")
+    together = Schedule.load("two/alpha.pt")
+    assert torch.allclose(together.alpha_tilde, alone.alpha_tilde, atol=1e-3)
+    assert torch.allclose(together.scales, alone.scales, rtol=1e-3)
+    assert (alone.alpha_tilde[-1] - 1).abs().min() > 0.05  # they have moved
+    close(load_safely("two/checkpoint.pt")["student"], load_safely("one/checkpoint.pt")["student"], 2e-3)
+    text = two("retrain", config, "--schedule", "one/alpha.pt", "--out", "retrain2")
+    result = distpro.retrain(config, schedule="one/alpha.pt", out="retrain1")
+    close(load_safely("retrain2/student.pt"), load_safely("retrain1/student.pt"), 1e-4)
+    assert text.count("epoch 3/3") == 1  # one of the two speaks
+    ours, theirs = (read_metrics(Path(name)) for name in ("retrain2", "retrain1"))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    found = [row["test/loss"] for row in ours if "test/loss" in row]
+    assert found[-1] == pytest.approx(result.metrics["loss"], rel=1e-4)
+    assert found == pytest.approx([row["test/loss"] for row in theirs if "test/loss" in row], rel=1e-4)
+
+
+def test_batch_statistics_over_both(folder):
+    config = write(folder, student={"model": "resnet8", "taps": ["layer1", "layer2"]}, retrain={"weights": "equal"})
+    two("retrain", config, "--out", "two", "sync_batch_norm=true")
+    distpro.retrain(config, out="one")
+    close(load_safely("two/student.pt"), load_safely("one/student.pt"), 5e-3)
+    two("retrain", config, "--out", "apart")
+    apart, one = load_safely("apart/student.pt"), load_safely("one/student.pt")
+    assert not torch.allclose(apart["layer1.0.conv1.weight"], one["layer1.0.conv1.weight"], rtol=5e-3, atol=5e-3)
+
+
+def test_what_two_have_begun_one_can_end(folder):
+    config = write(folder, retrain={"weights": "equal"}, training={"epochs": 60})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}
+    running = subprocess.Popen(
+        [*command, "-m", "distpro.cli", "retrain", str(config), "--out", "run"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    for _ in range(600):
+        if Path("run/checkpoint.pt").is_file():
+            break
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    running.wait(timeout=60)
+    step = load_safely("run/checkpoint.pt")["step"]
+    assert 0 < step < 300
+    distpro.retrain(config, out="run", resume=True)
+    distpro.retrain(config, out="one")
+    close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["training.batch_size=21"], "batch_size 21 cannot be cut into 2 equal parts"),
+        (["search.estimator=unrolled"], "unrolled runs in one process"),
+        (["sync_batch_norm=true"], "forward_mode cannot see through it"),
+    ],
+)
+def test_what_cannot_be_shared_is_said(folder, changes, message):
+    assert message in two("search", write(folder), *changes, "--out", "run", expect=2)
+    assert not Path("run").exists()
