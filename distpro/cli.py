@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:N")
         command.add_argument("--dry-run", action="store_true", help="say what would be run, and its cost")
 
+    def add_seeds(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--seeds", type=int, metavar="N", help="N runs, from the config's seed on, and their spread"
+        )
+
     search = add("search", _search, "learn a distillation schedule and write alpha.pt")
     search.add_argument("config", metavar="CFG")
     add_run_options(search)
@@ -80,9 +86,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     retrain.add_argument("config", metavar="CFG", nargs="?")
     retrain.add_argument("--schedule", metavar="alpha.pt")
     add_run_options(retrain)
+    add_seeds(retrain)
     train = add("train", _train, "plain training: a teacher, or the baseline without one")
     train.add_argument("config", metavar="CFG")
     add_run_options(train)
+    add_seeds(train)
     evaluate = add("evaluate", _evaluate, "test metrics of a run, of a config's teacher, or of a checkpoint")
     evaluate.add_argument("target", metavar="RUN_OR_CHECKPOINT")
     evaluate.add_argument("--config", metavar="CFG", help="model (as student) and data of a bare checkpoint")
@@ -129,6 +137,36 @@ def _finish(metrics: dict[str, float], folder: Path) -> None:
     table(str(folder), ["metric", "value"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
 
 
+def _run_seeds(options: argparse.Namespace, run: Any, folder: Path, first: int) -> None:
+    """One run, or one per seed in a folder of its own, with mean and standard deviation. Each is what it is alone."""
+    from statistics import mean, stdev
+
+    from distpro.checkpoint import write_atomically
+    from distpro.console import table
+
+    if options.seeds is None:
+        _finish(run(folder, options.overrides, options.resume).metrics, folder)
+        return
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: expected 1 or more")
+    found = {}
+    for seed in range(first, first + options.seeds):
+        inner = folder / f"seed{seed}"
+        resume = options.resume and (inner / "checkpoint.pt").is_file()
+        found[seed] = run(inner, [*options.overrides, f"seed={seed}"], resume).metrics
+    if not (folder / f"seed{first}" / "result.json").is_file():
+        return  # not the process that writes
+    rows = []
+    for name in found[first]:
+        values = [metrics[name] for metrics in found.values()]
+        spread = f"{stdev(values):.3g}" if len(values) > 1 else "-"
+        rows.append([name, f"{mean(values):.6g}", spread, *(f"{value:.6g}" for value in values)])
+    table(str(folder), ["metric", "mean", "deviation", *(f"seed {seed}" for seed in found)], rows)
+    write_atomically(
+        json.dumps({str(seed): metrics for seed, metrics in found.items()}, indent=1) + "\n", folder / "result.json"
+    )
+
+
 def _dry_run(config: Any, searching: bool) -> None:
     from distpro.describe import as_text, describe
     from distpro.stages import stages_of
@@ -159,8 +197,8 @@ def _retrain(options: argparse.Namespace) -> None:
         _dry_run(config, searching=False)
         return
     name = Path(options.config).stem if options.config else f"retrain_{config.retrain.weights}"
-    folder = _out(options, name)
-    _finish(retrain(options.config, options.schedule, folder, options.overrides, options.resume).metrics, folder)
+    run = partial(retrain, options.config, options.schedule)
+    _run_seeds(options, run, _out(options, name), config.seed)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -171,7 +209,7 @@ def _train(options: argparse.Namespace) -> None:
         _dry_run(read_config(options.config, [*options.overrides, "retrain.weights=none"]), searching=False)
         return
     folder = _out(options, f"{Path(options.config).stem}_alone")
-    _finish(train(options.config, folder, options.overrides, options.resume).metrics, folder)
+    _run_seeds(options, partial(train, options.config), folder, read_config(options.config, options.overrides).seed)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

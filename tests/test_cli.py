@@ -246,6 +246,24 @@ def test_resume_of_a_finished_run_gives_its_result_again(here):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_seeds_are_runs_of_their_own(here, tmp_path, capsys):
+    """Each as it is alone, and their spread; an interrupted series goes on."""
+    out = tmp_path / "many"
+    assert main(["train", "teacher.yaml", "--seeds", "2", "--out", str(out), "seed=3"]) == 0
+    assert main(["train", "teacher.yaml", "--out", str(tmp_path / "one"), "seed=4"]) == 0
+    ours, alone = (torch.load(f / "student.pt", weights_only=True) for f in (out / "seed4", tmp_path / "one"))
+    assert all(torch.equal(value, ours[name]) for name, value in alone.items())
+    result = json.loads((out / "result.json").read_text())
+    shown = re.search(r"accuracy +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", capsys.readouterr().out)
+    first, second = (result[seed]["accuracy"] for seed in ("3", "4"))
+    expected = [(first + second) / 2, abs(first - second) / 2**0.5, first, second]
+    assert [float(v) for v in shown.groups()] == pytest.approx(expected, rel=1e-2)
+    (out / "result.json").unlink()
+    assert main(["train", "teacher.yaml", "--seeds", "3", "--out", str(out), "seed=3", "--resume"]) == 0
+    assert json.loads((out / "result.json").read_text()).keys() == {"3", "4", "5"}
+    assert main(["train", "teacher.yaml", "--seeds", "0"]) == 2
+
+
 def test_resume_with_another_config_is_refused_with_the_keys_that_differ(here, capsys):
     changed = ["training.batch_size=30", "retrain.threshold=null"]
     assert main(["retrain", "--schedule", "search/alpha.pt", "--out", "retrain", "--resume", *changed]) == 2
