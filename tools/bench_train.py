@@ -1,0 +1,244 @@
+"""Images per second of whole training steps, data included, against a plain reference step.
+
+    python tools/bench_train.py                                        # ResNet-56 → ResNet-20, batch 128
+    python tools/bench_train.py --teacher wrn_40_2 --student wrn_16_2
+
+The reference is written here as the field's repositories write it: float32, NCHW, a DataLoader with workers, torchvision's
+transforms on one PIL image at a time, the losses as loops over layers, SGD as it comes. Ours is what `distpro retrain`
+runs: `distpro.trainer.Trainer` on `distpro.data.Loader`. Both see the same random uint8 images (crop, flip, normalise) and
+random weights; time does not depend on them. All are timed in turn in one process; a round is ``--steps`` steps of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from benchmark import measure, medians, parser, save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from distpro.data import Loader, Split
+from distpro.losses import build_loss
+from distpro.models import build_model
+from distpro.objective import Objective, Term
+from distpro.retrainer import replay
+from distpro.schedule import Schedule
+from distpro.trainer import Trainer
+from pathways import build_pathways, probe_shapes, tap
+
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+METHODS = ("plain", "kd", "at", "crd", "review", "distpro")
+SAMPLES = 4096
+
+
+class PilImages(Dataset):
+    """One PIL image at a time through torchvision's transforms, with the sample's number for CRD."""
+
+    def __init__(self, images: np.ndarray, labels: Tensor):
+        from torchvision import transforms as T
+
+        self.images, self.labels = images, labels
+        self.transform = T.Compose(
+            [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[n])), int(self.labels[n]), n
+
+
+def attention(f: Tensor) -> Tensor:
+    return F.normalize(f.pow(2).mean(1).view(f.size(0), -1))
+
+
+def hcl(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+    """ReviewKD's loss as its code computes it: each level pools both maps anew."""
+    total = torch.zeros(())
+    for s, t in zip(students, teachers, strict=True):
+        loss, weight, sum_of_weights = F.mse_loss(s, t), 1.0, 1.0
+        for size in (4, 2, 1):
+            if size < s.shape[2]:
+                weight /= 2
+                pooled = (F.adaptive_avg_pool2d(f, (size, size)) for f in (s, t))
+                loss = loss + F.mse_loss(*pooled) * weight
+                sum_of_weights += weight
+        total = total + loss / sum_of_weights
+    return total
+
+
+class Reference:
+    """The field's training step."""
+
+    def __init__(self, options: argparse.Namespace, method: str, images: Tensor, labels: Tensor):
+        torch.manual_seed(0)
+        self.method, self.device = method, torch.device(options.device)
+        self.teacher, self.student = (
+            build_model(n, num_classes=100).to(self.device) for n in (options.teacher, options.student)
+        )
+        self.teacher.eval()
+        x = torch.zeros(2, 3, 32, 32, device=self.device)
+        self.loss = modules(method, self.teacher, self.student, x, len(labels))
+        params = [*self.student.parameters(), *(self.loss.parameters() if self.loss is not None else ())]
+        self.optimizer = torch.optim.SGD(params, 0.05, momentum=0.9, weight_decay=5e-4)
+        dataset = PilImages(images.permute(0, 2, 3, 1).contiguous().numpy(), labels)
+        loader = DataLoader(dataset, options.batch, shuffle=True, drop_last=True, num_workers=options.workers)
+        self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def step(self) -> None:
+        x, y, index = (part.to(self.device) for part in next(self.batches))
+        self.student.train()
+        taps = self.student.stage_taps.post
+        with tap(self.student, [*taps, self.student.stage_taps.embedding]) as s:
+            output = self.student(x)
+        loss = F.cross_entropy(output, y)
+        if self.method != "plain":
+            pre = self.teacher.stage_taps.pre if self.method == "review" else self.teacher.stage_taps.post
+            with torch.no_grad(), tap(self.teacher, [*pre, self.teacher.stage_taps.embedding]) as t:
+                taught = self.teacher(x)
+            ours, theirs = [s[n] for n in taps], [t[n] for n in pre]
+            if self.method == "kd":
+                loss = (
+                    loss + F.kl_div(F.log_softmax(output / 4, 1), F.softmax(taught / 4, 1), reduction="batchmean") * 16
+                )
+            elif self.method == "at":
+                loss = loss + 1000 * sum(
+                    (attention(a) - attention(b)).pow(2).mean() for a, b in zip(ours, theirs, strict=True)
+                )
+            elif self.method == "crd":
+                embeddings = (f[model.stage_taps.embedding] for f, model in ((s, self.student), (t, self.teacher)))
+                loss = loss + 0.8 * self.loss(*embeddings, target=y, index=index)
+            else:
+                assert self.loss is not None
+                ours.append(s[self.student.stage_taps.embedding][:, :, None, None])
+                theirs.append(t[self.teacher.stage_taps.embedding][:, :, None, None])
+                loss = loss + hcl(self.loss.outputs(ours, [f.shape[2:] for f in theirs]), theirs)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def modules(method: str, teacher: nn.Module, student: nn.Module, x: Tensor, samples: int) -> nn.Module | None:
+    """The trainable part of a method, the same in reference and ours."""
+    if method not in ("crd", "review"):
+        return None
+    sides = []
+    for model, stages in ((student, student.stage_taps.post), (teacher, teacher.stage_taps.pre)):  # type: ignore[union-attr]
+        names = [*(stages if method == "review" else ()), model.stage_taps.embedding]  # type: ignore[union-attr]
+        sides.append([probe_shapes(model, names, x)[n] for n in names])
+    params = {"n_data": samples} if method == "crd" else {}
+    return build_loss(method, *sides, **params).to(x.device)
+
+
+class Ours:
+    """What `distpro retrain` runs."""
+
+    def __init__(self, options: argparse.Namespace, method: str, images: Tensor, labels: Tensor):
+        torch.manual_seed(0)
+        device = torch.device(options.device)
+        teacher, student = (
+            build_model(n, num_classes=100).to(device, memory_format=torch.channels_last)
+            for n in (options.teacher, options.student)
+        )
+        x = torch.zeros(2, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+        terms = list(self.terms(method, teacher.eval(), student, x, len(labels)))
+        self.objective = Objective(
+            teacher if terms else None, student, terms, x, precision=getattr(torch, options.precision) if options.precision != "float32" else None
+        )  # fmt: skip
+        if method != "distpro":
+            how = replay(self.objective, "constant", 10_000)
+        else:
+            count = len(terms)
+            weights = torch.full((2, count), 1 / (count + 1))
+            kept = torch.arange(count) < options.kept  # what a threshold has dropped costs nothing
+            schedule = Schedule(
+                tuple(t.key for t in terms), torch.tensor([t.level for t in terms]), kept.float().expand(2, -1), weights,
+                tuple(t.transform_name for t in terms),
+            )  # fmt: skip
+            how = replay(self.objective, "searched", 10_000, schedule, threshold=0.5)
+        params = self.objective.trainable_parameters()
+        optimizer = torch.optim.SGD(params, 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+        loader = Loader(
+            Split.of(images, labels), options.batch, mean=MEAN, std=STD, augment=["crop", "flip"], shuffle=True,
+            drop_last=True, device=device, channels_last=True,
+        )  # fmt: skip
+        self.trainer = Trainer(self.objective, None, optimizer, how, loader, [], epochs=10_000)
+        self.batches = loader.endless()
+
+    @staticmethod
+    def terms(method: str, teacher: nn.Module, student: nn.Module, x: Tensor, samples: int) -> Iterator[nn.Module]:
+        post, pre = list(student.stage_taps.post), list(teacher.stage_taps.pre)  # type: ignore[union-attr]
+        embeddings = [[m.stage_taps.embedding] for m in (student, teacher)]  # type: ignore[union-attr]
+        if method == "kd":
+            yield Term(build_loss("kd", [(100,)], [(100,)]), "kd", weight=1.0)
+        elif method == "at":
+            yield Term(build_loss("at"), "at", post, teacher.stage_taps.post, 1000.0)  # type: ignore[union-attr]
+        elif method == "crd":
+            yield Term(modules(method, teacher, student, x, samples), "crd", *embeddings, weight=0.8)  # type: ignore[arg-type]
+        elif method == "review":
+            loss = modules(method, teacher, student, x, samples)
+            yield Term(loss, "review", [*post, *embeddings[0]], [*pre, *embeddings[1]], 1.0)  # type: ignore[arg-type]
+        elif method == "distpro":
+            yield from build_pathways(teacher, student, x, pre, post, transforms=["conv1x1", "conv3x3", "attention"])
+
+    def step(self) -> None:
+        self.trainer.train_step(next(self.batches))
+
+
+def main() -> None:
+    command = parser(__doc__, "bench_train")
+    command.add_argument("--teacher", default="resnet56")
+    command.add_argument("--student", default="resnet20")
+    command.add_argument("--batch", type=int, default=128)
+    command.add_argument("--steps", type=int, default=2, help="a round's steps of each")
+    command.add_argument("--workers", type=int, default=2, help="of the reference's DataLoader")
+    command.add_argument("--kept", type=int, default=3, help="pathways that the threshold has left of 27")
+    command.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
+    command.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    options = command.parse_args()
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (SAMPLES, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(100, (SAMPLES,), generator=generator)
+    runs: dict[str, Callable[[], None]] = {}
+    for method in options.methods:
+        made = {"ours": Ours(options, method, images, labels)}
+        if method != "distpro":
+            made = {"reference": Reference(options, method, images, labels), **made}  # type: ignore[dict-item]
+        for who, setup in made.items():
+            runs[f"{method}: {who}"] = _repeated(setup.step, options.steps)
+    seconds = measure(runs, options.rounds, torch.device(options.device))
+    print(f"{options.teacher} -> {options.student}, batch {options.batch}, {options.device}, {options.threads} threads, "
+          f"{options.precision}; a run is {options.steps} steps\n")  # fmt: skip
+    median = medians(seconds)
+    speed = {name: options.steps * options.batch / value for name, value in median.items()}
+    ratios = {}
+    print("\n  images/s   reference      ours   ratio")
+    for method in options.methods:
+        ours, reference = speed[f"{method}: ours"], speed.get(f"{method}: reference", speed.get("kd: reference"))
+        if reference is None:
+            continue
+        ratios[method] = ours / reference
+        note = " (reference: KD)" if method == "distpro" else ""
+        print(f"  {method:10} {reference:9.0f} {ours:9.0f} {ours / reference:7.2f}{note}")
+    save(options, seconds, ratios, images_per_second=speed)
+
+
+def _repeated(step: Callable[[], None], count: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(count):
+            step()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
