@@ -401,7 +401,7 @@ class Objective(nn.Module):
                         views.append({})
                     continue
                 every = 1 if target is None else _rows_per_sample(term, student or teacher, target)
-                read = {tap: _every(student[tap], every) for tap in term.student_taps}  # type: ignore[union-attr]
+                read = {tap: student[tap] for tap in term.student_taps}  # type: ignore[union-attr]
                 if views is not None:
                     read = {tap: f.view_as(f) for tap, f in read.items()}
                     for view in read.values():
@@ -409,7 +409,7 @@ class Objective(nn.Module):
                             view.retain_grad()
                     views.append(read)
                 value = term(
-                    _unwrap([read[tap] for tap in term.student_taps]),  # type: ignore[union-attr]
+                    _unwrap([_every(read[tap], every) for tap in term.student_taps]),  # type: ignore[union-attr]
                     _unwrap([_every(teacher[tap], every) for tap in term.teacher_taps]),  # type: ignore[union-attr]
                     target=target,
                     index=index,

@@ -237,6 +237,18 @@ def test_rotations_come_with_the_loss_that_reads_them(teachers):
     assert distpro.retrain(content(teachers, terms)).metrics["accuracy"] > 0
 
 
+@pytest.mark.parametrize("estimator", ["forward_mode", "finite_difference"])
+def test_a_search_over_losses_with_needs_of_all_kinds(teachers, estimator):
+    """Rotations, memories, classifiers, margins side by side; the estimators agree about the first step's direction."""
+    losses = ["sskd", "crd", "kd", "at", "review", "semckd", "ofd", "srrl"]
+    terms = [{"loss": loss, **({"params": {"nce_k": 16}} if loss == "crd" else {})} for loss in losses]
+    schedule = distpro.search(content(teachers, terms, search={"estimator": estimator}, training={"max_steps": 3}))
+    assert schedule.keys == tuple(losses) and torch.isfinite(schedule.scales).all()
+    moved = schedule.alpha_tilde[1] - 1
+    assert (moved.abs() > 1e-3).all()
+    assert distpro.retrain(content(teachers, terms), schedule=schedule).metrics["accuracy"] > 0
+
+
 def test_simkd_answers_through_the_teacher_s_classifier(teachers, tmp_path):
     terms = [{"loss": "simkd", "weight": 1}]
     result = distpro.retrain(content(teachers, terms, task_weight=0), out=tmp_path / "run")
