@@ -256,7 +256,7 @@ def build_search(config: Config, data: Dataset, folder: Path | None = None) -> T
     if config.stages:
         raise UserError("stages: a search is one training; stages are for a retrain")
     for n, term in enumerate(config.terms):
-        if reduction_of(term.weight) is not None:
+        if term.weight == "schedule" or reduction_of(term.weight) is not None:
             raise UserError(
                 f"terms.{n}.weight: a search has no schedule to follow (allowed: learned, a number, a process)"
             )

@@ -249,6 +249,12 @@ def test_a_search_over_losses_with_needs_of_all_kinds(teachers, estimator):
     assert distpro.retrain(content(teachers, terms), schedule=schedule).metrics["accuracy"] > 0
 
 
+@pytest.mark.parametrize("weight", ["schedule", {"schedule": "total"}])
+def test_a_search_has_no_schedule_to_follow(teachers, weight):
+    with pytest.raises(UserError, match=r"terms.0.weight: a search has no schedule to follow"):
+        distpro.search(content(teachers, [{"loss": "kd", "weight": weight}, {"loss": "at"}]))
+
+
 def test_simkd_answers_through_the_teacher_s_classifier(teachers, tmp_path):
     terms = [{"loss": "simkd", "weight": 1}]
     result = distpro.retrain(content(teachers, terms, task_weight=0), out=tmp_path / "run")
