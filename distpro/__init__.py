@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distpro.losses import available_losses, build_loss
-    from distpro.objective import Objective, Term
+    from distpro.objective import Objective
     from distpro.runs import Result, evaluate, retrain, search, train
     from distpro.schedule import Schedule
+    from distpro.term import Term
     from pathways.registry import UserError
 
 # Imported when first used, so that `distpro --help` and small uses do not pay for everything.
@@ -21,7 +22,7 @@ _HOMES = {
     "Objective": "distpro.objective",
     "Result": "distpro.runs",
     "Schedule": "distpro.schedule",
-    "Term": "distpro.objective",
+    "Term": "distpro.term",
     "UserError": "pathways.registry",
     "available_losses": "distpro.losses",
     "build_loss": "distpro.losses",

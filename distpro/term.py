@@ -1,0 +1,100 @@
+"""One distillation loss of the objective: what it reads, its weight, its place in the vector of term losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pathways.taps import LOGITS
+
+Moving = float | Callable[[int], float]
+"""A number, or a process: step → number."""
+
+
+class Term(nn.Module):
+    """A distillation loss, the taps it reads, and its weight.
+
+    Args:
+        loss: called as ``loss(student, teacher, target=..., index=...)`` with one tensor per tap (a bare tensor where
+            there is one tap), gives a scalar.
+        key: name of the term in schedules, logs and plots.
+        student_taps, teacher_taps: what it reads; ``logits`` is the model's output.
+        weight: constant weight, a process ``step → weight``, or None for a weight that a schedule or a search decides
+            (1 until one does).
+        level: (i, j, k) where the term belongs to one teacher and one student level, for schedules of another pair.
+        per_level: weight the loss's ``levels`` separately: the term stands for L entries of the vector of losses,
+            ``<key>.1`` to ``<key>.L``, one per teacher level.
+        reduction: how a schedule of more terms is summed up for this one, see `Schedule.reduce`; None where it has a
+            column of its own.
+        scalars: processes of other scalars of the loss, attribute → ``step → value``, for instance its temperature;
+            ``level_weights.1`` is an item of a list.
+        pretrain: compute the loss of the recipe's first stage, `DistillationLoss.pretrain`, in place of the loss.
+        rows: stored sample number → row of what the loss keeps per sample, (largest number + 1,) int64; None hands
+            the numbers on as they are.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        key: str,
+        student_taps: Sequence[str] = (LOGITS,),
+        teacher_taps: Sequence[str] = (LOGITS,),
+        weight: Moving | None = None,
+        level: tuple[int, int, int] | None = None,
+        per_level: bool = False,
+        reduction: str | None = None,
+        scalars: Mapping[str, Callable[[int], float]] | None = None,
+        pretrain: bool = False,
+        rows: Tensor | None = None,
+    ):
+        super().__init__()
+        self.loss = loss
+        self.key = key
+        self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
+        self.weight = weight
+        self.level = level
+        self.per_level = per_level
+        self.reduction = reduction
+        self.scalars = dict(scalars or {})
+        self.transform_name = ""
+        self.pretrain = pretrain
+        self.register_buffer("rows", rows, persistent=False)
+        if pretrain and getattr(loss, "pretrain_reads", "both") == "teacher":
+            self.student_taps = ()
+
+    def at(self, step: int) -> None:
+        """Give the loss's scalars the values of a training step."""
+        for path, process in self.scalars.items():
+            name, _, item = path.partition(".")
+            if item:
+                values = list(getattr(self.loss, name))
+                values[int(item)] = process(step)
+                setattr(self.loss, name, values)
+            else:
+                setattr(self.loss, name, process(step))
+
+    def forward(self, student: Any, teacher: Any, target: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        """Scalar loss, or the losses (L,) of a ``per_level`` term."""
+        compare = self.loss.levels if self.per_level else self.loss.pretrain if self.pretrain else self.loss
+        if self.rows is not None and index is not None:
+            index = self.rows[index]  # type: ignore[index]
+        return compare(student, teacher, target=target, index=index)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the vector of term losses: what a schedule's column has to fit."""
+
+    key: str
+    level: tuple[int, int, int] | None = None
+    transform_name: str = ""
+
+
+def entries_of(term: Any) -> list[Entry]:
+    """The entries that a term adds to the vector of losses: one, or one per teacher level."""
+    if getattr(term, "per_level", False):
+        return [Entry(f"{term.key}.{i}", (i, 0, 0)) for i in range(1, len(term.teacher_taps) + 1)]
+    return [Entry(term.key, term.level, getattr(term, "transform_name", ""))]
