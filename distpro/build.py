@@ -15,13 +15,12 @@ from distpro import distributed
 from distpro.cache import TeacherCache, digest, digest_data
 from distpro.config import Config
 from distpro.data import DATASETS, Dataset, Loader, Split, build_augment, load_data, split
-from distpro.data.datasets import locate
 from distpro.hypergradient import ESTIMATORS
 from distpro.losses import LOSSES
 from distpro.models import MODELS
 from distpro.normalise import measure_scales
 from distpro.objective import Objective, Term
-from distpro.pair import Pair, build_network, build_pair, device_of, needs_teacher, place
+from distpro.pair import build_pair, device_of
 from distpro.process import Clock, reduction_of
 from distpro.retrainer import replay
 from distpro.schedule import Schedule
@@ -35,8 +34,6 @@ from pathways import DISTANCES, TRANSFORMS
 from pathways.registry import Registry, UserError, check_parameters
 from pathways.space import parse_spec
 from pathways.taps import check_taps
-
-__all__ = ["Pair", "build_network", "locate", "needs_teacher", "place"]  # beside what is defined here
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IMAGE_SETS = {"cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32))}
@@ -128,6 +125,11 @@ def build_objective(config: Config, data: Dataset, train: Split, clock: Clock, c
     )
 
 
+def versions_of(config: Config, epochs: int) -> int:
+    """How many different images a training of ``epochs`` makes of each sample."""
+    return min(config.data.augment_epochs or epochs, epochs) if config.data.augment else 1
+
+
 def build_cache(config: Config, data: Dataset, objective: Objective) -> TeacherCache | None:
     """The cache that the config asks for, of the taps that the objective reads; None where it asks for none.
 
@@ -140,8 +142,7 @@ def build_cache(config: Config, data: Dataset, objective: Objective) -> TeacherC
         raise UserError("cache: teacher_training makes the teacher's answer depend on the rest of the batch")
     if data.train.streamed:
         raise UserError("cache: for data in memory, not for a streamed set")
-    epochs = math.ceil(objective.clock.total_steps / objective.clock.steps_per_epoch)
-    versions = min(config.data.augment_epochs or epochs, epochs) if config.data.augment else 1
+    versions = versions_of(config, math.ceil(objective.clock.total_steps / objective.clock.steps_per_epoch))
     views = max((getattr(term.loss, "views", 1) for term in objective.terms if isinstance(term, Term)), default=1)
     example = objective.example_input
     assert example is not None and isinstance(data.train.images, Tensor)

@@ -152,7 +152,7 @@ def _run_seeds(options: argparse.Namespace, run: Any, folder: Path, first: int) 
     found = {}
     for seed in range(first, first + options.seeds):
         inner = folder / f"seed{seed}"
-        resume = options.resume and (inner / "checkpoint.pt").is_file()
+        resume = options.resume and inner.exists()
         found[seed] = run(inner, [*options.overrides, f"seed={seed}"], resume).metrics
     if not (folder / f"seed{first}" / "result.json").is_file():
         return  # not the process that writes

@@ -66,6 +66,7 @@ def describe(config: Config, searching: bool) -> Description:
         pair.student,
         build_terms(config, pair, num_classes),
         pair.example_input,
+        precision=build.PRECISIONS[config.precision],
         task_weight=weight_of(config.task_weight, Clock(1)),  # type: ignore[arg-type]
         prune=config.prune,
     )
@@ -103,10 +104,8 @@ def _cache_bytes(config: Config, objective: Objective, samples: int) -> int:
     taught = objective.teach(objective.example_input) if objective.entries else {}  # type: ignore[arg-type]
     read = {tap for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
     row = sum(taught[tap][0].numel() * taught[tap].element_size() for tap in read)
-    if config.precision != "float32":
-        row //= 2
-    epochs = min(config.data.augment_epochs or config.training.epochs, config.training.epochs)
-    return samples * row * (epochs if config.data.augment else 1)
+    views = max((getattr(getattr(term, "loss", term), "views", 1) for term in objective.terms), default=1)
+    return samples * views * row * build.versions_of(config, config.training.epochs)
 
 
 def teacher_name(config: Config) -> str:

@@ -10,6 +10,7 @@ from distpro import build
 from distpro.config import read_config
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
+from distpro.pair import build_network
 from distpro.stages import stages_of
 from pathways.registry import UserError
 
@@ -35,7 +36,7 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     if through:
         raise UserError(f"{folder}: the student answers through its term '{through[0]}', which cannot be exported yet")
     data = build.build_data(config)
-    model = build.build_network(config.student, data.num_classes, load=False).eval()
+    model = build_network(config.student, data.num_classes, load=False).eval()
     load_checkpoint(model, weights)
     x = torch.zeros(2, *data.image_shape)
     dynamic = ({0: torch.export.Dim.DYNAMIC},)

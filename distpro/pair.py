@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -240,8 +240,11 @@ def norm_before(model: nn.Module, tap: str, x: Tensor) -> nn.BatchNorm2d | None:
     module = model.get_submodule(path)
     ran: list[nn.BatchNorm2d] = []
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    hook: Callable[..., None] = lambda m, args, output: ran.append(m)  # noqa: E731
-    handles: list[Any] = [m.register_forward_hook(hook) for m in norms]
+
+    def note(norm: nn.BatchNorm2d, *_: Any) -> None:
+        ran.append(norm)
+
+    handles = [m.register_forward_hook(note) for m in norms]
     try:
         probe_shapes(model, [tap], x)
     finally:

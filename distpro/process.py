@@ -61,14 +61,15 @@ class Constant(Process):
         return self.value
 
 
+@dataclass(frozen=True)
 class _Ramp(Process):
     """From ``initial`` at ``start`` to ``final`` at ``end`` (None: the last step), constant before and after."""
 
     initial: float
     final: float
-    start: float
-    end: float | None
-    by: str
+    start: float = 0.0
+    end: float | None = None
+    by: str = "fraction"
 
     def at(self, step: int, clock: Clock) -> float:
         now = clock.time(step, self.by)
@@ -82,30 +83,16 @@ class _Ramp(Process):
 
 
 @PROCESSES.register("linear")
-@dataclass(frozen=True)
 class Linear(_Ramp):
     """In a straight line."""
-
-    initial: float
-    final: float
-    start: float = 0.0
-    end: float | None = None
-    by: str = "fraction"
 
     def shape(self, part: float) -> float:
         return part
 
 
 @PROCESSES.register("cosine")
-@dataclass(frozen=True)
 class Cosine(_Ramp):
     """Along half a cosine: slow at both ends."""
-
-    initial: float
-    final: float
-    start: float = 0.0
-    end: float | None = None
-    by: str = "fraction"
 
     def shape(self, part: float) -> float:
         return (1 - math.cos(math.pi * part)) / 2

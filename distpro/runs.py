@@ -29,9 +29,12 @@ from distpro.checkpoint import load_safely, save_atomically, write_atomically
 from distpro.config import Config, read_config
 from distpro.console import note
 from distpro.data import Dataset
+from distpro.data.datasets import locate
 from distpro.describe import teacher_name
+from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
 from distpro.objective import Objective, Term
+from distpro.pair import build_network, place
 from distpro.plots import heatmap_figure, schedule_figure
 from distpro.schedule import Schedule
 from distpro.searcher import Searcher
@@ -156,7 +159,7 @@ def _retrain_stages(
             None if stage.fresh else carry.student, carry.student if stage.previous_teaches else None, carry.terms
         )
         if inner is not None and resume and (inner / "result.json").is_file():
-            carry = Carry(load_safely(inner / "student.pt"), None, load_safely(inner / "terms.pt"))
+            carry = Carry(load_safely(inner / "student.pt"), None, {**carry.terms, **load_safely(inner / "terms.pt")})
             metrics = json.loads((inner / "result.json").read_text())
             continue
         settings = stage.config
@@ -205,21 +208,21 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Pa
         checked = read_config(path, overrides)
         if checked.teacher is None or checked.teacher.checkpoint is None:
             raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
-        checkpoint = build.locate("checkpoint", checked.teacher.checkpoint)
+        checkpoint = locate("checkpoint", checked.teacher.checkpoint)
         checked = checked.model_copy(update={"student": checked.teacher})
     elif config is None:
         raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
     else:
-        checked, checkpoint = read_config(config, overrides), build.locate("checkpoint", path)
+        checked, checkpoint = read_config(config, overrides), locate("checkpoint", path)
     _prepare(checked)
     data = build.build_data(checked)
-    model = build.build_network(checked.student, data.num_classes, load=False)
+    model = build_network(checked.student, data.num_classes, load=False)
     load_checkpoint(model, checkpoint)
     terms = path / "terms.pt" if path.is_dir() else None
-    if terms is not None and any(hasattr(build.LOSSES[term.loss], "predict") for term in checked.terms):
+    if terms is not None and any(hasattr(LOSSES[term.loss], "predict") for term in checked.terms):
         objective = build.build_deployed(checked, data, model, load_safely(terms))
     else:
-        objective = Objective(None, build.place(model, checked), precision=build.PRECISIONS[checked.precision])
+        objective = Objective(None, place(model, checked), precision=build.PRECISIONS[checked.precision])
     task, loader = build.build_task(checked), build.build_loader(checked, data, data.test, training=False)
     return test(objective, task, loader)
 

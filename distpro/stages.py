@@ -74,7 +74,7 @@ def stages_of(config: Config, where: str = "config") -> list[Stage]:
         if previous:
             if not found:
                 raise UserError(f"{at}: teacher is 'previous', but there is no stage before")
-            content["teacher"] = before["student"]
+            del content["teacher"]
         if "stages" in content or "base" in content or "preset" in content:
             raise UserError(f"{at}: a stage has no stages, base or preset of its own")
         after = merge(before, content)

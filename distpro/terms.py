@@ -13,7 +13,7 @@ from distpro.data import Split
 from distpro.losses import LOSSES, DistillationLoss, build_loss
 from distpro.losses.ofd import margin
 from distpro.objective import Term
-from distpro.pair import Pair, Reading, needs_teacher, norm_before
+from distpro.pair import Pair, needs_teacher, norm_before
 from distpro.process import Clock, is_process, parse_process, reduction_of
 from pathways import build_pathways, connect, probe_shapes
 from pathways.registry import UserError
@@ -127,15 +127,14 @@ def split_processes(
     fixed: dict[str, Any] = {}
     moving: dict[str, Callable[[int], float]] = {}
     for name, value in params.items():
-        items = value if isinstance(value, list) else [value]
-        for n, item in enumerate(items):
+        listed, started = isinstance(value, list), []
+        for n, item in enumerate(value if listed else [value]):
             if is_process(item):
-                moving[f"{name}.{n}" if isinstance(value, list) else name] = parse_process(item).bind(clock)
-        started = [
-            moving[path](0) if (path := f"{name}.{n}" if isinstance(value, list) else name) in moving else item
-            for n, item in enumerate(items)
-        ]
-        fixed[name] = started if isinstance(value, list) else started[0]
+                path = f"{name}.{n}" if listed else name
+                moving[path] = parse_process(item).bind(clock)
+                item = moving[path](0)
+            started.append(item)
+        fixed[name] = started if listed else started[0]
     return fixed, moving
 
 
@@ -179,7 +178,7 @@ class _Facts:
         return self.config.training.batch_size
 
     def _classifier(self, teacher_taps: list[str], teacher: str | None) -> nn.Linear | None:
-        return self._reading(teacher).classifier
+        return self.pair.teacher_reading(teacher).classifier
 
     def _margins(self, teacher_taps: list[str], teacher: str | None) -> list[torch.Tensor] | None:
         """Of OFD: from the BatchNorm in front of each tap, or from the batch where there is none."""
@@ -187,6 +186,3 @@ class _Facts:
         norms = [norm_before(self.pair.teacher, tap, self.pair.example_input) for tap in teacher_taps]
         found = [margin(n.weight, n.bias) for n in norms if n is not None]
         return found if len(found) == len(norms) else None
-
-    def _reading(self, teacher: str | None) -> Reading:
-        return self.pair.teacher_reading(teacher)

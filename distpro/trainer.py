@@ -389,9 +389,6 @@ def test(objective: Objective, task: Any, loader: Any) -> dict[str, float]:
         count += len(batch.y)
     objective.train(was_training)
     names = list(sums)
-    *values, everything = distributed.total(torch.stack([*(sums[name] for name in names), _like(sums, count)])).tolist()
+    found = torch.stack([sums[name] for name in names])
+    *values, everything = distributed.total(torch.cat([found, found.new_tensor([count])])).tolist()
     return {name: value / everything for name, value in zip(names, values, strict=True)}
-
-
-def _like(sums: dict[str, Tensor], count: int) -> Tensor:
-    return torch.full_like(next(iter(sums.values())), count)

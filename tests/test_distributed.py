@@ -19,6 +19,7 @@ from distpro.config import merge
 from distpro.models import build_model
 from distpro.schedule import Schedule
 from distpro.tracking import read_metrics
+from tests.conftest import ROOT
 from tests.digits import settings
 
 NETWORK = '''
@@ -58,23 +59,24 @@ def write(folder, **changes):
     return folder / "config.yaml"
 
 
-def two(*arguments, expect=0):
-    """Run a command in two processes; gives its output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}
-    done = subprocess.run(
-        [*command, "-m", "distpro.cli", *map(str, arguments)],
-        capture_output=True,
+def launch(*arguments):
+    """Start a command in two processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distpro.cli"]
+        + [str(a) for a in arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
-        check=False,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])},
     )
-    assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
-ROOT = Path(__file__).resolve().parent.parent
+def two(*arguments, fails=False):
+    """Run a command in two processes to its end; gives its output."""
+    running = launch(*arguments)
+    output, _ = running.communicate(timeout=300)
+    assert (running.returncode != 0) == fails, output
+    return output
 
 
 def close(ours, theirs, tolerance):
@@ -116,20 +118,13 @@ def test_batch_statistics_over_both(folder):
 
 def test_what_two_have_begun_one_can_end(folder):
     config = write(folder, retrain={"weights": "equal"}, training={"epochs": 60})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}
-    running = subprocess.Popen(
-        [*command, "-m", "distpro.cli", "retrain", str(config), "--out", "run"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
+    running = launch("retrain", config, "--out", "run")
     for _ in range(600):
         if Path("run/checkpoint.pt").is_file():
             break
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    running.wait(timeout=60)
+    running.communicate(timeout=60)
     step = load_safely("run/checkpoint.pt")["step"]
     assert 0 < step < 300
     distpro.retrain(config, out="run", resume=True)
@@ -146,5 +141,5 @@ def test_what_two_have_begun_one_can_end(folder):
     ],
 )
 def test_what_cannot_be_shared_is_said(folder, changes, message):
-    assert message in two("search", write(folder), *changes, "--out", "run", expect=2)
+    assert message in two("search", write(folder), *changes, "--out", "run", fails=True)
     assert not Path("run").exists()

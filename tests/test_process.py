@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-import distpro
 from distpro.losses import build_loss
 from distpro.objective import Objective, Term
 from distpro.process import PROCESSES, Clock, is_process, parse_process
@@ -157,7 +156,3 @@ def test_constant_processes_stand_beside_a_schedule():
     ]
     objective.follow_equal(scale=2.0)
     assert objective.weights_at(2) == pytest.approx([0.2, 2.0])
-
-
-def test_the_public_names():
-    assert distpro.Term is Term

@@ -110,20 +110,25 @@ def test_the_second_stage_goes_on_from_the_first(teacher, monkeypatch):
     assert {k: v for k, v in staged.items() if k != "seconds"} == {k: v for k, v in by_hand.items() if k != "seconds"}
 
 
-@pytest.mark.parametrize("prune", [True, False])
-def test_a_pruned_stage_is_the_whole_one(teacher, prune, monkeypatch):
-    """Identical losses and weights, and less that runs."""
-    content = recipe(teacher, HINT, prune=prune)
-    ran = []
-    monkeypatch.setattr(Trainer, "_record", lambda self, values: ran.append(values))
-    distpro.retrain(content, out=None)
-    hints = [row["term/hint"] for row in ran if "term/hint" in row]
-    whole = []
-    monkeypatch.setattr(Trainer, "_record", lambda self, values: whole.append(values))
-    distpro.retrain(recipe(teacher, HINT, prune=False), out=None)
-    assert hints == [row["term/hint"] for row in whole if "term/hint" in row]
-    assert len(hints) > 2 and hints[-1] < hints[0]
-    assert not any("train/task_loss" in row for row in ran)
+def test_a_pruned_stage_is_the_whole_one(teacher, monkeypatch):
+    """Identical losses, and less that runs: nothing behind the hint, in neither model."""
+    found = []
+    for prune in (True, False):
+        rows, objectives = [], []
+
+        def record(self, values, rows=rows, objectives=objectives):
+            rows.append(values)
+            objectives.append(self.objective)
+
+        monkeypatch.setattr(Trainer, "_record", record)
+        distpro.retrain(recipe(teacher, HINT, prune=prune))
+        found.append(([row["term/hint"] for row in rows if "term/hint" in row], objectives[0]))
+        assert not any("train/task_loss" in row for row in rows)
+    (pruned, part), (whole, all_of_it) = found
+    assert pruned == whole and len(pruned) > 2 and pruned[-1] < pruned[0]
+    for model in ("student", "teacher"):
+        ran, everything = (set(getattr(o, model).modules_run) for o in (part, all_of_it))
+        assert {name for name in everything - ran if name.startswith(("layer3", "pool", "fc"))} == everything - ran != set()
 
 
 def test_a_paraphraser_learns_first_and_stays(teacher, tmp_path):
@@ -180,6 +185,19 @@ def test_frozen_parts_do_not_move(teacher, tmp_path):
     assert not any(torch.equal(start[n], after[n]) for n in start if n.startswith("layer2") and n.endswith("weight"))
     with pytest.raises(UserError, match="no module 'layer9'"):
         distpro.retrain(recipe(teacher, {**KD, "freeze": ["layer9"]}))
+
+
+def test_a_resumed_recipe_remembers_the_terms_of_all_stages(teacher, tmp_path):
+    """The third stage uses what the first has trained, also when both earlier ones had ended before."""
+    first = {"name": "a", "task_weight": 0, "terms": [{"loss": "ft", "weight": 1, "pretrain": True}]}
+    third = {"name": "c", "task_weight": 0, "terms": [{"loss": "ft", "weight": 1}]}
+    content = recipe(teacher, first, {**KD, "name": "b"}, third, training={"epochs": 1})
+    distpro.retrain(content, out=tmp_path / "run")
+    before = load_safely(tmp_path / "run" / "student.pt")
+    shutil.rmtree(tmp_path / "run" / "3_c")
+    distpro.retrain(content, out=tmp_path / "run", resume=True)
+    after = load_safely(tmp_path / "run" / "student.pt")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize("stop", [2, 12])
