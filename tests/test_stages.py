@@ -128,7 +128,11 @@ def test_a_pruned_stage_is_the_whole_one(teacher, monkeypatch):
     assert pruned == whole and len(pruned) > 2 and pruned[-1] < pruned[0]
     for model in ("student", "teacher"):
         ran, everything = (set(getattr(o, model).modules_run) for o in (part, all_of_it))
-        assert {name for name in everything - ran if name.startswith(("layer3", "pool", "fc"))} == everything - ran != set()
+        assert (
+            {name for name in everything - ran if name.startswith(("layer3", "pool", "fc"))}
+            == everything - ran
+            != set()
+        )
 
 
 def test_a_paraphraser_learns_first_and_stays(teacher, tmp_path):
