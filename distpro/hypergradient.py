@@ -226,10 +226,27 @@ class ForwardMode(Estimator):
     student alone along u gives the tangents ḟ and with them every h_p. Parameters of a term's own (transforms) come in
     only where clipping gives u a part along them; their gradient is theirs alone and known too.
 
-    The tangent pass runs in full precision. A term of weight zero has no signal: its h_p is 0.
+    A term of weight zero has no signal: its h_p is 0.
+
+    Args:
+        precision: ``float32`` or ``bfloat16`` for the forward-mode pass; None is the training's own precision. In
+            bfloat16 h differs by about 2 %, a hundredth of what another validation batch changes (docs/performance.md).
     """
 
     needs_views = True
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None = None,
+        precision: str | None = None,
+    ):
+        super().__init__(objective, optimizer, max_norm)
+        allowed = {None: objective.precision, "float32": None, "bfloat16": torch.bfloat16}
+        if precision not in allowed:
+            raise UserError(f"forward_mode: precision is '{precision}' (allowed: float32, bfloat16)")
+        self.precision = allowed[precision]
 
     def __call__(self, step: TrainingStep, validation: Batch) -> Tensor:
         u = self.direction(step, validation)
@@ -256,9 +273,10 @@ class ForwardMode(Estimator):
             {name: step.theta.get(p, p) for name, p in student.named_parameters()},
             {name: u[p] for name, p in student.named_parameters() if p in u},
             step.batch.x,
+            self.precision,
         )
         set_random_state(now)
-        return {**features, LOGITS: output}
+        return {name: tangent.to(step.weights.dtype) for name, tangent in {**features, LOGITS: output}.items()}
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class Objective(nn.Module):
         self.teacher: Tapped | None = None
         if teacher is not None:
             teacher.requires_grad_(False)
-            self.teacher = Tapped(teacher, [], example_input)
+            self.teacher = Tapped(teacher, [], example_input, frozen=not teacher_training)
         self._set_terms(terms)
         self.train()
 
@@ -132,7 +132,8 @@ class Objective(nn.Module):
     def _retap(self, tapped: Tapped, names: Sequence[str], output: bool) -> Tapped:
         tapped.remove()
         inner = [n for n in dict.fromkeys(names) if n != LOGITS]
-        return Tapped(tapped.model, inner, self.example_input, output=output or not self.prune)
+        frozen = tapped is self.teacher and not self.teacher_training
+        return Tapped(tapped.model, inner, self.example_input, output=output or not self.prune, frozen=frozen)
 
     @property
     def computes_task(self) -> bool:

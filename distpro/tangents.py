@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,20 +20,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
-def forward_mode(model: nn.Module, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], x: Tensor) -> Any:
+def forward_mode(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    x: Tensor,
+    precision: torch.dtype | None = None,
+) -> Any:
     """Tangents of ``model(x)`` at ``parameters`` along ``direction``, in the structure of the output.
 
-    Runs in full precision with the model's mode (batch statistics in training), attention in its plain form (the fused
-    kernels have no forward mode); buffers stay as they are.
+    Runs with the model's mode (batch statistics in training), attention in its plain form (the fused kernels have no
+    forward mode); buffers stay as they are.
 
     Args:
         parameters: name → value, all parameters of the model.
         direction: name → tangent, for the parameters that move.
+        precision: dtype of autocast, None for full precision.
 
     Returns the model's output with every tensor replaced by its tangent (zeros where it does not move).
     """
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    with torch.no_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), _FusedBatchNorm():
+    autocast = torch.autocast(x.device.type, precision, enabled=precision is not None)
+    plain = torch.no_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), _FusedBatchNorm()
+    with ExitStack() as contexts:
+        for context in (*plain, autocast):
+            contexts.enter_context(context)
         duals = {
             name: forward_ad.make_dual(value, direction[name]) if name in direction else value
             for name, value in parameters.items()
@@ -111,7 +122,7 @@ class _BatchNorm(torch.autograd.Function):
             shape = (1, -1) + (1,) * (x.dim() - 2)
             scale = torch.zeros_like(mean) if dweight is None else dweight * inverse
             shift = -scale * mean if dbias is None else dbias - scale * mean
-            affine = torch.addcmul(shift.view(shape), x, scale.view(shape))
+            affine = torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
             dy = affine if dy is None else dy.add_(affine)
         assert dy is not None
         return dy

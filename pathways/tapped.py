@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 import random
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pathways.fusing import foldable, fused
 from pathways.registry import UserError
 from pathways.taps import ACTIVATION_FUNCTIONS, LOGITS, Taps, check_taps, parse_tap, tap, untouched
 
@@ -250,9 +252,9 @@ def _prune(graph: fx.Graph, unused: Sequence[fx.Node], modules: Mapping[str, nn.
             graph.erase_node(node)
 
 
-def _trace(model: nn.Module, names: Sequence[str], training: bool, output: bool) -> tuple[str, Any, list[str]]:
-    """The model's traced graph: its source text, its function ``f(model, x) → (output, {tap: tensor})``, and the
-    modules that it calls. Without ``output`` it gives None for that and is pruned."""
+def _trace(model: nn.Module, names: Sequence[str], training: bool, output: bool) -> fx.Graph:
+    """The model's traced graph, ``x → (output, {tap: tensor})``. Without ``output`` it gives None for that and is
+    pruned."""
     tracer, graph = _trace_graph(model, training)
     modules = dict(model.named_modules())
     nodes = _traced_nodes(tracer, graph, names, modules)
@@ -263,9 +265,13 @@ def _trace(model: nn.Module, names: Sequence[str], training: bool, output: bool)
     if not output:
         _prune(graph, unused, modules)
     graph.lint()
+    return graph
+
+
+def _compiled(model: nn.Module, graph: fx.Graph) -> tuple[str, Any]:
+    """The graph's source text, and its function ``f(model, x)``."""
     graph_module = fx.GraphModule(model, graph)
-    called = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module")
-    return graph_module.code, type(graph_module).forward, list(called)
+    return graph_module.code, type(graph_module).forward
 
 
 class _Reads:
@@ -326,6 +332,26 @@ def _may_end(model: nn.Module, names: Sequence[str], example_input: Any) -> bool
     return True
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _global_hooks() -> bool:
+    of = nn.modules.module
+    forward = of._global_forward_hooks or of._global_forward_pre_hooks
+    return bool(forward or of._global_backward_hooks or of._global_backward_pre_hooks)
+
+
+def _alike(expected: Any, found: Any, tolerance: float) -> bool:
+    """Whether two tensors differ by no more than ``tolerance`` × the largest element."""
+    if not (isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.shape == found.shape):
+        return False
+    if torch.equal(expected, found):
+        return True
+    return bool((expected - found).abs().max() <= tolerance * expected.abs().max())
+
+
 class Tapped(nn.Module):
     """A model that returns its taps as values: ``tapped(x) → (output, {tap: tensor})``.
 
@@ -344,13 +370,23 @@ class Tapped(nn.Module):
         names: taps, see this file's head. May be empty.
         example_input: if given, traced and plain output are compared on it once, and hooks take over if they differ.
         output: whether the model's output is wanted. `logits` among the taps is always given.
+        frozen: the model is no longer trained: without gradients and in evaluation mode, its convolutions run as one
+            operation with what follows them (`pathways.fusing`), if the example shows the same result.
+
+    With an example, traced code overwrites what a ReLU reads where nothing else does. Hooks that are registered later,
+    and modules that are replaced, are respected.
 
     Attributes:
         modules_run: modules of torch.nn that a forward pass runs, by name and in order; None where hooks read the taps.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], example_input: Tensor | None = None, output: bool = True
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        example_input: Tensor | None = None,
+        output: bool = True,
+        frozen: bool = False,
     ):
         super().__init__()
         check_taps(model, names, type(model).__name__)
@@ -361,14 +397,20 @@ class Tapped(nn.Module):
         self._taps: Taps | None = None
         self._reads: _Reads | None = None
         self._function: Any = None
+        self._fused: Any = None
+        self._frozen = frozen
         if not (output or self.names):
             self.modules_run = []
             return
         try:
-            code, function, called = _trace(model, self.names, True, output)
-            code_eval, _, _ = _trace(model, self.names, False, output)
+            graph = _trace(model, self.names, True, output)
+            code, function = _compiled(model, graph)
+            code_eval, _ = _compiled(model, _trace(model, self.names, False, output))
             if code == code_eval and (example_input is None or self._agrees(function, example_input)):
-                self._function, self.modules_run = function, called
+                self._function = function
+                self.modules_run = list(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
+                if example_input is not None:
+                    self._fuse(graph, example_input)
         except _CannotTrace:
             pass
         if self._function is None:
@@ -381,7 +423,31 @@ class Tapped(nn.Module):
         """Whether taps are returned by traced code rather than read by hooks."""
         return self._function is not None
 
-    def _agrees(self, function: Any, example_input: Tensor) -> bool:
+    def _fuse(self, graph: fx.Graph, example_input: Tensor) -> None:
+        self._seen = list(self.model.modules())
+        self._frozen = self._frozen and foldable(self.model)
+        _, function = _compiled(self.model, fused(graph, dict(self.model.named_modules()), self._frozen))
+        device = example_input.device.type
+        if self._agrees(function, example_input, 1e-4 if self._frozen else 0):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):
+                if self._agrees(
+                    function, example_input, math.inf
+                ):  # it runs: oneDNN has operations for some types only
+                    self._fused = function
+
+    @property
+    def runs_fused(self) -> bool:
+        """Whether a forward pass now takes the faster code of `pathways.fusing`: there is some, the modules are those
+        that were traced, and nobody looks at what that code leaves out."""
+        if self._fused is None or torch.compiler.is_compiling():
+            return False
+        modules = list(self.model.modules())
+        same = len(modules) == len(self._seen) and all(map(operator.is_, modules, self._seen))
+        if not same or _global_hooks() or any(map(_has_hooks, modules)):
+            return False
+        return not self._frozen or not (torch.is_grad_enabled() or any(m.training for m in modules))
+
+    def _agrees(self, function: Any, example_input: Tensor, tolerance: float = 0) -> bool:
         with untouched(self.model):
             self.model.eval()
             with tap(self.model, self.names) as taps:
@@ -390,11 +456,13 @@ class Tapped(nn.Module):
                 output, features = function(self.model, example_input)
             except Exception:  # traced code that cannot run is no better than none
                 return False
-            return (not self.output or (isinstance(plain, Tensor) and torch.equal(plain, output))) and all(
-                isinstance(features[n], Tensor) and torch.equal(taps[n], features[n]) for n in self.names
+            return (not self.output or _alike(plain, output, tolerance)) and all(
+                _alike(taps[n], features[n], tolerance) for n in self.names
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        if self.runs_fused:
+            return self._fused(self.model, *args, **kwargs)
         if self._function is not None:
             return self._function(self.model, *args, **kwargs)
         if self._taps is None:
