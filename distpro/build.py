@@ -122,6 +122,7 @@ def build_objective(config: Config, data: Dataset, train: Split, clock: Clock, c
         frozen=frozen_modules(config, pair.student),
         prune=config.prune,
         clock=clock,
+        compile=config.compile,
     )
 
 

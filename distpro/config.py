@@ -195,6 +195,9 @@ class Config(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = True
     sync_batch_norm: bool = Field(False, description="with several processes: the student's batch statistics over all")
+    compile: Literal["inductor", "aot_eager", "eager", "cudagraphs"] | None = Field(
+        None, description="torch.compile's backend for teacher, student and pathways"
+    )
     threads: int | None = Field(None, gt=0)
     task: Spec = "classification"
     data: DataConfig = DataConfig()

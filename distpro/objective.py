@@ -18,6 +18,7 @@ from distpro.process import Clock
 from distpro.schedule import Schedule
 from distpro.term import Entry, Moving, Term, entries_of
 from pathways.registry import UserError
+from pathways.space import Pathway
 from pathways.tapped import Tapped
 from pathways.taps import LOGITS
 
@@ -81,6 +82,7 @@ class Objective(nn.Module):
         prune: run only those parts of teacher and student that terms and task loss depend on.
         cache: keeps the teacher's outputs on disk. Its augmentations repeat as often as its epochs do.
         clock: the training's length; a cache has to know where epochs begin.
+        compile: a backend of torch.compile (``inductor``) for teacher, student and pathways; other terms run as they are.
     """
 
     def __init__(
@@ -97,8 +99,11 @@ class Objective(nn.Module):
         prune: bool = True,
         cache: TeacherCache | None = None,
         clock: Clock | None = None,
+        compile: str | None = None,
     ):
         super().__init__()
+        self._backend = compile
+        self._run, self._run_pathways = self._compiled(_run), self._compiled(_run_each)
         if teacher is None and any(term.teacher_taps for term in terms):  # type: ignore[union-attr]
             raise UserError("objective: distillation terms need a teacher")
         self.task_loss, self.precision = task_loss, precision
@@ -128,6 +133,12 @@ class Objective(nn.Module):
         self.student = self._retap(self.student, ours, self.computes_task or LOGITS in ours)
         if self.teacher is not None:
             self.teacher = self._retap(self.teacher, theirs, LOGITS in theirs)
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, compiled if that is wanted. It is given its modules: a copy of the objective has others."""
+        if self._backend is None:
+            return function
+        return torch.compile(function, backend=self._backend, dynamic=False)
 
     def _retap(self, tapped: Tapped, names: Sequence[str], output: bool) -> Tapped:
         tapped.remove()
@@ -265,7 +276,7 @@ class Objective(nn.Module):
         if known is not None:
             return known
         with torch.no_grad(), self.autocast():
-            output, features = self.teacher(x)
+            output, features = self._run(self.teacher, x)
         taught = features if output is None else {**features, LOGITS: output}
         if self.cache is not None and index is not None:
             self.cache.write(index, epoch, {name: taught[name] for name in self.cache.taps})
@@ -274,7 +285,7 @@ class Objective(nn.Module):
     def study(self, x: Tensor, autocast: bool = True) -> tuple[Any, dict[str, Tensor]]:
         """The student's output (None where it is pruned) and tapped tensors for a batch."""
         with self.autocast(autocast):
-            output, features = self.student(x)
+            output, features = self._run(self.student, x)
         return output, features if output is None else {**features, LOGITS: output}
 
     def predict(self, x: Tensor) -> Tensor:
@@ -308,6 +319,7 @@ class Objective(nn.Module):
         its gradient in the backward pass, and the list receives one {tap: view} per term.
         """
         losses: list[Tensor | None] = []
+        pathways: list[tuple[int, Pathway, Any, Any]] = []  # place, pathway, what it compares
         with self.autocast(autocast):
             for term in self.terms:
                 count = len(entries_of(term))
@@ -324,18 +336,23 @@ class Objective(nn.Module):
                         if view.requires_grad:
                             view.retain_grad()
                     views.append(read)
-                value = term(
-                    _unwrap([_every(read[tap], every) for tap in term.student_taps]),  # type: ignore[union-attr]
-                    _unwrap([_every(teacher[tap], every) for tap in term.teacher_taps]),  # type: ignore[union-attr]
-                    target=target,
-                    index=index,
-                )
+                ours = _unwrap([_every(read[tap], every) for tap in term.student_taps])  # type: ignore[union-attr]
+                theirs = _unwrap([_every(teacher[tap], every) for tap in term.teacher_taps])  # type: ignore[union-attr]
+                if isinstance(term, Pathway):
+                    pathways.append((len(losses), term, ours, theirs))
+                    losses.append(None)
+                    continue
+                value = term(ours, theirs, target=target, index=index)
                 found = list(value.unbind()) if value.dim() else [value]
                 if len(found) != count:
                     raise UserError(
                         f"term '{term.key}' gives {len(found)} losses for {count} teacher taps; weight it whole"
                     )
                 losses += found
+            if pathways:
+                places, *parts = zip(*pathways, strict=True)
+                for place, value in zip(places, self._run_pathways(*parts), strict=True):
+                    losses[place] = value
         return losses
 
     def evaluate(
@@ -394,6 +411,14 @@ class Objective(nn.Module):
         result = self.evaluate(x, y, index, self.weights_at(step))
         parts = {"loss": result.loss.detach(), "task": result.task, **dict(zip(self.keys, result.terms, strict=True))}
         return result.loss, parts
+
+
+def _run(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
+
+
+def _run_each(pathways: Sequence[nn.Module], student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
+    return [pathway(ours, theirs) for pathway, ours, theirs in zip(pathways, student, teacher, strict=True)]
 
 
 def _unwrap(tensors: list[Tensor]) -> Tensor | list[Tensor]:

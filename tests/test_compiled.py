@@ -1,0 +1,97 @@
+"""torch.compile on teacher, student and pathways: one graph each, and the same numbers."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import distpro
+from distpro.losses import build_loss
+from distpro.models import build_model
+from distpro.objective import Objective, Term
+from distpro.schedule import Schedule
+from pathways import build_pathways
+from tests.digits import settings
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def objective(compile, precision=None):
+    torch.manual_seed(0)
+    teacher, student = build_model("resnet14", num_classes=10).eval(), build_model("resnet8", num_classes=10)
+    x = torch.randn(4, 3, 32, 32)
+    taps = teacher.stage_taps.pre, student.stage_taps.post
+    pathways = build_pathways(teacher, student, x, *taps, connect="same", transforms=["conv1x1", "attention"])
+    terms = [*pathways, Term(build_loss("kd"), "kd"), Term(build_loss("at"), "at", taps[1], taps[0])]
+    return Objective(teacher, student, terms, x, precision=precision, compile=compile), x
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("captured", [True, False], ids=["search", "retrain"])
+def test_a_step_has_no_graph_breaks_and_the_same_numbers(captured, precision):
+    compiled, x = objective("aot_eager", precision)
+    plain, _ = objective(None, precision)
+    y = torch.tensor([0, 1, 2, 3])
+    weights = torch.linspace(0.1, 1, 8)
+    results = []
+    for of in (compiled, plain):
+        result = of.evaluate(x, y, None, weights if captured else weights.tolist(), captured)
+        result.loss.backward()
+        results.append(result)
+    assert counters["graph_break"] == {} and counters["stats"]["unique_graphs"] == 3  # teacher, student, pathways
+    one, other = results
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if precision is None else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(one.terms, other.terms, **tolerance)
+    if captured:
+        assert all(v.grad is not None for views in one.views for v in views.values())
+    if precision is None:
+        for (name, p), q in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=name)
+        if captured:
+            for ours, theirs in zip(one.views, other.views, strict=True):
+                for tap in theirs:
+                    torch.testing.assert_close(ours[tap].grad, theirs[tap].grad, rtol=1e-3, atol=1e-6)
+
+
+def test_later_steps_compile_nothing_again():
+    compiled, x = objective("eager")
+    y = torch.tensor([0, 1, 2, 3])
+    for step in range(4):
+        weights = [0.1 * (step + n + 1) for n in range(8)]
+        compiled.at(step)
+        compiled.evaluate(x, y, None, weights).loss.backward()
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_copy_compiles_its_own_models():
+    compiled, x = objective("eager")
+    twin, y = copy.deepcopy(compiled), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        twin.student.model.fc.bias.add_(torch.arange(10.0))
+        assert not torch.allclose(twin.evaluate(x, y).task, compiled.evaluate(x, y).task)
+        torch.testing.assert_close(twin.evaluate(x, y).output, twin.student.model(x))
+
+
+def test_from_a_config(tmp_path):
+    """A search and a retrain, compiled, end where they end uncompiled."""
+    torch.manual_seed(5)
+    torch.save(build_model("resnet14", num_classes=10).state_dict(), tmp_path / "teacher.pt")
+    found = {}
+    for backend in (None, "eager"):
+        config = {**settings(tmp_path / "teacher.pt"), "compile": backend}
+        schedule = distpro.search(config, out=tmp_path / f"search {backend}")
+        retrained = distpro.retrain(
+            config, schedule=tmp_path / f"search {backend}" / "alpha.pt", out=tmp_path / f"{backend}"
+        )
+        found[backend] = schedule.alpha_tilde, retrained.metrics["loss"]
+    assert isinstance(Schedule.load(tmp_path / "search eager" / "alpha.pt"), Schedule)
+    torch.testing.assert_close(found["eager"][0], found[None][0], rtol=1e-3, atol=1e-3)
+    assert found["eager"][1] == pytest.approx(found[None][1], rel=1e-3)
