@@ -336,6 +336,8 @@ def build_retrain(
         retrain.threshold,
         distill_scale(config, len(train)),
         retrain.mapping,
+        retrain.start,
+        config.seed,
     )
     if not objective.computes_task and not objective.entries:
         raise UserError("task_weight is 0 and there is no term: nothing to train")

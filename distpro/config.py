@@ -164,7 +164,12 @@ class SearchConfig(Section):
 class RetrainConfig(Section):
     """How a schedule is replayed (Section 3.4)."""
 
-    weights: Literal["searched", "equal", "final", "constant", "none"] = "searched"
+    weights: Literal["searched", "final", "mean", "shuffled", "permuted", "random", "equal", "constant", "none"] = (
+        Field("searched", description="the schedule, or a control, see distpro.retrainer.replay")
+    )
+    start: float = Field(
+        0.0, ge=0, lt=1, description="fraction of the search that a replay leaves out at its beginning"
+    )
     schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
     threshold: float | None = Field(0.5, description="τ; null drops nothing")
     mapping: dict[str, str] = {}

@@ -15,6 +15,17 @@ from distpro.schedule import Schedule
 from pathways.registry import UserError
 
 
+CONTROLS: dict[str, Callable[[Schedule, int], Schedule]] = {
+    "searched": lambda schedule, seed: schedule,
+    "final": lambda schedule, seed: schedule.final(),
+    "mean": lambda schedule, seed: schedule.mean(),
+    "shuffled": Schedule.shuffled,
+    "permuted": Schedule.permuted,
+    "random": Schedule.random,
+}
+"""What a retrain does with a schedule, by the name in ``retrain.weights``."""
+
+
 class Replay:
     """The weights that an objective's own processes say: constants, or the schedule that it follows."""
 
@@ -53,26 +64,30 @@ def replay(
     threshold: float | None = None,
     scale: float | Callable[[int], float] = 1.0,
     mapping: Mapping[str, str] | None = None,
+    start: float = 0.0,
+    seed: int = 0,
 ) -> Replay:
-    """Let ``objective`` follow a schedule or one of the controls of Table 1.
+    """Let ``objective`` follow a schedule or a control.
 
     Args:
-        how: ``searched`` (the schedule, interpolated to ``total_steps``), ``final`` (its last weights at every step),
-            ``equal`` (1/L for each of the L terms without a constant weight, times its scale if a schedule has
-            one), ``constant`` (every term's own weight)
-            or ``none`` (no term at all).
+        how: ``searched`` (the schedule, interpolated to ``total_steps``), one of its controls ``final`` (its last
+            weights at every step), ``mean``, ``shuffled``, ``permuted`` and ``random`` (see `Schedule`), ``equal``
+            (1/L for each of the L terms without a constant weight, times its scale if a schedule has one),
+            ``constant`` (every term's own weight) or ``none`` (no term at all).
         threshold, scale, mapping: see `Objective.follow`.
+        start: fraction of the search that is left out at its beginning, where its weights are still those that it has
+            started from.
+        seed: of the random controls.
 
-    Raises UserError if ``searched`` or ``final`` get no schedule, or one that does not fit.
+    Raises UserError if there is no schedule where one is needed, or one that does not fit.
     """
     if how == "none":
         objective.keep([])
     elif how == "equal":
         scales = {} if schedule is None else dict(zip(schedule.keys, schedule.scales.tolist(), strict=True))
         objective.follow_equal(scale, scales)
-    elif how in ("searched", "final"):
+    elif how in CONTROLS:
         if schedule is None:
             raise UserError(f"retrain.weights is '{how}', which needs a schedule: give --schedule alpha.pt")
-        schedule = schedule.final() if how == "final" else schedule
-        objective.follow(schedule, total_steps, threshold, scale, mapping)
+        objective.follow(CONTROLS[how](schedule.after(start), seed), total_steps, threshold, scale, mapping)
     return Replay(objective)

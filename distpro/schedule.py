@@ -142,6 +142,43 @@ class Schedule:
             alpha_tilde=self.alpha_tilde[-1:].expand_as(self.alpha_tilde).clone(),
         )
 
+    def after(self, fraction: float) -> Schedule:
+        """The schedule from a fraction of its steps on: what came before is left out, at least one step stays."""
+        first = min(int(fraction * len(self)), len(self) - 1)
+        return replace(self, weights=self.weights[first:], alpha_tilde=self.alpha_tilde[first:])
+
+    def mean(self) -> Schedule:
+        """The mean of each weight over time at every step (control: does the order in time matter?)."""
+        return replace(
+            self,
+            weights=self.weights.mean(0, keepdim=True).expand_as(self.weights).clone(),
+            alpha_tilde=self.alpha_tilde.mean(0, keepdim=True).expand_as(self.alpha_tilde).clone(),
+        )
+
+    def shuffled(self, seed: int = 0) -> Schedule:
+        """The steps in random order (control: does the order in time matter?)."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return replace(self, weights=self.weights[order], alpha_tilde=self.alpha_tilde[order])
+
+    def permuted(self, seed: int = 0) -> Schedule:
+        """Each term with the process of another one, at random (control: does it matter which term gets which?)."""
+        order = torch.randperm(len(self.keys), generator=torch.Generator().manual_seed(seed))
+        return replace(self, weights=self.weights[:, order], alpha_tilde=self.alpha_tilde[:, order])
+
+    def random(self, seed: int = 0, knots: int = 5) -> Schedule:
+        """Random processes (control): log weights are normal at ``knots`` equally spaced steps, as far apart from term
+        to term as this schedule's last ones, linear in between; the sum over the terms is this schedule's at each step."""
+        generator = torch.Generator().manual_seed(seed)
+        spread = self.weights[-1].clamp(min=1e-12).log().std() if len(self.keys) > 1 else torch.tensor(0.0)
+        drawn = (spread * torch.randn(knots, len(self.keys), generator=generator)).exp()
+        at_knots = replace(self, weights=drawn, alpha_tilde=torch.ones_like(drawn))
+        random = at_knots.interpolate(len(self)).weights
+        return replace(
+            self,
+            weights=random / random.sum(1, keepdim=True) * self.weights.sum(1, keepdim=True),
+            alpha_tilde=torch.ones_like(self.alpha_tilde),
+        )
+
     def equal(self) -> Schedule:
         """1/N for every term at every step (control of Table 1)."""
         return replace(

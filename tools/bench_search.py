@@ -1,7 +1,11 @@
 """Time of a search step against its floor, a KD step, and the naive step that a DARTS port would take.
 
-    python tools/bench_search.py                    # ResNet-56 → ResNet-20, 27 pathways, batch 128
-    python tools/bench_search.py --transforms 1     # 9 pathways
+    python tools/bench_search.py                    # ResNet-56 → ResNet-20, batch 128
+    python tools/bench_search.py --teacher wrn_40_2 --student wrn_16_2
+
+With 27 pathways: the step in float32 and bfloat16 against floor, KD step and naive step; then, in bfloat16, 9 and 81
+pathways (81: every block of the student against every stage of the teacher), the other estimators, and a hypergradient in
+every fourth step only. Peak memory is that of a process that does nothing else.
 
 Everything is measured in one process, in turn (A B C ... A B C ...), so that a drift of the machine's speed meets all
 alike; medians over the rounds, printed as ratios and written as JSON. Random images and weights: time does not depend
@@ -9,6 +13,8 @@ on them. The floor is the sum of the passes that the mathematics needs, written 
 
     teacher forward; student and pathways forward and backward; student forward and backward on the validation batch;
     one forward-mode pass of the student; the optimiser's step.
+
+A last table sets the search's whole cost against a retrain's, by their steps: 40 epochs on 80 % of the images, 240 on all.
 """
 
 from __future__ import annotations
@@ -16,53 +22,80 @@ from __future__ import annotations
 import argparse
 import copy
 import resource
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_train import hcl
 from benchmark import measure, medians, parser, save
 from torch import nn
 
 from distpro.batch import Batch
-from distpro.hypergradient import ForwardMode
+from distpro.hypergradient import ESTIMATORS
+from distpro.losses import build_loss
 from distpro.models import build_model
-from distpro.objective import Objective
+from distpro.objective import Objective, Term
 from distpro.searcher import Searcher
 from distpro.tangents import forward_mode
 from distpro.trainer import Trainer
 from distpro.weighting import BiasedSoftmax
-from pathways import build_pathways
+from pathways import build_pathways, tap
 
 TRANSFORMS = ["conv1x1", "conv3x3", "attention"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "27 pathways": {},
+    "9 pathways": {"transforms": 1},
+    "81 pathways": {"blocks": True},
+    "finite_difference": {"estimator": "finite_difference"},
+    "unrolled, 1 step": {"estimator": "unrolled"},
+    "forward_mode in float32": {"estimator": "forward_mode", "params": {"precision": "float32"}},
+    "hypergradient every 4 steps": {"every": 4},
+}
 
 
 class Setup:
     """Models, batches and the searched objective in one precision and memory layout."""
 
-    def __init__(self, options: argparse.Namespace, precision: torch.dtype | None, channels_last: bool):
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        precision: torch.dtype | None = torch.bfloat16,
+        channels_last: bool = True,
+        transforms: int = 3,
+        blocks: bool = False,
+        estimator: str = "forward_mode",
+        params: Mapping[str, Any] = {},  # noqa: B006  (never written to)
+        every: int = 1,
+    ):
         torch.manual_seed(0)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.device = torch.device(options.device)
         self.teacher = build_model(options.teacher, num_classes=100).eval().to(self.device, memory_format=layout)
         self.student = build_model(options.student, num_classes=100).to(self.device, memory_format=layout)
-        batch = options.batch
+        batch, size = options.batch, getattr(options, "size", 32)
+        self.every = every
         self.train, self.validation = (
             Batch(
-                torch.randn(batch, 3, 32, 32, device=self.device).contiguous(memory_format=layout),
+                torch.randn(batch, 3, size, size, device=self.device).contiguous(memory_format=layout),
                 torch.randint(100, (batch,), device=self.device),
             )
             for _ in range(2)
         )
-        taps = self.student.stage_taps.post
+        taps = list(self.student.stage_taps.post)
+        if blocks:
+            taps = [f"{stage}.{n}" for stage in taps for n in range(len(self.student.get_submodule(stage)))]
         space = build_pathways(
-            self.teacher, self.student, self.train.x, self.teacher.stage_taps.pre, taps, transforms=TRANSFORMS[: options.transforms]
+            self.teacher, self.student, self.train.x, self.teacher.stage_taps.pre, taps, transforms=TRANSFORMS[:transforms]
         )  # fmt: skip
         self.objective = Objective(self.teacher, self.student, space, self.train.x, precision=precision)
         self.optimizer = self._sgd(self.objective.trainable_parameters())
-        estimator = ForwardMode(self.objective, self.optimizer)
         searcher = Searcher(
-            self.objective, estimator, BiasedSoftmax(), lambda start: iter(lambda: self.validation, None), 10_000
-        )
+            self.objective, ESTIMATORS.build(estimator, self.objective, self.optimizer, **params), BiasedSoftmax(),
+            lambda start: iter(lambda: self.validation, None), 10_000, every=every,
+        )  # fmt: skip
         loader = [self.train] * 10_000
         self.trainer = Trainer(self.objective, None, self.optimizer, searcher, loader, [], epochs=1)
         self.weights = torch.full((len(space),), 1 / (len(space) + 1), device=self.device)
@@ -102,7 +135,7 @@ class Setup:
     def tangent_pass(self) -> Callable[[], None]:
         values = {name: p.detach() for name, p in self.student.named_parameters()}
         direction = {name: torch.randn_like(p) for name, p in values.items()}
-        return lambda: forward_mode(self.student, values, direction, self.train.x)
+        return lambda: forward_mode(self.student, values, direction, self.train.x, self.objective.precision)
 
     def optimizer_step(self) -> Callable[[], None]:
         self.training_pass()()
@@ -111,48 +144,47 @@ class Setup:
     # What people do otherwise
 
     def kd_step(self) -> Callable[[], None]:
-        """Plain knowledge distillation with our parts: teacher, student, KL at T = 4."""
+        """Our own step of plain knowledge distillation: teacher, student, KL at T = 4."""
         optimizer = self._sgd(list(self.student.parameters()))
+        kd = Term(build_loss("kd", [(100,)], [(100,)]), "kd")
+        objective = Objective(self.teacher, self.student, [kd], self.train.x, precision=self.objective.precision)
 
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
-            with self.objective.autocast():
-                with torch.no_grad():
-                    teacher = self.teacher(self.train.x)
-                output = self.student(self.train.x)
-            output, teacher = output.float(), teacher.float()
-            kd = F.kl_div((output / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean") * 16
-            (F.cross_entropy(output, self.train.y) + kd).backward()
+            objective.evaluate(*self.train, weights=[1.0]).loss.backward()
             optimizer.step()
 
         return run
 
     def naive_step(self) -> Callable[[], None]:
-        """The unfused step of a DARTS port: every pass runs teacher, student and all pathways, each on its own.
+        """The unfused step of a DARTS port in plain PyTorch: every pass runs teacher, student and all pathways anew.
 
         A virtual step on a copy of the model, L_val there, the loss at θ ± εv differentiated by α, then the real step.
         """
         alpha = torch.ones(len(self.objective.terms), device=self.device, requires_grad=True)
-        student, terms = copy.deepcopy(self.student), copy.deepcopy(self.objective.terms)
-        model = Objective(self.teacher, student, list(terms), self.train.x, precision=self.objective.precision)
-        params = model.trainable_parameters()
+        model = nn.ModuleList([copy.deepcopy(self.student), copy.deepcopy(self.objective.terms)])
+        params = list(model.parameters())
         optimizer = self._sgd(params)
         alpha_optimizer = torch.optim.Adam([alpha], 0.05, betas=(0.5, 0.999))
         weighting = BiasedSoftmax()
 
-        def training_loss(of: Objective) -> torch.Tensor:
-            return of.evaluate(*self.train, weights=weighting(alpha)).loss
+        def training_loss() -> torch.Tensor:
+            student, pathways = model
+            with torch.no_grad(), tap(self.teacher, self.teacher.stage_taps.pre) as theirs:
+                self.teacher(self.train.x)
+            with tap(student, self.student.stage_taps.post) as ours:
+                output = student(self.train.x)
+            losses = [hcl([p.transform(ours[p.student_taps[0]])], [theirs[p.teacher_taps[0]]]) for p in pathways]
+            return F.cross_entropy(output, self.train.y) + (weighting(alpha) * torch.stack(losses)).sum()
 
         def run() -> None:
-            optimizer.zero_grad(set_to_none=True)
             virtual = copy.deepcopy(model)
-            gradients = torch.autograd.grad(training_loss(model), params)
+            gradients = torch.autograd.grad(training_loss(), params)
             with torch.no_grad():
-                for p, g in zip(virtual.trainable_parameters(), gradients, strict=True):
+                for p, g in zip(virtual.parameters(), gradients, strict=True):
                     p -= 0.01 * (g + 5e-4 * p)
-            v = torch.autograd.grad(
-                training_loss_on(virtual, self.validation), virtual.trainable_parameters(), allow_unused=True
-            )
+            validation_loss = F.cross_entropy(virtual[0](self.validation.x), self.validation.y)
+            v = torch.autograd.grad(validation_loss, list(virtual.parameters()), allow_unused=True)
             epsilon = 0.01 / torch.cat([g.flatten() for g in v if g is not None]).norm()
             at = []
             for sign in (1, -2, 1):
@@ -161,18 +193,35 @@ class Setup:
                         if g is not None:
                             p += sign * epsilon * g
                 if len(at) < 2:
-                    at.append(torch.autograd.grad(training_loss(model), alpha)[0])
+                    at.append(torch.autograd.grad(training_loss(), alpha)[0])
             alpha.grad = -0.01 * (at[0] - at[1]) / (2 * epsilon)
             alpha_optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            training_loss(model).backward()
+            optimizer.zero_grad()
+            training_loss().backward()
             optimizer.step()
 
-        def training_loss_on(of: Objective, batch: Batch) -> torch.Tensor:
-            output, _ = of.study(batch.x)
-            return of.task_loss_of(output, batch.y)
-
         return run
+
+
+def peak_memory(options: argparse.Namespace, variant: str) -> float:
+    """MiB of a process that does only this variant's steps."""
+    command = [sys.executable, __file__, "--memory-of", variant]
+    for name in ("teacher", "student", "batch", "threads", "device"):
+        command += [f"--{name}", str(getattr(options, name))]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak_memory(options: argparse.Namespace) -> None:
+    setup = Setup(options, **VARIANTS.get(options.memory_of, {}))
+    step = setup.kd_step() if options.memory_of == "KD step" else setup.search_step
+    for _ in range(3):
+        step()
+    on_gpu = setup.device.type == "cuda"
+    print(
+        torch.cuda.max_memory_allocated() / 2**20
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
 
 
 def main() -> None:
@@ -180,12 +229,14 @@ def main() -> None:
     command.add_argument("--teacher", default="resnet56")
     command.add_argument("--student", default="resnet20")
     command.add_argument("--batch", type=int, default=128)
-    command.add_argument("--transforms", type=int, choices=(1, 2, 3), default=3, help="9 pathways each")
+    command.add_argument("--memory-of", choices=[*VARIANTS, "KD step"], help="print one variant's peak memory, and end")
     options = command.parse_args()
     torch.set_num_threads(options.threads)
+    if options.memory_of:
+        return print_peak_memory(options)
 
     plain = Setup(options, None, channels_last=False)
-    fast = {"float32": Setup(options, None, True), "bfloat16": Setup(options, torch.bfloat16, True)}
+    fast = {"float32": Setup(options, None), "bfloat16": Setup(options)}
     runs: dict[str, Callable[[], None]] = {"naive, float32 NCHW": plain.naive_step()}
     for name, setup in fast.items():
         runs |= {
@@ -197,24 +248,41 @@ def main() -> None:
             f"{name}: optimiser": setup.optimizer_step(),
             f"{name}: KD step": setup.kd_step(),
         }
+    variants = {name: Setup(options, **how) for name, how in VARIANTS.items() if how}
+    runs |= {f"search step, {name}": _repeated(setup.search_step, setup.every) for name, setup in variants.items()}
     seconds = measure(runs, options.rounds, plain.device)
-    ratios = {}
-    print(f"{len(plain.objective.terms)} pathways, {options.teacher} -> {options.student}, batch {options.batch}, {options.device}, "
+    for name, setup in variants.items():
+        seconds[f"search step, {name}"] = [s / setup.every for s in seconds[f"search step, {name}"]]
+    print(f"{options.teacher} -> {options.student}, batch {options.batch}, {options.device}, "
           f"{options.threads} threads, torch {torch.__version__}, {options.rounds} rounds\n")  # fmt: skip
     median = medians(seconds)
-    naive = median["naive, float32 NCHW"]
+    ratios: dict[str, Any] = {}
+    naive, kd = median["naive, float32 NCHW"], median["bfloat16: KD step"]
     for name in fast:
         passes = [v for k, v in median.items() if k.startswith(f"{name}: ") and "step" not in k]
-        step, floor, kd = median[f"{name}: search step"], sum(passes), median[f"{name}: KD step"]
-        ratios[name] = {"step / floor": step / floor, "step / KD step": step / kd, "naive / step": naive / step}
-        print(f"\n{name}, channels_last: floor {1000 * floor:.1f} ms")
+        step, floor, own_kd = median[f"{name}: search step"], sum(passes), median[f"{name}: KD step"]
+        ratios[name] = {"step / floor": step / floor, "step / KD step": step / own_kd, "naive / step": naive / step}
+        print(f"\n{name}, channels_last, 27 pathways: floor {1000 * floor:.1f} ms")
         for what, ratio in ratios[name].items():
             print(f"  {ratio:6.2f}   {what}")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if plain.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**20
-    print(f"\npeak memory of the whole benchmark: {memory:.0f} MiB")
+    steps = {"27 pathways": median["bfloat16: search step"]}
+    steps |= {name: median[f"search step, {name}"] for name in variants}
+    memory = {name: peak_memory(options, name) for name in ["KD step", *VARIANTS]}
+    print("\nbfloat16: step / KD step, whole search / whole KD retrain, peak MiB")
+    for name, step in steps.items():
+        whole = step * 40 * 0.8 / (kd * 240)
+        ratios[name] = {"step / KD step": step / kd, "search / KD retrain": whole, "MiB": memory[name]}
+        print(f"  {step / kd:6.2f}  {100 * whole:5.1f} %  {memory[name]:7.0f}   {name}")
+    print(f"  {1:6.2f}           {memory['KD step']:7.0f}   KD step")
     save(options, seconds, ratios, peak_mib=memory)
+
+
+def _repeated(step: Callable[[], None], count: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(count):
+            step()
+
+    return run
 
 
 if __name__ == "__main__":

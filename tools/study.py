@@ -94,7 +94,7 @@ class Study:
         return [*command, *self.overrides(label, seed), "--out", str(out)]
 
     def needs_schedule(self, label: str) -> bool:
-        return self.runs[label].get("retrain.weights", "searched") in ("searched", "final", "equal")
+        return self.runs[label].get("retrain.weights", "searched") not in ("constant", "none")
 
     def missing(self) -> list[tuple[str, int]]:
         """Runs without a row, searches first."""
