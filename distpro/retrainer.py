@@ -14,7 +14,6 @@ from distpro.objective import Evaluation, Objective
 from distpro.schedule import Schedule
 from pathways.registry import UserError
 
-
 CONTROLS: dict[str, Callable[[Schedule, int], Schedule]] = {
     "searched": lambda schedule, seed: schedule,
     "final": lambda schedule, seed: schedule.final(),

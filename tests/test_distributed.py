@@ -132,6 +132,24 @@ def test_what_two_have_begun_one_can_end(folder):
     close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
 
 
+def test_a_rank_that_dies_ends_the_run_and_says_why(folder):
+    """The cause is on the screen, the other rank does not wait for ever, and one process goes on from the checkpoint."""
+    dying = "import os, torch\n\nclass Dying(torch.nn.ReLU):\n    calls = 0\n\n    def forward(self, x):\n"
+    dying += "        Dying.calls += self.training and float(x.sum()) < 1e9\n        if Dying.calls > 12 and os.environ.get('RANK') == '1':\n"
+    dying += "            raise RuntimeError('the disk of rank 1 is full')\n        return super().forward(x)\n"
+    text = NETWORK.replace("nn.ReLU()", "Dying()", 1)
+    (folder / "networks.py").write_text(dying + text)
+    config = write(folder, retrain={"weights": "equal"})
+    start = time.monotonic()
+    output = two("retrain", config, "--out", "run", fails=True)
+    assert "the disk of rank 1 is full" in output and time.monotonic() - start < 120
+    step = load_safely("run/checkpoint.pt")["step"]
+    assert 0 < step < 15
+    distpro.retrain(config, out="run", resume=True)
+    distpro.retrain(config, out="one")
+    close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -104,6 +104,50 @@ def test_final_and_equal_and_drop():
     assert same(original.drop(None), original) and same(original, schedule())
 
 
+# Controls
+
+
+def test_after_leaves_out_the_beginning():
+    original = schedule(10)
+    for fraction, first in ((0, 0), (0.1, 1), (0.55, 5), (0.99, 9)):
+        later = original.after(fraction)
+        assert torch.equal(later.weights, original.weights[first:])
+        assert torch.equal(later.alpha_tilde, original.alpha_tilde[first:])
+    assert len(two_terms([[0.5, 0.5]]).after(0.9)) == 1
+
+
+def test_the_mean_is_constant_and_keeps_each_terms_total():
+    original = schedule(7)
+    mean = original.mean()
+    assert (mean.weights == mean.weights[0]).all()
+    torch.testing.assert_close(mean.weights.sum(0), original.weights.sum(0))
+
+
+@pytest.mark.parametrize("axis, control", [(0, "shuffled"), (1, "permuted")])
+def test_shuffled_moves_steps_and_permuted_moves_terms(axis, control):
+    original = schedule(7)
+    one, again, other = (getattr(original, control)(seed) for seed in (1, 1, 2))
+    assert same(one, again) and not torch.equal(one.weights, other.weights)
+    slices = original.weights.unbind(axis)
+    order = [next(n for n, s in enumerate(slices) if torch.equal(s, moved)) for moved in one.weights.unbind(axis)]
+    assert sorted(order) == list(range(len(slices))) != order
+    assert torch.equal(one.alpha_tilde, original.alpha_tilde.index_select(axis, torch.tensor(order)))
+    assert one.keys == original.keys and torch.equal(one.scales, original.scales)
+
+
+def test_random_processes_have_the_schedules_totals_and_spread():
+    weights = torch.softmax(torch.linspace(0, 1, 50)[:, None] * torch.randn(12, generator=torch.manual_seed(0)), 1)
+    original = replace(schedule(50), weights=0.9 * weights)
+    drawn = [original.random(seed) for seed in range(40)]
+    assert torch.equal(drawn[3].weights, original.random(3).weights)
+    for control in drawn:
+        torch.testing.assert_close(control.weights.sum(1), original.weights.sum(1))
+        assert (control.weights > 0).all() and not control.weights.isnan().any()
+        assert control.weights.diff(dim=0).abs().max() < 0.1  # smooth
+    spread = torch.stack([c.weights[[0, -1]].log().std(1) for c in drawn]).mean()
+    assert spread == pytest.approx(original.weights[-1].log().std().item(), rel=0.1)
+
+
 # Terms
 
 

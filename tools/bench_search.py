@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,12 +217,10 @@ def print_peak_memory(options: argparse.Namespace) -> None:
     step = setup.kd_step() if options.memory_of == "KD step" else setup.search_step
     for _ in range(3):
         step()
-    on_gpu = setup.device.type == "cuda"
-    print(
-        torch.cuda.max_memory_allocated() / 2**20
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
+    if setup.device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:  # of this process since it began, in kB
+        print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)  # type: ignore[index]
 
 
 def main() -> None:
