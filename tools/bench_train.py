@@ -7,6 +7,7 @@ The reference is written here as the field's repositories write it: float32, NCH
 transforms on one PIL image at a time, the losses as loops over layers, SGD as it comes. Ours is what `distpro retrain`
 runs: `distpro.trainer.Trainer` on `distpro.data.Loader`. Both see the same random uint8 images (crop, flip, normalise) and
 random weights; time does not depend on them. All are timed in turn in one process; a round is ``--steps`` steps of each.
+KD also runs in torchdistill's own DistillationBox, if that is installed (``pip install torchdistill``).
 """
 
 from __future__ import annotations
@@ -54,6 +55,19 @@ class PilImages(Dataset):
         from PIL import Image
 
         return self.transform(Image.fromarray(self.images[n])), int(self.labels[n]), n
+
+
+class _Pairs(Dataset):
+    """Image and label alone."""
+
+    def __init__(self, images: PilImages):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        return self.images[n][:2]
 
 
 def attention(f: Tensor) -> Tensor:
@@ -138,6 +152,47 @@ def modules(method: str, teacher: nn.Module, student: nn.Module, x: Tensor, samp
     return build_loss(method, *sides, **params).to(x.device)
 
 
+class Torchdistill:
+    """torchdistill's KD, as its sample configs set it up. Raises ImportError where it is not installed."""
+
+    def __init__(self, options: argparse.Namespace, images: Tensor, labels: Tensor):
+        from torchdistill.core.distillation import get_distillation_box
+
+        torch.manual_seed(0)
+        teacher, student = (build_model(n, num_classes=100) for n in (options.teacher, options.student))
+        dataset = PilImages(images.permute(0, 2, 3, 1).contiguous().numpy(), labels)
+        loader = {
+            "dataset_id": "train", "sampler": {"class_or_func": torch.utils.data.RandomSampler, "kwargs": {}},
+            "kwargs": {"batch_size": options.batch, "num_workers": options.workers, "drop_last": True},
+        }  # fmt: skip
+        whole = {
+            "student_module_path": ".",
+            "student_module_io": "output",
+            "teacher_module_path": ".",
+            "teacher_module_io": "output",
+        }
+        kd = {"key": "KDLoss", "kwargs": {**whole, "temperature": 4.0, "alpha": 0.5, "reduction": "batchmean"}}
+        config = {
+            "num_epochs": 1, "train_data_loader": loader, "val_data_loader": {},
+            "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+            "student": {"forward_proc": "forward_batch_only"},
+            "optimizer": {"key": "SGD", "kwargs": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}},
+            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": kd, "weight": 1.0}}}},
+        }  # fmt: skip
+        self.box = get_distillation_box(
+            teacher, student, {"train": _Pairs(dataset)}, config, torch.device(options.device), None, False, 1
+        )
+        self.box.pre_epoch_process(epoch=0)
+        self.batches = itertools.chain.from_iterable(itertools.repeat(self.box.train_data_loader))
+
+    def step(self) -> None:
+        x, y, more = next(self.batches)
+        device = self.box.device
+        self.box.pre_forward_process()
+        loss = self.box.forward_process(x.to(device), y.to(device), more)
+        self.box.post_forward_process(loss)
+
+
 class Ours:
     """What `distpro retrain` runs."""
 
@@ -213,6 +268,11 @@ def main() -> None:
         made = {"ours": Ours(options, method, images, labels)}
         if method != "distpro":
             made = {"reference": Reference(options, method, images, labels), **made}  # type: ignore[dict-item]
+        if method == "kd":
+            try:
+                made["torchdistill"] = Torchdistill(options, images, labels)  # type: ignore[assignment]
+            except ImportError as error:
+                print(f"without torchdistill, which is not installed here ({error})")
         for who, setup in made.items():
             runs[f"{method}: {who}"] = _repeated(setup.step, options.steps)
     seconds = measure(runs, options.rounds, torch.device(options.device))
@@ -229,6 +289,11 @@ def main() -> None:
         ratios[method] = ours / reference
         note = " (reference: KD)" if method == "distpro" else ""
         print(f"  {method:10} {reference:9.0f} {ours:9.0f} {ours / reference:7.2f}{note}")
+    if "kd: torchdistill" in speed:
+        ratios["kd against torchdistill"] = speed["kd: ours"] / speed["kd: torchdistill"]
+        print(
+            f"  torchdistill's KD {speed['kd: torchdistill']:.0f}, ours {ratios['kd against torchdistill']:.2f} times that"
+        )
     save(options, seconds, ratios, images_per_second=speed)
 
 
