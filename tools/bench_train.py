@@ -206,7 +206,8 @@ class Ours:
         x = torch.zeros(2, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
         terms = list(self.terms(method, teacher.eval(), student, x, len(labels)))
         self.objective = Objective(
-            teacher if terms else None, student, terms, x, precision=getattr(torch, options.precision) if options.precision != "float32" else None
+            teacher if terms else None, student, terms, x, precision=None if options.precision == "float32" else getattr(torch, options.precision),
+            compile=options.compile,
         )  # fmt: skip
         if method != "distpro":
             how = replay(self.objective, "constant", 10_000)
@@ -257,6 +258,7 @@ def main() -> None:
     command.add_argument("--workers", type=int, default=2, help="of the reference's DataLoader")
     command.add_argument("--kept", type=int, default=3, help="pathways that the threshold has left of 27")
     command.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
+    command.add_argument("--compile", help="a backend of torch.compile for ours, such as inductor")
     command.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     options = command.parse_args()
     torch.set_num_threads(options.threads)

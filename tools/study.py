@@ -17,7 +17,7 @@ The file says:
 
 Each run is a `distpro` process of its own; `--jobs` of them run side by side. One row per finished run is appended to
 docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are there are not run again. The
-table goes to docs/results/<study>.md, and into docs/results.md where that has a place for it.
+table goes to docs/results/<study>.md, and into the pages of docs/ that have a place for it.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def main() -> None:
     if study.rows():
         write_atomically(study.render(), study.results.with_suffix(".md"))
         print(study.render())
-        splice(ROOT / "docs" / "results.md", study)
+        for page in sorted((ROOT / "docs").glob("*.md")):
+            splice(page, study)
 
 
 if __name__ == "__main__":
