@@ -95,6 +95,7 @@ class Searcher:
         self.steps_done = 0
         self.validation_steps = 0
         self._current: TrainingStep | None = None
+        self._known_constants: tuple[list[float], Tensor] = ([], torch.empty(0))
         self._weights = self._constants(0)
 
     # What the trainer asks
@@ -119,7 +120,9 @@ class Searcher:
     def _constants(self, step: int) -> Tensor:
         """Weight of each entry that is not searched, (N,), 0 for those that are."""
         weights = [constant or 0.0 for constant in self.objective.constants_at(step)]
-        return torch.tensor(weights, device=self.learned.device)
+        if weights != self._known_constants[0]:  # a copy to the device only where a process has moved
+            self._known_constants = weights, torch.tensor(weights, device=self.learned.device)
+        return self._known_constants[1]
 
     def updates_after(self, step: int) -> bool:
         """Whether α̃ moves after this step."""
