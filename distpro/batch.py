@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """``x`` (N, C, H, W) inputs, normalised; ``y`` (N,) int64 labels; ``index`` (N,) int64 sample numbers in the set as
+    """``x`` (N, C, H, W) inputs, normalised; ``y`` (N,) int64 labels, or (N, K) probabilities where augmentation mixes samples; ``index`` (N,) int64 sample numbers in the set as
     stored, or None. All on one device. With rotations, ``x`` has four rows per sample: plain, 90, 180, 270 degrees."""
 
     x: Tensor

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distpro import distributed
 from distpro.cache import TeacherCache, digest, digest_data
 from distpro.config import Config
-from distpro.data import DATASETS, Dataset, Loader, Split, build_augment, load_data, split
+from distpro.data import DATASETS, Dataset, Loader, Mixing, Split, build_augment, load_data, split
 from distpro.hypergradient import ESTIMATORS
 from distpro.losses import LOSSES
 from distpro.models import MODELS
@@ -96,6 +96,7 @@ def build_loader(config: Config, data: Dataset, part: Any, *, training: bool, ba
         world_size=distributed.world_size(),
         rotations=training and any(LOSSES[term.loss].views > 1 for term in config.terms),  # type: ignore[attr-defined]
         augment_epochs=config.data.augment_epochs if training else None,
+        num_classes=data.num_classes,
     )
 
 
@@ -141,6 +142,8 @@ def build_cache(config: Config, data: Dataset, objective: Objective) -> TeacherC
     assert objective.teacher is not None and objective.clock is not None
     if config.teacher_training:
         raise UserError("cache: teacher_training makes the teacher's answer depend on the rest of the batch")
+    if any(isinstance(a, Mixing) for a in build_augment(config.data.augment).values()):
+        raise UserError("cache: mixup and cutmix give every sample another partner; leave them or the cache out")
     if data.train.streamed:
         raise UserError("cache: for data in memory, not for a streamed set")
     versions = versions_of(config, math.ceil(objective.clock.total_steps / objective.clock.steps_per_epoch))

@@ -3,6 +3,7 @@
 from distpro.data.augment import AUGMENTATIONS, build_augment
 from distpro.data.datasets import DATASETS, Dataset, Source, load_data
 from distpro.data.loader import Batch, Loader
+from distpro.data.mixing import Mixing
 from distpro.data.splits import Split, split
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "Loader",
+    "Mixing",
     "Source",
     "Split",
     "build_augment",

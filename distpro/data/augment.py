@@ -59,7 +59,9 @@ class Crop(Augmentation):
     draws = 2
 
     def __init__(self, padding: int = 4):
-        _check("crop", "padding", padding, isinstance(padding, int) and padding >= 0, "a whole number of at least 0")
+        check_value(
+            "crop", "padding", padding, isinstance(padding, int) and padding >= 0, "a whole number of at least 0"
+        )
         self.padding = padding
 
     def __call__(self, grid: Grid, *drawn: Tensor) -> None:
@@ -76,7 +78,7 @@ class Flip(Augmentation):
     draws = 1
 
     def __init__(self, p: float = 0.5):
-        _check("flip", "p", p, 0 <= p <= 1, "a probability between 0 and 1")
+        check_value("flip", "p", p, 0 <= p <= 1, "a probability between 0 and 1")
         self.p = p
 
     def __call__(self, grid: Grid, *drawn: Tensor) -> None:
@@ -108,7 +110,7 @@ class Cutout(Augmentation):
     draws = 2
 
     def __init__(self, size: int = 16):
-        _check("cutout", "size", size, isinstance(size, int) and size >= 1, "a whole number of at least 1")
+        check_value("cutout", "size", size, isinstance(size, int) and size >= 1, "a whole number of at least 1")
         self.size = size
 
     def __call__(self, grid: Grid, *drawn: Tensor) -> None:
@@ -131,7 +133,7 @@ class ResizedCrop(Augmentation):
     def __init__(self, scale: Sequence[float] = (0.08, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)):
         for name, value, most in (("scale", scale, 1), ("ratio", ratio, math.inf)):
             holds = len(value) == 2 and 0 < value[0] <= value[1] <= most
-            _check("resized_crop", name, value, holds, f"[low, high] with 0 < low <= high <= {most}")
+            check_value("resized_crop", name, value, holds, f"[low, high] with 0 < low <= high <= {most}")
         self.scale, self.ratio = scale, ratio
 
     def box(self, width: int, height: int, drawn: Sequence[int]) -> tuple[int, int, int, int]:
@@ -155,7 +157,8 @@ def _within(value: Tensor, size: int) -> Tensor:
     return (value >= 0) & (value < size)
 
 
-def _check(augmentation: str, name: str, value: Any, holds: bool, rule: str) -> None:
+def check_value(augmentation: str, name: str, value: Any, holds: bool, rule: str) -> None:
+    """Raise UserError unless a parameter ``holds`` to its rule."""
     if not holds:
         raise UserError(f"augmentation '{augmentation}': {name} must be {rule}, got {value!r}")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -14,6 +15,7 @@ from distpro.batch import Batch
 from distpro.data.augment import Augmentation, AugmentSpec, ResizedCrop, apply, build_augment, draw_for
 from distpro.data.counter import make_generator
 from distpro.data.files import Box, ImageFiles
+from distpro.data.mixing import Mixing
 from distpro.data.splits import Split
 from pathways.registry import UserError
 
@@ -32,6 +34,7 @@ class Loader:
     samples of an epoch are left out).
     rotations: follow every image by itself turned by 90, 180 and 270 degrees: x has 4 rows per label.
     augment_epochs: draw the augmentations of epoch e as those of epoch e modulo this number; None: each epoch its own.
+    num_classes: K, for augmentations that mix samples: y is then (N, K) float32 probabilities.
     workers: processes that decode the files of a streamed split; without use for images in memory.
 
     Raises UserError for an augmentation that does not exist or does not fit, and for a split without a full batch.
@@ -55,6 +58,7 @@ class Loader:
         workers: int = 0,
         rotations: bool = False,
         augment_epochs: int | None = None,
+        num_classes: int | None = None,
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise UserError(f"need batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank}, {world_size}")
@@ -71,7 +75,14 @@ class Loader:
         self._scale, self._shift = _affine(mean, std, split.image_shape[0], self.device)
         augmentations = build_augment(augment)
         self._crop = _decoding_crop(augmentations, split)
-        self._augmentations = {name: a for name, a in augmentations.items() if a is not self._crop}
+        self._mixing = {name: a for name, a in augmentations.items() if isinstance(a, Mixing)}
+        self._augmentations = {
+            name: a for name, a in augmentations.items() if a is not self._crop and name not in self._mixing
+        }
+        self._num_classes = num_classes
+        if self._mixing and (num_classes is None or rotations):
+            why = "does not go with losses that read rotations" if rotations else "needs the number of classes"
+            raise UserError(f"augmentation '{next(iter(self._mixing))}' {why}")
         self._stored_index = split.index
         self._images = split.images if isinstance(split.images, ImageFiles) else split.images.to(self.device)
         self._labels, self._index = split.labels.to(self.device), split.index.to(self.device)
@@ -86,15 +97,22 @@ class Loader:
         rows = order.to(self.device)
         index = self._index[rows]
         drawing = epoch % self.augment_epochs if self.augment_epochs else epoch
-        drawn = [draw_for(name, a, index, self.seed, drawing) for name, a in self._augmentations.items()]
+        drawn, mixing = (
+            [draw_for(name, a, index, self.seed, drawing) for name, a in kind.items()]
+            for kind in (self._augmentations, self._mixing)
+        )
         parts = [self._part(step) for step in range(start, len(self))]
         if isinstance(self._images, ImageFiles):
             read = self._stream(self._images, [order[part].tolist() for part in parts], drawing)
         else:
             read = (self._images.index_select(0, rows[part]) for part in parts)
         for part, images in zip(parts, read, strict=True):
-            x = self._finish(images, [numbers[part] for numbers in drawn])
-            yield Batch(x, self._labels[rows[part]], index[part])
+            x, y = self._finish(images, [numbers[part] for numbers in drawn]), self._labels[rows[part]]
+            if self._mixing:
+                y = F.one_hot(y, self._num_classes or -1).float()
+            for augmentation, numbers in zip(self._mixing.values(), mixing, strict=True):
+                x, y = augmentation.mix(x, y, numbers[part])  # type: ignore[attr-defined]
+            yield Batch(x.contiguous(memory_format=self.memory_format), y, index[part])
 
     def endless(self, start: int = 0) -> Iterator[Batch]:
         """The batches of all epochs one after the other, from step ``start`` on."""
@@ -137,7 +155,7 @@ class Loader:
             x.masked_fill_(~kept.unsqueeze(1), 0)
         if self.rotations:
             x = torch.stack([torch.rot90(x, turns, (2, 3)) for turns in range(4)], dim=1).flatten(0, 1)
-        return x.contiguous(memory_format=self.memory_format)
+        return x
 
 
 class _Decoder(TorchDataset):

@@ -30,6 +30,8 @@ class RowLoss(DistillationLoss):
         """``target``, or UserError if it is missing."""
         if target is None:
             raise UserError(f"{self.what} needs the labels: pass target")
+        if target.is_floating_point():
+            raise UserError(f"{self.what} needs one label per sample: mixup and cutmix give probabilities")
         return target
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
