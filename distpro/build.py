@@ -35,7 +35,8 @@ from pathways.registry import Registry, UserError, check_parameters
 from pathways.space import parse_spec
 from pathways.taps import check_taps
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
+"""dtype of autocast; a run has put its own in the place of ``auto``."""
 IMAGE_SETS = {"cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32))}
 
 

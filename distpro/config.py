@@ -197,7 +197,9 @@ class Config(Section):
     name: str | None = None
     seed: int = Field(0, ge=0)
     device: str = "auto"
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="auto: the fastest that the device has, see distpro.pair.fastest_precision"
+    )
     channels_last: bool = True
     sync_batch_norm: bool = Field(False, description="with several processes: the student's batch statistics over all")
     compile: Literal["inductor", "aot_eager", "eager", "cudagraphs"] | None = Field(

@@ -121,6 +121,17 @@ def device_of(config: Config) -> torch.device:
     return device
 
 
+def fastest_precision(device: torch.device, searching: bool = False) -> str:
+    """bfloat16 where the device computes in it; else float16 on a GPU, but float32 for a search, which loss scaling would
+    disturb; else float32."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float32" if searching else "float16"
+    native = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    return "bfloat16" if device.type == "cpu" and native else "float32"
+
+
 def build_network(model: ModelConfig, num_classes: int, load: bool = True) -> nn.Module:
     """A model with its checkpoint, if the config names one."""
     classes = {} if "num_classes" in model.params else {"num_classes": num_classes}

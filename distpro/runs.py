@@ -34,7 +34,7 @@ from distpro.describe import teacher_name
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
 from distpro.objective import Objective, Term
-from distpro.pair import build_network, place
+from distpro.pair import build_network, device_of, fastest_precision, place
 from distpro.plots import heatmap_figure, schedule_figure
 from distpro.schedule import Schedule
 from distpro.searcher import Searcher
@@ -69,7 +69,7 @@ def search(
     Raises UserError for bad input, `distpro.trainer.Interrupted` after SIGINT or SIGTERM (checkpoint and alpha.pt of
     the steps done are written first).
     """
-    checked = _checked(config, overrides)
+    checked = _checked(config, overrides, searching=True)
     _prepare(checked)
     with distributed.started(checked.device):
         return _search(checked, out, resume)
@@ -260,8 +260,11 @@ def _code_named_in(config: Config) -> list[tuple[str, str]]:
     return [(key, name) for key, name in named if ":" in name]
 
 
-def _checked(config: Source, overrides: Sequence[str]) -> Config:
-    return read_config(config.model_dump() if isinstance(config, Config) else config, overrides)
+def _checked(config: Source, overrides: Sequence[str], searching: bool = False) -> Config:
+    checked = read_config(config.model_dump() if isinstance(config, Config) else config, overrides)
+    if checked.precision != "auto":
+        return checked
+    return checked.model_copy(update={"precision": fastest_precision(device_of(checked), searching)})
 
 
 def _schedule_of(config: Config, schedule: str | Path | Schedule | None) -> Schedule | None:

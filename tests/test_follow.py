@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 import distpro
 from distpro.objective import Objective, Term
+from distpro.retrainer import replay
 from pathways import UserError, build_pathways
 from tests.pairs import Distance, Levels, batch, free, network, pooled, schedule
 
@@ -33,6 +35,29 @@ def test_scale_may_depend_on_the_step():
     objective = Objective(network(0), network(1), free(["a"]))
     objective.follow(schedule([[0.5]], ["a"]), total_steps=4, scale=lambda step: 0.25 * (step + 1))
     assert [objective.weights_at(step)[0] for step in range(4)] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+
+
+@pytest.mark.parametrize(
+    "how, expected",
+    [
+        ("searched", lambda w: [w[2], (w[2] + w[3]) / 2, w[3]]),
+        ("final", lambda w: [w[3]] * 3),
+        ("mean", lambda w: [(w[2] + w[3]) / 2] * 3),
+        ("permuted", lambda w: [w[2].flip(0), (w[2] + w[3]).flip(0) / 2, w[3].flip(0)]),
+        ("shuffled", lambda w: [w[3], (w[2] + w[3]) / 2, w[2]]),
+    ],
+)
+def test_a_replay_may_leave_out_the_beginning(how, expected):
+    """Of four steps the first two; every control works on what is left."""
+    weights = torch.tensor([[0.9, 0.9], [0.8, 0.8], [0.1, 0.2], [0.4, 0.3]])
+    given = schedule(weights.tolist(), ["a", "b"])
+    seed = next(
+        s for s in range(99) if torch.randperm(2, generator=torch.Generator().manual_seed(s)).tolist() == [1, 0]
+    )
+    objective = Objective(network(0), network(1), free(["a", "b"]))
+    replay(objective, how, 3, given, start=0.5, seed=seed)
+    for step, row in enumerate(expected(weights)):
+        assert objective.weights_at(step) == pytest.approx(row.tolist(), abs=1e-6)
 
 
 def test_the_threshold_drops_a_process_while_its_alpha_is_low():

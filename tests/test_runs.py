@@ -16,6 +16,7 @@ from distpro import build
 from distpro.checkpoint import load_safely
 from distpro.config import merge, read_config
 from distpro.models import build_model
+from distpro.pair import fastest_precision
 from distpro.retrainer import replay
 from distpro.schedule import Schedule
 from distpro.tracking import read_metrics
@@ -93,6 +94,24 @@ def test_overrides_win(runs, tmp_path):
     schedule = distpro.search(searching(runs), out=tmp_path, overrides=["seed=3", "training.max_steps=2"])
     assert len(schedule) == 2 and schedule.meta["config"]["seed"] == 3
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"]["max_steps"] == 2
+
+
+@pytest.mark.parametrize("native, chosen", [(True, "bfloat16"), (False, "float32")])
+def test_automatic_precision_is_written_down(native, chosen, runs, tmp_path, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    short = {"precision": "auto", "training": {"max_steps": 2}}
+    schedule = distpro.search(searching(runs, short), out=tmp_path / "search")
+    distpro.retrain(searching(runs, short), schedule=schedule, out=tmp_path / "retrain")
+    assert schedule.meta["config"]["precision"] == chosen
+    assert yaml.safe_load((tmp_path / "retrain" / "config.yaml").read_text())["precision"] == chosen
+
+
+def test_automatic_precision_on_gpus(monkeypatch):
+    gpu = torch.device("cuda")
+    for native, chosen in ((True, ["bfloat16", "bfloat16"]), (False, ["float16", "float32"])):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert [fastest_precision(gpu, searching) for searching in (False, True)] == chosen
 
 
 # The schedule
