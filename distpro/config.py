@@ -236,6 +236,9 @@ class Config(Section):
     def _one_or_several_teachers(self) -> Config:
         if self.teacher is not None and self.teachers:
             raise UserError("teacher and teachers exclude each other: name all of them under teachers")
+        for key in ("input", "weight"):
+            if getattr(self.student, key) != ModelConfig.model_fields[key].default:
+                raise UserError(f"student.{key}: only a teacher has one")
         return self
 
     @property
@@ -334,11 +337,32 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _yaml(text: str, where: str) -> Any:
     try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
         return _numbers(yaml.safe_load(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def _refuse_repeated_keys(root: yaml.Node | None, where: str) -> None:
+    """YAML's parser would silently keep the last one. Merge keys (``<<``) are meant to repeat others."""
+    pending, visited = [root], set()
+    while pending:
+        node = pending.pop()
+        if node is None or id(node) in visited or isinstance(node, yaml.ScalarNode):
+            continue
+        visited.add(id(node))  # an alias leads to a node that has been met
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise UserError(f"{where}, line {key.start_mark.line + 1}: '{key.value}' is said twice")
+                    seen.add(key.value)
+            pending += [value for _, value in node.value]
+        else:
+            pending += node.value
 
 
 def _numbers(value: Any) -> Any:

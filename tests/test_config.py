@@ -119,6 +119,10 @@ def test_a_bad_override_is_named(override, part):
     [
         ("seed: 1\ntraining: {epochs: 3\n", "line 3: not valid YAML"),
         ("seed: 1\nteacher: !!python/object/apply:os.getcwd []\n", "line 2: not valid YAML"),
+        ("seed: 1\nstudent: {model: resnet8}\nseed: 2\n", "line 3: 'seed' is said twice"),
+        ("student:\n  model: resnet8\nterms:\n- {loss: kd,\n   loss: at}\n", "line 5: 'loss' is said twice"),
+        ("student: {model: resnet8, weight: 2}", "student.weight: only a teacher has one"),
+        ("student: {model: resnet8, input: {mean: [0], std: [1]}}", "student.input: only a teacher has one"),
         ("- seed", "a config is a mapping"),
         ("", "a config is a mapping"),
     ],
@@ -128,6 +132,11 @@ def test_a_file_that_is_no_config(write, text, part):
     message = message_of(path)
     assert message.startswith(str(path))
     assert part in message
+
+
+def test_merge_keys_and_aliases_may_repeat(write):
+    path = write("student: &s {model: resnet8, params: {}}\nteacher: {<<: *s, model: resnet14}\n")
+    assert read_config(path).teacher.model == "resnet14"
 
 
 def test_a_binary_file_is_no_config(tmp_path):
