@@ -339,6 +339,8 @@ def _yaml(text: str, where: str) -> Any:
     try:
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
         return _numbers(yaml.safe_load(text))
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML (an alias leads back to itself)") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -123,6 +123,7 @@ def test_a_bad_override_is_named(override, part):
         ("student:\n  model: resnet8\nterms:\n- {loss: kd,\n   loss: at}\n", "line 5: 'loss' is said twice"),
         ("student: {model: resnet8, weight: 2}", "student.weight: only a teacher has one"),
         ("student: {model: resnet8, input: {mean: [0], std: [1]}}", "student.input: only a teacher has one"),
+        ("seed: &a [*a]\n", "an alias leads back to itself"),
         ("- seed", "a config is a mapping"),
         ("", "a config is a mapping"),
     ],
