@@ -18,7 +18,7 @@ config: search_configs/digits.yaml
 seeds: [0, 1, 2]
 baseline: equal
 set: {threads: 1}
-search: {training.epochs: 2}
+searches: {search: {training.epochs: 2}}
 runs:
   equal: {retrain.weights: equal}
   searched: {retrain.weights: searched}
@@ -34,7 +34,7 @@ def example(tmp_path):
 
 def row(label, seed, accuracy):
     facts = {"packages": {"torch": "1"}, "device": "cpu", "threads": 1, "command": f"distpro {label} seed={seed}"}
-    return {"label": label, "seed": seed, "accuracy": accuracy, "best_accuracy": accuracy + 1, "seconds": 10, **facts}
+    return {"label": label, "seed": seed, "accuracy": accuracy, "seconds": 10, "revision": "abc", **facts}
 
 
 def test_commands_hold_overrides_seed_and_schedule(example):
@@ -44,6 +44,25 @@ def test_commands_hold_overrides_seed_and_schedule(example):
         assert "runs/example/search-1/alpha.pt" in example.command(label, 1)
     example.runs["KD"] = {"retrain.weights": "constant"}
     assert "--schedule" not in example.command("KD", 1)
+
+
+def test_a_schedule_may_come_from_another_study(example, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(CONTENT.replace("searches: {search:", "searches: {pooled:"))
+    example.runs["foreign"] = {"search": "other/pooled", "config": "x.yaml"}
+    command = example.command("foreign", 2)
+    assert command[:3] == ["distpro", "retrain", "x.yaml"] and "runs/other/pooled-2/alpha.pt" in command
+    (tmp_path / "other.jsonl").write_text(json.dumps({**row("pooled", 2, 40.0), "seconds": 7}) + "\n")
+    example.results.write_text(json.dumps(row("foreign", 2, 50.0)) + "\n")
+    assert "| foreign | 50.00 | 1 |  | 10 | 17 |" in example.render()  # the other study's search is paid for
+
+
+def test_every_run_at_every_budget(example, tmp_path):
+    example.path.write_text(CONTENT + "epochs: [2, 4]\nfigure: budgets\n")
+    budgets = study.Study(example.path, tmp_path)
+    assert list(budgets.runs) == [f"{k}, {n} epochs" for k in ("equal", "searched") for n in (2, 4)]
+    assert "training.epochs=4" in budgets.command("equal, 4 epochs", 0)
+    assert "training.epochs=2" in budgets.command("search", 0)
 
 
 def test_rows_that_are_there_are_not_run_again(example):
@@ -67,6 +86,12 @@ def test_a_page_takes_the_table_in_its_place(example, tmp_path):
     example.results.write_text(json.dumps(row("equal", 0, 50.0)) + "\n")
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- study: example -->\nold\n<!-- end -->\nafter\n")
-    study.splice(page, example)
+    study.splice(page, example.name, example.render())
     assert "old" not in page.read_text() and "50.00" in page.read_text()
     assert page.read_text().startswith("before\n") and page.read_text().endswith("<!-- end -->\nafter\n")
+
+
+def test_level_shares_leave_out_terms_without_a_level():
+    learned = {"teacher_levels": [1, 2, 2, 0], "weights": [[0.2, 0.1, 0.1, 5.0], [0.3, 0.05, 0.05, 9.0]]}
+    assert study._share(learned, 1) == pytest.approx([0.5, 0.75])
+    assert study._share(learned, 2) == pytest.approx([0.5, 0.25])

@@ -10,14 +10,22 @@ The file says:
     seeds: [0, 1, 2]
     baseline: equal                     # label that the others are compared with, seed by seed
     set: {threads: 1}                   # overrides of every run
-    search: {}                          # overrides of the searches, one per seed; absent: no search
+    searches:                           # overrides of the searches by name, each run once per seed; absent: no search
+      search: {}
+    epochs: [2, 4, 8]                   # every run at each of these budgets; absent: at the config's
+    figure: budgets                     # or levels, weights, see FIGURES; absent: none
     runs:
       KD: {pathways: null, terms: [{loss: kd, weight: 1}], retrain.weights: constant}
-      searched: {retrain.weights: searched}
+      searched: {search: search}        # which search's schedule it replays; may be left out if there is one search only
+      foreign: {search: other/search}   # or another study's: so a schedule is taken to another pair or data
+
+A search or a run may have a `config:` of its own.
 
 Each run is a `distpro` process of its own; `--jobs` of them run side by side. One row per finished run is appended to
-docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are there are not run again. The
-table goes to docs/results/<study>.md, and into the pages of docs/ that have a place for it.
+docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are
+there are not run again. The table goes to docs/results/<study>.md, the figure to docs/figures/<study>.png, and both
+into the pages of docs/ that have a place for them. A run alone, without a row: `--repeat LABEL SEED`, which compares
+its accuracy with the row's.
 """
 
 from __future__ import annotations
@@ -28,10 +36,10 @@ import math
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +49,7 @@ import yaml
 from distpro.checkpoint import write_atomically
 from distpro.config import read_config
 from distpro.describe import describe
+from distpro.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two-sided 95 % points of Student's t by degrees of freedom.
@@ -54,66 +63,79 @@ class Study:
         self.name = path.stem
         self.content: dict[str, Any] = yaml.safe_load(path.read_text())
         self.path = path
-        self.config = str(self.content["config"])
-        self.runs: dict[str, dict[str, Any]] = self.content["runs"]
+        self.seeds: list[int] = self.content["seeds"]
+        self.searches: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content.get("searches", {}).items()}
+        self.runs: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content["runs"].items()}
+        if "epochs" in self.content:
+            self.runs = {
+                at_budget(label, epochs): {**own, "training.epochs": epochs}
+                for label, own in self.runs.items()
+                for epochs in self.content["epochs"]
+            }
+        if both := self.runs.keys() & self.searches.keys():
+            raise SystemExit(f"{path}: name of a search and of a run: {', '.join(both)}")
         self.results = results / f"{self.name}.jsonl"
         self.folder = ROOT / "runs" / self.name
 
-    @property
-    def searches(self) -> bool:
-        return "search" in self.content
-
     def rows(self) -> list[dict[str, Any]]:
-        """Rows of the results file, those of this study's labels."""
+        """Rows of the results file, those of this study's labels and seeds."""
         if not self.results.exists():
             return []
         rows = [json.loads(line) for line in self.results.read_text().splitlines()]
-        return [r for r in rows if r["label"] == "search" or r["label"] in self.runs]
+        known = self.runs.keys() | self.searches.keys()
+        return [r for r in rows if r["label"] in known and r["seed"] in self.seeds]
+
+    def config(self, label: str) -> str:
+        return str({**self.runs, **self.searches}[label].get("config", self.content["config"]))
 
     def overrides(self, label: str, seed: int) -> list[str]:
-        """``key=value`` of a run."""
-        own = self.content["search"] if label == "search" else self.runs[label]
-        merged = {**self.content.get("set", {}), **(own or {}), "seed": seed}
-        return [f"{key}={json.dumps(value)}" for key, value in merged.items()]
+        """``key=value`` of a run or search."""
+        merged = {**self.content.get("set", {}), **{**self.runs, **self.searches}[label], "seed": seed}
+        return [f"{key}={json.dumps(value)}" for key, value in merged.items() if key not in ("config", "search")]
 
-    def schedule(self, seed: int) -> Path:
-        return self.folder / f"search-{seed}" / "alpha.pt"
+    def search_of(self, label: str) -> tuple[Study, str] | None:
+        """The search whose schedule a run replays, and the study that it belongs to."""
+        own = {**self.content.get("set", {}), **self.runs[label]}
+        if own.get("retrain.weights", "searched") in ("constant", "none"):
+            return None
+        study, _, name = own.get("search", next(iter(self.searches), "")).rpartition("/")
+        return (Study(self.path.with_name(f"{study}.yaml"), self.results.parent) if study else self), name
 
     def out(self, label: str, seed: int) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', label)}-{seed}"
 
+    def schedule(self, label: str, seed: int) -> Path | None:
+        """Path of the schedule that a run replays."""
+        search = self.search_of(label)
+        return search[0].out(search[1], seed) / "alpha.pt" if search else None
+
     def command(self, label: str, seed: int) -> list[str]:
         """The command that makes a row."""
-        if label == "search":
-            command = ["distpro", "search", self.config]
+        if label in self.searches:
+            command = ["distpro", "search", self.config(label)]
         else:
-            command = ["distpro", "retrain", self.config]
-            if self.searches and self.needs_schedule(label):
-                command += ["--schedule", str(self.schedule(seed).relative_to(ROOT))]
+            command = ["distpro", "retrain", self.config(label)]
+            if schedule := self.schedule(label, seed):
+                command += ["--schedule", str(schedule.relative_to(ROOT))]
         out = self.out(label, seed).relative_to(ROOT)
         return [*command, *self.overrides(label, seed), "--out", str(out)]
 
-    def needs_schedule(self, label: str) -> bool:
-        return self.runs[label].get("retrain.weights", "searched") not in ("constant", "none")
-
     def missing(self) -> list[tuple[str, int]]:
-        """Runs without a row, searches first."""
+        """Runs without a row, searches first, seed by seed: what is there when time is up is comparable."""
         done = {(r["label"], r["seed"]) for r in self.rows()}
-        labels = (["search"] if self.searches else []) + list(self.runs)
-        return [(label, seed) for label in labels for seed in self.content["seeds"] if (label, seed) not in done]
+        groups = (self.searches, self.runs)
+        return [(k, seed) for group in groups for seed in self.seeds for k in group if (k, seed) not in done]
 
-    def run(self, label: str, seed: int) -> None:
-        """Run one row, resuming where an earlier try has left a checkpoint."""
-        out = self.out(label, seed)
-        command = self.command(label, seed)
+    def execute(self, label: str, seed: int, out: Path) -> dict[str, Any] | None:
+        """Run one row in the folder ``out``, resuming where an earlier try has left a checkpoint. None: it failed."""
+        command = [*self.command(label, seed)[1:-1], str(out)]
         resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
         if not resume and out.exists():
-            subprocess.run(["rm", "-r", str(out)], check=True)
+            shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        start = time.time()
         with open(out.parent / f"{out.name}.log", "a") as log:
             status = subprocess.run(
-                [sys.executable, "-m", "distpro.cli", *command[1:], *resume],
+                [sys.executable, "-m", "distpro.cli", *command, *resume],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -121,53 +143,219 @@ class Study:
             ).returncode
         if status:
             print(f"{self.name}: {label}, seed {seed} ended with status {status}; see {log.name}", flush=True)
-            return
+            return None
         environment = json.loads((out / "environment.json").read_text())
         row = {
             "label": label,
             "seed": seed,
             **json.loads((out / "result.json").read_text()),
-            "command": shlex.join(command),
+            "command": shlex.join(self.command(label, seed)),
             "packages": environment["packages"],
             "revision": environment["revision"],
             "threads": environment["threads"],
             "device": environment["device"],
         }
+        if label in self.searches:
+            row["learned"] = summary(Schedule.load(out / "alpha.pt"))
+        return row
+
+    def run(self, label: str, seed: int) -> None:
+        """Run one row and keep it."""
+        row = self.execute(label, seed, self.out(label, seed))
+        if row is None:
+            return
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with open(self.results, "a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{self.name}: {label}, seed {seed}: {row['accuracy']:.2f} ({time.time() - start:.0f} s)", flush=True)
+        (self.out(label, seed) / "checkpoint.pt").unlink(missing_ok=True)
+        print(f"{self.name}: {label}, seed {seed}: {row['accuracy']:.2f} ({row['seconds']:.0f} s)", flush=True)
 
-    # The table
+    def repeat(self, label: str, seed: int) -> bool:
+        """Run a row once more, with the schedule that is in `runs/`, and say whether it comes to the same accuracy."""
+        kept = next((r for r in self.rows() if (r["label"], r["seed"]) == (label, seed)), None)
+        if kept is None:
+            raise SystemExit(f"{self.results}: no row '{label}' with seed {seed}")
+        schedule = None if label in self.searches else self.schedule(label, seed)
+        if schedule and not schedule.exists():
+            study, search = self.search_of(label)
+            study.execute(search, seed, schedule.parent)
+        out = self.out(label, seed)
+        row = self.execute(label, seed, out.with_name(f"{out.name}-repeated"))
+        same = row is not None and (row["accuracy"], row["loss"]) == (kept["accuracy"], kept["loss"])
+        print(
+            f"{self.name}: {label}, seed {seed}: row of revision {kept['revision']}: {kept['accuracy']}, {kept['loss']}"
+        )
+        print(f"  now: {row and (row['accuracy'], row['loss'])}: {'the same' if same else 'NOT THE SAME'}")
+        return same
+
+    # The table and the figure
+
+    def found(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """Rows by label and seed."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in self.rows():
+            found.setdefault(row["label"], {})[row["seed"]] = row
+        return found
+
+    def seconds(self, label: str) -> float:
+        """Mean seconds of a run, its search included."""
+        search = None if label in self.searches else self.search_of(label)
+        parts = [(self, label), *([search] if search else [])]
+        rows = [study.found().get(name, {}).values() for study, name in parts]
+        return sum(statistics.mean(r["seconds"] for r in found) for found in rows if found)
 
     def render(self) -> str:
         """Markdown: mean ± standard deviation, and paired differences to the baseline with a 95 % interval."""
-        rows = self.rows()
-        by_label: dict[str, dict[int, dict[str, Any]]] = {}
-        for row in rows:
-            by_label.setdefault(row["label"], {})[row["seed"]] = row
-        baseline = by_label.get(self.content.get("baseline", ""), {})
+        rows, found = self.rows(), self.found()
+        baseline = self.content.get("baseline")
+        against = found.get(str(baseline), {})
+        compared = f"paired difference to {baseline} | " if baseline else ""
         lines = [
-            f"| weights | last-epoch test accuracy, % | n | paired difference to {self.content.get('baseline', '-')} | best epoch | seconds a run |",
-            "|---|---|---|---|---|---|",
+            f"| weights | last-epoch test accuracy, % | n | {compared}seconds a run | with its search |",
+            "|---|---|---|---|---|" + ("---|" if baseline else ""),
         ]
-        for label in [*self.runs, "search"]:
-            found = by_label.get(label, {})
-            if not found:
+        for label in [*self.runs, *self.searches]:
+            if label not in found:
                 continue
-            values = [r["accuracy"] for r in found.values()]
-            differences = [r["accuracy"] - baseline[s]["accuracy"] for s, r in found.items() if s in baseline]
-            shown = label if label != "search" else "(the search itself, 80 % of the data)"
-            best = statistics.mean(r["best_accuracy"] for r in found.values())
-            seconds = statistics.mean(r["seconds"] for r in found.values())
-            against = _interval(differences) if label != self.content.get("baseline") and label != "search" else ""
-            lines.append(f"| {shown} | {_spread(values)} | {len(values)} | {against} | {best:.2f} | {seconds:.0f} |")
-        lines += ["", "Commands (of the first seed; the others differ in `seed=` and paths only):", "", "```"]
-        lines += [r["command"] for r in rows if r["seed"] == self.content["seeds"][0]]
-        versions = rows[0]["packages"] if rows else {}
+            mine = found[label]
+            differences = [r["accuracy"] - against[s]["accuracy"] for s, r in mine.items() if s in against]
+            searching = label in self.searches
+            difference = "" if label == baseline or searching else _interval(differences)
+            values = [
+                f"(the search {label})" if searching else label,
+                _spread([r["accuracy"] for r in mine.values()]),
+                str(len(mine)),
+                *([difference] if baseline else []),
+                f"{statistics.mean(r['seconds'] for r in mine.values()):.0f}",
+                "" if searching or not self.search_of(label) else f"{self.seconds(label):.0f}",
+            ]
+            lines.append(f"| {' | '.join(values)} |")
+        lines += ["", "<details><summary>The commands of the first seed, and the versions</summary>", ""]
+        lines += ["The other seeds' differ in `seed=` and paths only.", "", "```"]
+        lines += [r["command"] for r in rows if r["seed"] == self.seeds[0]]
+        versions = rows[0]["packages"]
         lines += ["```", "", ", ".join(f"{k} {v}" for k, v in versions.items())]
-        lines[-1] += f"; device {rows[0]['device']}; {rows[0]['threads']} threads a run." if rows else ""
-        return "\n".join(lines) + "\n"
+        lines[-1] += f"; device {rows[0]['device']}; {rows[0]['threads']} threads a run; revisions "
+        lines[-1] += ", ".join(sorted({f"`{r['revision']}`" for r in rows})) + "."
+        lines += ["", "</details>", ""]
+        if draws := self.content.get("figure"):
+            path = ROOT / "docs" / "figures" / f"{self.name}.png"
+            FIGURES[draws](self, path)
+            lines += [f"![{self.name}](figures/{path.name})", ""]
+        return "\n".join(lines)
+
+
+def at_budget(label: str, epochs: int) -> str:
+    return f"{label}, {epochs} epochs"
+
+
+POINTS = 25
+
+
+def summary(schedule: Schedule) -> dict[str, Any]:
+    """What the figures show of a schedule: weights over time per term, and each term's teacher level (0: none)."""
+    weights = schedule.interpolate(POINTS).weights
+    return {
+        "keys": list(schedule.keys),
+        "teacher_levels": schedule.levels[:, 0].tolist(),
+        "scales": [float(f"{x:.4g}") for x in schedule.scales.tolist()],
+        "weights": [[round(x, 5) for x in row] for row in weights.tolist()],
+    }
+
+
+def draw_budgets(study: Study, path: Path) -> None:
+    """Accuracy against epochs, and against seconds with the search's; a training of its own at every point."""
+    plt = _pyplot()
+    found = study.found()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for base in study.content["runs"]:
+        points = []
+        for epochs in study.content["epochs"]:
+            label = at_budget(base, epochs)
+            if label in found:
+                values = [r["accuracy"] for r in found[label].values()]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                points.append((epochs, study.seconds(label), statistics.mean(values), spread))
+        if points:
+            epochs, seconds, means, spreads = zip(*points, strict=True)
+            for axis, x in zip(axes, (epochs, seconds), strict=True):
+                axis.errorbar(x, means, spreads, marker="o", markersize=4, capsize=3, label=base)
+    axes[0].set(xlabel="epochs of the training, each with its own learning-rate schedule", ylabel="test accuracy, %")
+    axes[1].set(xlabel="seconds, the search included")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0].set_xticks(study.content["epochs"], [str(e) for e in study.content["epochs"]])
+    axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_levels(study: Study, path: Path) -> None:
+    """Each teacher level's share of the weight over a search, a panel per search: mean and spread over seeds."""
+    plt = _pyplot()
+    found = {k: rows for k, rows in study.found().items() if k in study.searches}
+    figure, axes = plt.subplots(1, len(found), figsize=(4.5 * len(found), 3.5), sharey=True, squeeze=False)
+    for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
+        levels = sorted({i for r in rows.values() for i in r["learned"]["teacher_levels"] if i})
+        for level in levels:
+            shares = [_share(r["learned"], level) for r in rows.values()]
+            mean = [statistics.mean(x) for x in zip(*shares, strict=True)]
+            time = [n / (len(mean) - 1) for n in range(len(mean))]
+            (line,) = axis.plot(time, mean, label=f"teacher level {level}")
+            for share in shares:
+                axis.plot(time, share, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        axis.set(title=f"{name}, {len(rows)} seeds", xlabel="fraction of the search")
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="share of the terms that read a level")
+    axes[0][0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _share(learned: dict[str, Any], level: int) -> list[float]:
+    placed = learned["teacher_levels"]
+    mine = [[w for w, i in zip(row, placed, strict=True) if i == level] for row in learned["weights"]]
+    everyone = [[w for w, i in zip(row, placed, strict=True) if i] for row in learned["weights"]]
+    return [sum(a) / sum(b) for a, b in zip(mine, everyone, strict=True)]
+
+
+def draw_weights(study: Study, path: Path) -> None:
+    """The weight that each term of a search ends with, relative to where it began: mean and every seed."""
+    plt = _pyplot()
+    found = {k: rows for k, rows in study.found().items() if k in study.searches}
+    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 5), squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
+        keys = next(iter(rows.values()))["learned"]["keys"]
+        gains = [
+            [e / b for b, e in zip(*(r["learned"]["weights"][n] for n in (0, -1)), strict=True)] for r in rows.values()
+        ]
+        places = list(range(len(keys)))
+        axis.barh(places, [statistics.geometric_mean(x) for x in zip(*gains, strict=True)], color="0.8")
+        for gain in gains:
+            axis.plot(gain, places, "o", markersize=3, color="C0")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(places, keys, fontsize=7)
+        axis.invert_yaxis()
+        axis.set(xscale="log", xlabel="last weight / first weight", title=f"{name}, {len(rows)} seeds")
+    _save(figure, path)
+
+
+FIGURES = {"budgets": draw_budgets, "levels": draw_levels, "weights": draw_weights}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def _spread(values: list[float]) -> str:
@@ -184,19 +372,20 @@ def _interval(differences: list[float]) -> str:
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
-def splice(page: Path, study: Study) -> None:
+def splice(page: Path, name: str, table: str) -> None:
     """Put the table between the page's ``<!-- study: NAME -->`` and ``<!-- end -->``, if it has such a place."""
     text = page.read_text() if page.exists() else ""
-    begin, _, rest = text.partition(f"<!-- study: {study.name} -->\n")
+    begin, _, rest = text.partition(f"<!-- study: {name} -->\n")
     if rest:
         _, end, after = rest.partition("<!-- end -->")
-        write_atomically(f"{begin}<!-- study: {study.name} -->\n{study.render()}{end}{after}", page)
+        write_atomically(f"{begin}<!-- study: {name} -->\n{table}{end}{after}", page)
 
 
 def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
-    config = read_config(ROOT / study.config, study.overrides(label, 0))
-    description = describe(config if label == "search" else config.for_retrain(), label == "search")
+    config = read_config(ROOT / study.config(label), study.overrides(label, 0))
+    searching = label in study.searches
+    description = describe(config if searching else config.for_retrain(), searching)
     return (description.steps or 0) * description.step_macs
 
 
@@ -207,8 +396,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of rows and tables")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--render", action="store_true")
+    parser.add_argument("--repeat", nargs=2, metavar=("LABEL", "SEED"), help="run a row once more and compare")
     options = parser.parse_args()
     study = Study(options.study, options.results)
+    if options.repeat:
+        sys.exit(not study.repeat(options.repeat[0], int(options.repeat[1])))
     missing = study.missing()
     if options.dry_run:
         total = 0.0
@@ -216,19 +408,19 @@ def main() -> None:
             macs = cost(study, label)
             total += macs
             print(f"{macs / 1e12:8.1f} TMAC   {shlex.join(study.command(label, seed))}")
-        print(
-            f"{total / 1e12:8.1f} TMAC   in {len(missing)} runs; at 40 GMAC/s a core about {total / 40e9 / 3600:.1f} core hours"
-        )
+        hours = total / 40e9 / 3600
+        print(f"{total / 1e12:8.1f} TMAC   in {len(missing)} runs; at 40 GMAC/s a core about {hours:.1f} core hours")
         return
     if not options.render:
-        for stage in (["search"], list(study.runs)):  # the schedules have to be there before the retrains
+        for group in (study.searches, study.runs):  # the schedules have to be there before the retrains
             with ThreadPoolExecutor(options.jobs) as pool:
-                list(pool.map(lambda job: study.run(*job), [job for job in missing if job[0] in stage]))
+                list(pool.map(lambda job: study.run(*job), [job for job in missing if job[0] in group]))
     if study.rows():
-        write_atomically(study.render(), study.results.with_suffix(".md"))
-        print(study.render())
+        text = study.render()
+        write_atomically(text, study.results.with_suffix(".md"))
+        print(text)
         for page in sorted((ROOT / "docs").glob("*.md")):
-            splice(page, study)
+            splice(page, study.name, text)
 
 
 if __name__ == "__main__":
