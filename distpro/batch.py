@@ -8,8 +8,12 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """``x`` (N, C, H, W) inputs, normalised; ``y`` (N,) int64 labels, or (N, K) probabilities where augmentation mixes samples; ``index`` (N,) int64 sample numbers in the set as
-    stored, or None. All on one device. With rotations, ``x`` has four rows per sample: plain, 90, 180, 270 degrees."""
+    """One batch of samples, all tensors on one device.
+
+    ``x`` (N, C, H, W) inputs, normalised; with rotations four rows per sample: plain, 90, 180, 270 degrees. ``y`` (N,)
+    int64 labels, or (N, K) probabilities where augmentation mixes samples. ``index`` (N,) int64 sample numbers in the
+    set as stored, or None.
+    """
 
     x: Tensor
     y: Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -92,11 +91,11 @@ def _global_hooks() -> bool:
     return bool(forward or of._global_backward_hooks or of._global_backward_pre_hooks)
 
 
-def _alike(expected: Any, found: Any, tolerance: float) -> bool:
-    """Whether two tensors differ by no more than ``tolerance`` × the largest element."""
+def _alike(expected: Any, found: Any, tolerance: float | None) -> bool:
+    """Whether two tensors of one shape differ by no more than ``tolerance`` × the largest element; None: by anything."""
     if not (isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.shape == found.shape):
         return False
-    if torch.equal(expected, found):
+    if tolerance is None or torch.equal(expected, found):
         return True
     return bool((expected - found).abs().max() <= tolerance * expected.abs().max())
 
@@ -178,10 +177,9 @@ class Tapped(nn.Module):
         _, function = as_function(self.model, fused(graph, dict(self.model.named_modules()), self._frozen))
         device = example_input.device.type
         if self._agrees(function, example_input, 1e-4 if self._frozen else 0):
+            # Under autocast only whether it runs: oneDNN has operations for some types only.
             with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):
-                if self._agrees(
-                    function, example_input, math.inf
-                ):  # it runs: oneDNN has operations for some types only
+                if self._agrees(function, example_input, None):
                     self._fused = function
 
     @property
@@ -196,7 +194,7 @@ class Tapped(nn.Module):
             return False
         return not self._frozen or not (torch.is_grad_enabled() or any(m.training for m in modules))
 
-    def _agrees(self, function: Any, example_input: Tensor, tolerance: float = 0) -> bool:
+    def _agrees(self, function: Any, example_input: Tensor, tolerance: float | None = 0) -> bool:
         with untouched(self.model):
             self.model.eval()
             with tap(self.model, self.names) as taps:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_train import hcl
-from benchmark import measure, medians, parser, save
+from benchmark import measure, medians, parser, repeated, save
 from torch import nn
 
 from distpro.batch import Batch
@@ -248,7 +248,7 @@ def main() -> None:
             f"{name}: KD step": setup.kd_step(),
         }
     variants = {name: Setup(options, **how) for name, how in VARIANTS.items() if how}
-    runs |= {f"search step, {name}": _repeated(setup.search_step, setup.every) for name, setup in variants.items()}
+    runs |= {f"search step, {name}": repeated(setup.search_step, setup.every) for name, setup in variants.items()}
     seconds = measure(runs, options.rounds, plain.device)
     for name, setup in variants.items():
         seconds[f"search step, {name}"] = [s / setup.every for s in seconds[f"search step, {name}"]]
@@ -274,14 +274,6 @@ def main() -> None:
         print(f"  {step / kd:6.2f}  {100 * whole:5.1f} %  {memory[name]:7.0f}   {name}")
     print(f"  {1:6.2f}           {memory['KD step']:7.0f}   KD step")
     save(options, seconds, ratios, peak_mib=memory)
-
-
-def _repeated(step: Callable[[], None], count: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(count):
-            step()
-
-    return run
 
 
 if __name__ == "__main__":

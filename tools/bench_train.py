@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmark import measure, medians, parser, save
+from benchmark import measure, medians, parser, repeated, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -276,7 +276,7 @@ def main() -> None:
             except ImportError as error:
                 print(f"without torchdistill, which is not installed here ({error})")
         for who, setup in made.items():
-            runs[f"{method}: {who}"] = _repeated(setup.step, options.steps)
+            runs[f"{method}: {who}"] = repeated(setup.step, options.steps)
     seconds = measure(runs, options.rounds, torch.device(options.device))
     print(f"{options.teacher} -> {options.student}, batch {options.batch}, {options.device}, {options.threads} threads, "
           f"{options.precision}; a run is {options.steps} steps\n")  # fmt: skip
@@ -297,14 +297,6 @@ def main() -> None:
             f"  torchdistill's KD {speed['kd: torchdistill']:.0f}, ours {ratios['kd against torchdistill']:.2f} times that"
         )
     save(options, seconds, ratios, images_per_second=speed)
-
-
-def _repeated(step: Callable[[], None], count: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(count):
-            step()
-
-    return run
 
 
 if __name__ == "__main__":

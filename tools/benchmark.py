@@ -40,6 +40,16 @@ def measure(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.de
     return seconds
 
 
+def repeated(step: Callable[[], Any], count: int) -> Callable[[], None]:
+    """A run of ``count`` steps."""
+
+    def run() -> None:
+        for _ in range(count):
+            step()
+
+    return run
+
+
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """Median of each run over the rounds, printed with its range in milliseconds."""
     found = {name: statistics.median(values) for name, values in seconds.items()}
