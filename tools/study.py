@@ -19,7 +19,8 @@ The file says:
       searched: {search: search}        # which search's schedule it replays; may be left out if there is one search only
       foreign: {search: other/search}   # or another study's: so a schedule is taken to another pair or data
 
-A search or a run may have a `config:` of its own.
+A search or a run may have a `config:` of its own. A search that says `tune: [...]` is one of tools/tune.py with these
+arguments, and a run of it takes the config that it has written.
 
 Each run is a `distpro` process of its own; `--jobs` of them run side by side. One row per finished run is appended to
 docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are
@@ -91,12 +92,14 @@ class Study:
     def overrides(self, label: str, seed: int) -> list[str]:
         """``key=value`` of a run or search."""
         merged = {**self.content.get("set", {}), **{**self.runs, **self.searches}[label], "seed": seed}
-        return [f"{key}={json.dumps(value)}" for key, value in merged.items() if key not in ("config", "search")]
+        return [
+            f"{key}={json.dumps(value)}" for key, value in merged.items() if key not in ("config", "search", "tune")
+        ]
 
     def search_of(self, label: str) -> tuple[Study, str] | None:
         """The search whose schedule a run replays, and the study that it belongs to."""
         own = {**self.content.get("set", {}), **self.runs[label]}
-        if own.get("retrain.weights", "searched") in ("constant", "none"):
+        if own.get("retrain.weights", "searched") in ("constant", "none") and "search" not in own:
             return None
         study, _, name = own.get("search", next(iter(self.searches), "")).rpartition("/")
         return (Study(self.path.with_name(f"{study}.yaml"), self.results.parent) if study else self), name
@@ -109,15 +112,27 @@ class Study:
         search = self.search_of(label)
         return search[0].out(search[1], seed) / "alpha.pt" if search else None
 
+    def tuned(self, label: str) -> bool:
+        """Whether a run takes what tools/tune.py has found."""
+        search = self.search_of(label)
+        return search is not None and "tune" in search[0].searches.get(search[1], {})
+
     def command(self, label: str, seed: int) -> list[str]:
         """The command that makes a row."""
+        out = self.out(label, seed).relative_to(ROOT)
+        if tune := self.searches.get(label, {}).get("tune"):
+            command = ["python", "tools/tune.py", self.config(label), "--out", str(out), *map(str, tune), "--"]
+            return [*command, *self.overrides(label, seed)]
         if label in self.searches:
             command = ["distpro", "search", self.config(label)]
+        elif self.tuned(label):
+            schedule = self.schedule(label, seed)
+            assert schedule is not None
+            command = ["distpro", "retrain", str(schedule.with_name("tuned.yaml").relative_to(ROOT))]
         else:
             command = ["distpro", "retrain", self.config(label)]
             if schedule := self.schedule(label, seed):
                 command += ["--schedule", str(schedule.relative_to(ROOT))]
-        out = self.out(label, seed).relative_to(ROOT)
         return [*command, *self.overrides(label, seed), "--out", str(out)]
 
     def missing(self) -> list[tuple[str, int]]:
@@ -128,14 +143,17 @@ class Study:
 
     def execute(self, label: str, seed: int, out: Path) -> dict[str, Any] | None:
         """Run one row in the folder ``out``, resuming where an earlier try has left a checkpoint. None: it failed."""
-        command = [*self.command(label, seed)[1:-1], str(out)]
+        program, *command = self.command(label, seed)
+        given = str(self.out(label, seed).relative_to(ROOT))
+        command = [str(out.relative_to(ROOT)) if word == given else word for word in command]
+        run = [sys.executable, "-m", "distpro.cli"] if program == "distpro" else [sys.executable]
         resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
         if not resume and out.exists():
             shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out.parent / f"{out.name}.log", "a") as log:
             status = subprocess.run(
-                [sys.executable, "-m", "distpro.cli", *command, *resume],
+                [*run, *command, *resume],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -155,7 +173,7 @@ class Study:
             "threads": environment["threads"],
             "device": environment["device"],
         }
-        if label in self.searches:
+        if label in self.searches and (out / "alpha.pt").exists():
             row["learned"] = summary(Schedule.load(out / "alpha.pt"))
         return row
 
@@ -176,8 +194,8 @@ class Study:
         if kept is None:
             raise SystemExit(f"{self.results}: no row '{label}' with seed {seed}")
         schedule = None if label in self.searches else self.schedule(label, seed)
-        if schedule and not schedule.exists():
-            study, search = self.search_of(label)
+        if schedule and not (schedule.parent / "result.json").exists():
+            study, search = self.search_of(label)  # type: ignore[misc]
             study.execute(search, seed, schedule.parent)
         out = self.out(label, seed)
         row = self.execute(label, seed, out.with_name(f"{out.name}-repeated"))
@@ -293,7 +311,7 @@ def draw_budgets(study: Study, path: Path) -> None:
 def draw_levels(study: Study, path: Path) -> None:
     """Each teacher level's share of the weight over a search, a panel per search: mean and spread over seeds."""
     plt = _pyplot()
-    found = {k: rows for k, rows in study.found().items() if k in study.searches}
+    found = {k: rows for k, rows in study.found().items() if "learned" in rows[min(rows)]}
     figure, axes = plt.subplots(1, len(found), figsize=(4.5 * len(found), 3.5), sharey=True, squeeze=False)
     for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
         levels = sorted({i for r in rows.values() for i in r["learned"]["teacher_levels"] if i})
@@ -321,7 +339,7 @@ def _share(learned: dict[str, Any], level: int) -> list[float]:
 def draw_weights(study: Study, path: Path) -> None:
     """The weight that each term of a search ends with, relative to where it began: mean and every seed."""
     plt = _pyplot()
-    found = {k: rows for k, rows in study.found().items() if k in study.searches}
+    found = {k: rows for k, rows in study.found().items() if "learned" in rows[min(rows)]}
     figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 5), squeeze=False, layout="constrained")
     for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
         keys = next(iter(rows.values()))["learned"]["keys"]
