@@ -168,7 +168,11 @@ class RetrainConfig(Section):
         Field("searched", description="the schedule, or a control, see distpro.retrainer.replay")
     )
     start: float = Field(
-        0.0, ge=0, lt=1, description="fraction of the search that a replay leaves out at its beginning"
+        1 / 3,
+        ge=0,
+        lt=1,
+        description="fraction of the search that a replay leaves out at its beginning, where the weights are still on "
+        "their way from where they all start (docs/results.md); the paper replays all of it, 0",
     )
     schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
     threshold: float | None = Field(0.5, description="τ; null drops nothing")

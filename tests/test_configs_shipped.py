@@ -149,8 +149,8 @@ def schedule(tmp_path_factory):
         yield Schedule.load(folder / "search" / "alpha.pt")
 
 
-def first_weights(path, schedule):
-    config = read_config(path, SMALL).for_retrain()
+def first_weights(path, schedule, *overrides):
+    config = read_config(path, [*SMALL, *overrides]).for_retrain()
     trainer = build.build_retrain(config, build.build_data(config), schedule)
     return config.training.distill_weight, trainer.objective, list(trainer.weights.weights(0))
 
@@ -169,7 +169,7 @@ FIRST = {
 
 @pytest.mark.parametrize("name", FIRST)
 def test_the_first_weights_are_those_of_the_schedule_s_start(name, schedule):
-    scale, _, weights = first_weights(ROOT / "retrain_configs" / f"{name}.yaml", schedule)
+    scale, _, weights = first_weights(ROOT / "retrain_configs" / f"{name}.yaml", schedule, "retrain.start=0")
     assert weights == pytest.approx([scale * share for share in FIRST[name]])
 
 

@@ -182,7 +182,7 @@ def test_weights_of_the_controls(controls, runs):
         assert weights["constant"] == dict.fromkeys(keys, 1.0)
         assert weights["equal"] == pytest.approx(dict.fromkeys(keys, 0.25))
         assert weights["final"] == pytest.approx(dict(zip(keys, learned[-1].tolist(), strict=True)))
-        position = step * 11 / 14  # 12 searched steps over 15
+        position = 4 + step * 7 / 14  # the last 8 of 12 searched steps over 15
         left, part = min(int(position), 10), position - min(int(position), 10)
         between = (1 - part) * learned[left] + part * learned[left + 1]
         assert weights["searched"] == pytest.approx(dict(zip(keys, between.tolist(), strict=True)), rel=1e-5)
@@ -269,7 +269,7 @@ def test_a_kd_retrain_driven_by_the_total(runs, monkeypatch):
     """The schedule of a feature search replayed by a loss that it does not know."""
     terms = {"pathways": None, "terms": [{"loss": "dist", "weight": {"schedule": "total"}}]}
     seen, _, _ = weights_of_run("searched", runs, monkeypatch, terms)
-    total = schedule_of(runs).weights.sum(1)
+    total = schedule_of(runs).after(1 / 3).weights.sum(1)
     assert seen[0] == pytest.approx({"dist": total[0].item()})
     assert seen[14] == pytest.approx({"dist": total[-1].item()})
 
@@ -281,7 +281,7 @@ def test_a_schedule_serves_another_pair_by_level(runs, monkeypatch):
     """A WRN student, whose taps have other names."""
     changes = {"student": {"model": "wrn_16_1", "params": {}}}
     seen, _, _ = weights_of_run("searched", runs, monkeypatch, changes)
-    schedule = schedule_of(runs)
+    schedule = schedule_of(runs).after(1 / 3)
     assert set(seen[0]) != set(schedule.keys) and "kd" in seen[0]
     assert list(seen[0].values()) == pytest.approx(schedule.weights[0].tolist())
     assert list(seen[14].values()) == pytest.approx(schedule.weights[-1].tolist())
@@ -299,7 +299,7 @@ def test_levels_that_do_not_fit_are_said_and_a_mapping_joins_them(runs, monkeypa
     mapping = {"layer2:pre_relu<-layer3@conv1x1": "layer3:pre_relu<-layer3@conv1x1"}
     changes["retrain"] = {"weights": "searched", "mapping": mapping}
     seen, _, _ = weights_of_run("searched", runs, monkeypatch, changes)
-    first, _, third, kd = schedule_of(runs).weights[0].tolist()
+    first, _, third, kd = schedule_of(runs).after(1 / 3).weights[0].tolist()
     assert list(seen[0].values()) == pytest.approx([first, third, kd])
 
 
