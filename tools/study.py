@@ -121,8 +121,8 @@ class Study:
         """The command that makes a row."""
         out = self.out(label, seed).relative_to(ROOT)
         if tune := self.searches.get(label, {}).get("tune"):
-            command = ["python", "tools/tune.py", self.config(label), "--out", str(out), *map(str, tune), "--"]
-            return [*command, *self.overrides(label, seed)]
+            command = ["python", "tools/tune.py", self.config(label), *self.overrides(label, seed)]
+            return [*command, "--out", str(out), *map(str, tune)]
         if label in self.searches:
             command = ["distpro", "search", self.config(label)]
         elif self.tuned(label):
