@@ -414,12 +414,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of rows and tables")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--render", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="these runs and searches, of those that are missing")
     parser.add_argument("--repeat", nargs=2, metavar=("LABEL", "SEED"), help="run a row once more and compare")
     options = parser.parse_args()
     study = Study(options.study, options.results)
     if options.repeat:
         sys.exit(not study.repeat(options.repeat[0], int(options.repeat[1])))
-    missing = study.missing()
+    missing = [job for job in study.missing() if not options.only or job[0] in options.only]
     if options.dry_run:
         total = 0.0
         for label, seed in missing:
