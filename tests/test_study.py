@@ -6,12 +6,24 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from distpro import build
+from distpro.config import read_config
+from distpro.data import split
+
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("study", ROOT / "tools" / "study.py")
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+study, tune, horizon = tool("study"), tool("tune"), tool("horizon")
 
 CONTENT = """
 config: search_configs/digits.yaml
@@ -58,7 +70,7 @@ def test_a_schedule_may_come_from_another_study(example, tmp_path):
 
 
 def test_every_run_at_every_budget(example, tmp_path):
-    example.path.write_text(CONTENT + "epochs: [2, 4]\nfigure: budgets\n")
+    example.path.write_text(CONTENT + "epochs: [2, 4]\nfigures: [budgets]\n")
     budgets = study.Study(example.path, tmp_path)
     assert list(budgets.runs) == [f"{k}, {n} epochs" for k in ("equal", "searched") for n in (2, 4)]
     assert "training.epochs=4" in budgets.command("equal, 4 epochs", 0)
@@ -95,3 +107,23 @@ def test_level_shares_leave_out_terms_without_a_level():
     learned = {"teacher_levels": [1, 2, 2, 0], "weights": [[0.2, 0.1, 0.1, 5.0], [0.3, 0.05, 0.05, 9.0]]}
     assert study._share(learned, 1) == pytest.approx([0.5, 0.75])
     assert study._share(learned, 2) == pytest.approx([0.5, 0.25])
+
+
+def test_static_weights_are_tuned_on_the_split_of_the_search(tmp_path):
+    config = read_config({"data": {"name": "digits", "samples": 200}, "student": {"model": "resnet8"}, "seed": 3})
+    tune.write_split(config, tmp_path / "split.npz")
+    validation, train = split(build.build_data(config).train, config.search.validation_fraction, 3)
+    with np.load(tmp_path / "split.npz") as arrays:
+        assert (len(arrays["x_train"]), len(arrays["x_test"])) == (len(train), len(validation)) == (160, 40)
+        assert np.array_equal(arrays["x_test"].transpose(0, 3, 1, 2), validation.images.numpy())
+        assert np.array_equal(arrays["y_train"], train.labels.numpy())
+
+
+def test_the_table_of_horizons_leaves_out_the_first_steps():
+    content = {
+        "keys": ["a"],
+        "first": 2,
+        "h": {"1": [[[9.0], [9.0], [-0.002], [0.004]]], "2": [[[9.0], [-0.001], [-0.003]]]},
+    }
+    # K = 1: mean 1e-3, deviation 3√2 e-3, two windows; K = 2: mean -2e-3, deviation √2 e-3
+    assert "| a | +1.0 ± 3.0 (1 of 2) | -2.0 ± 1.0 (2 of 2) |" in horizon.render(content)

@@ -13,7 +13,7 @@ The file says:
     searches:                           # overrides of the searches by name, each run once per seed; absent: no search
       search: {}
     epochs: [2, 4, 8]                   # every run at each of these budgets; absent: at the config's
-    figure: budgets                     # or levels, weights, see FIGURES; absent: none
+    figures: [bars]                     # see FIGURES; absent: none
     runs:
       KD: {pathways: null, terms: [{loss: kd, weight: 1}], retrain.weights: constant}
       searched: {search: search}        # which search's schedule it replays; may be left out if there is one search only
@@ -24,7 +24,7 @@ arguments, and a run of it takes the config that it has written.
 
 Each run is a `distpro` process of its own; `--jobs` of them run side by side. One row per finished run is appended to
 docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are
-there are not run again. The table goes to docs/results/<study>.md, the figure to docs/figures/<study>.png, and both
+there are not run again. The table goes to docs/results/<study>.md, the figures to docs/figures, and both
 into the pages of docs/ that have a place for them. A run alone, without a row: `--repeat LABEL SEED`, which compares
 its accuracy with the row's.
 """
@@ -256,10 +256,10 @@ class Study:
         lines[-1] += f"; device {rows[0]['device']}; {rows[0]['threads']} threads a run; revisions "
         lines[-1] += ", ".join(sorted({f"`{r['revision']}`" for r in rows})) + "."
         lines += ["", "</details>", ""]
-        if draws := self.content.get("figure"):
-            path = ROOT / "docs" / "figures" / f"{self.name}.png"
-            FIGURES[draws](self, path)
-            lines += [f"![{self.name}](figures/{path.name})", ""]
+        for kind in self.content.get("figures", []):
+            path = ROOT / "docs" / "figures" / f"{self.name}_{kind}.png"
+            FIGURES[kind](self, path)
+            lines += [f"![{self.name}: {kind}](figures/{path.name})", ""]
         return "\n".join(lines)
 
 
@@ -308,6 +308,27 @@ def draw_budgets(study: Study, path: Path) -> None:
     _save(figure, path)
 
 
+def draw_bars(study: Study, path: Path) -> None:
+    """Accuracy of every run: mean, and a dot per seed."""
+    plt = _pyplot()
+    found = {k: [r["accuracy"] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
+    found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
+    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.27 * len(found)))
+    means = [statistics.mean(values) for values in found.values()]
+    learned = [
+        study.search_of(k) is not None and study.runs[k].get("retrain.weights", "searched") == "searched" for k in found
+    ]
+    axis.barh(range(len(found)), means, color=["C0" if x else "0.8" for x in learned])
+    for place, values in enumerate(found.values()):
+        axis.plot(values, [place] * len(values), "o", markersize=3, color="black")
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    lowest = min(min(values) for values in found.values())
+    axis.set(xlim=(lowest - 3, None), xlabel="test accuracy, %; dots: seeds; blue: learned schedules")
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
 def draw_levels(study: Study, path: Path) -> None:
     """Each teacher level's share of the weight over a search, a panel per search: mean and spread over seeds."""
     plt = _pyplot()
@@ -339,6 +360,8 @@ def _share(learned: dict[str, Any], level: int) -> list[float]:
 def draw_weights(study: Study, path: Path) -> None:
     """The weight that each term of a search ends with, relative to where it began: mean and every seed."""
     plt = _pyplot()
+    from matplotlib.ticker import NullLocator
+
     found = {k: rows for k, rows in study.found().items() if "learned" in rows[min(rows)]}
     figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 5), squeeze=False, layout="constrained")
     for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
@@ -354,10 +377,12 @@ def draw_weights(study: Study, path: Path) -> None:
         axis.set_yticks(places, keys, fontsize=7)
         axis.invert_yaxis()
         axis.set(xscale="log", xlabel="last weight / first weight", title=f"{name}, {len(rows)} seeds")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
     _save(figure, path)
 
 
-FIGURES = {"budgets": draw_budgets, "levels": draw_levels, "weights": draw_weights}
+FIGURES = {"bars": draw_bars, "budgets": draw_budgets, "levels": draw_levels, "weights": draw_weights}
 
 
 def _pyplot() -> Any:

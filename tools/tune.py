@@ -54,8 +54,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    import optuna
-
+    try:
+        import optuna
+    except ImportError:
+        raise SystemExit("tune.py needs optuna: pip install 'distpro[study]'") from None
     published = {loss: float(weight) for loss, _, weight in (text.partition("=") for text in options.weights)}
     overrides = [*options.overrides, "pathways=null", "retrain.weights=constant"]
     config = read_config(options.config, overrides)
