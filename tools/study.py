@@ -169,7 +169,7 @@ class Study:
             **json.loads((out / "result.json").read_text()),
             "command": shlex.join(self.command(label, seed)),
             "packages": environment["packages"],
-            "revision": environment["revision"],
+            "revision": _revision(environment["revision"]),
             "threads": environment["threads"],
             "device": environment["device"],
         }
@@ -261,6 +261,13 @@ class Study:
             FIGURES[kind](self, path)
             lines += [f"![{self.name}: {kind}](figures/{path.name})", ""]
         return "\n".join(lines)
+
+
+def _revision(described: str) -> str:
+    """Without the "-dirty" that comes of the rows, tables and figures themselves."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]
+    changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    return described if changed else described.removesuffix("-dirty")
 
 
 def at_budget(label: str, epochs: int) -> str:
