@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,8 @@ from distpro.data import split
 ROOT = Path(__file__).parent.parent
 
 
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-study, tune, horizon = tool("study"), tool("tune"), tool("horizon")
+sys.path.insert(0, str(ROOT / "tools"))
+study, figures, tune, horizon = map(importlib.import_module, ("study", "study_figures", "tune", "horizon"))
 
 CONTENT = """
 config: search_configs/digits.yaml
@@ -77,6 +72,23 @@ def test_every_run_at_every_budget(example, tmp_path):
     assert "training.epochs=2" in budgets.command("search", 0)
 
 
+def test_epochs_to_an_accuracy_are_interpolated_in_their_logarithm(example, tmp_path):
+    example.path.write_text(CONTENT + "epochs: [2, 8]\nreach: ['equal, 8 epochs']\n")
+    budgets = study.Study(example.path, tmp_path)
+    accuracies = {
+        "equal, 2 epochs": 40.0,
+        "equal, 8 epochs": 60.0,
+        "searched, 2 epochs": 50.0,
+        "searched, 8 epochs": 70.0,
+    }
+    budgets.results.write_text("".join(json.dumps(row(k, 0, a)) + "\n" for k, a in accuracies.items()))
+    table = budgets.render()
+    assert (
+        "| equal | 8 |" in table and "| searched | 4.0 |" in table
+    )  # half the way from 50 to 70, half of two doublings
+    assert study.epochs_to(40.0, {2: 50.0}) == "at most 2" and study.epochs_to(60.0, {2: 50.0}) == "more than 2"
+
+
 def test_rows_that_are_there_are_not_run_again(example):
     assert len(example.missing()) == 9
     example.results.write_text(json.dumps(row("equal", 1, 50.0)) + "\n")
@@ -105,8 +117,8 @@ def test_a_page_takes_the_table_in_its_place(example, tmp_path):
 
 def test_level_shares_leave_out_terms_without_a_level():
     learned = {"teacher_levels": [1, 2, 2, 0], "weights": [[0.2, 0.1, 0.1, 5.0], [0.3, 0.05, 0.05, 9.0]]}
-    assert study._share(learned, 1) == pytest.approx([0.5, 0.75])
-    assert study._share(learned, 2) == pytest.approx([0.5, 0.25])
+    assert figures._share(learned, 1) == pytest.approx([0.5, 0.75])
+    assert figures._share(learned, 2) == pytest.approx([0.5, 0.25])
 
 
 def test_static_weights_are_tuned_on_the_split_of_the_search(tmp_path):

@@ -13,7 +13,8 @@ The file says:
     searches:                           # overrides of the searches by name, each run once per seed; absent: no search
       search: {}
     epochs: [2, 4, 8]                   # every run at each of these budgets; absent: at the config's
-    figures: [bars]                     # see FIGURES; absent: none
+    reach: ["KD, 8 epochs"]             # with epochs: tell how many epochs each needs for the accuracy of these rows
+    figures: [bars]                     # see tools/study_figures.py; absent: none
     runs:
       KD: {pathways: null, terms: [{loss: kd, weight: 1}], retrain.weights: constant}
       searched: {search: search}        # which search's schedule it replays; may be left out if there is one search only
@@ -43,9 +44,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from study_figures import FIGURES, at_budget
 
 from distpro.checkpoint import write_atomically
 from distpro.config import read_config
@@ -55,6 +57,21 @@ from distpro.schedule import Schedule
 ROOT = Path(__file__).resolve().parent.parent
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+class Search(NamedTuple):
+    """A search of a study, which runs of it or of another study replay."""
+
+    study: Study
+    label: str
+
+    def schedule(self, seed: int) -> Path:
+        return self.study.out(self.label, seed) / "alpha.pt"
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it is one of tools/tune.py, which finds no schedule but a config."""
+        return "tune" in self.study.searches.get(self.label, {})
 
 
 class Study:
@@ -96,44 +113,35 @@ class Study:
             f"{key}={json.dumps(value)}" for key, value in merged.items() if key not in ("config", "search", "tune")
         ]
 
-    def search_of(self, label: str) -> tuple[Study, str] | None:
-        """The search whose schedule a run replays, and the study that it belongs to."""
+    def search_of(self, label: str) -> Search | None:
+        """The search that a run replays. None: it needs no search, or is one."""
+        if label in self.searches:
+            return None
         own = {**self.content.get("set", {}), **self.runs[label]}
         if own.get("retrain.weights", "searched") in ("constant", "none") and "search" not in own:
             return None
         study, _, name = own.get("search", next(iter(self.searches), "")).rpartition("/")
-        return (Study(self.path.with_name(f"{study}.yaml"), self.results.parent) if study else self), name
+        return Search(Study(self.path.with_name(f"{study}.yaml"), self.results.parent) if study else self, name)
 
     def out(self, label: str, seed: int) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', label)}-{seed}"
 
-    def schedule(self, label: str, seed: int) -> Path | None:
-        """Path of the schedule that a run replays."""
-        search = self.search_of(label)
-        return search[0].out(search[1], seed) / "alpha.pt" if search else None
-
-    def tuned(self, label: str) -> bool:
-        """Whether a run takes what tools/tune.py has found."""
-        search = self.search_of(label)
-        return search is not None and "tune" in search[0].searches.get(search[1], {})
-
     def command(self, label: str, seed: int) -> list[str]:
         """The command that makes a row."""
-        out = self.out(label, seed).relative_to(ROOT)
-        if tune := self.searches.get(label, {}).get("tune"):
-            command = ["python", "tools/tune.py", self.config(label), *self.overrides(label, seed)]
-            return [*command, "--out", str(out), *map(str, tune)]
-        if label in self.searches:
-            command = ["distpro", "search", self.config(label)]
-        elif self.tuned(label):
-            schedule = self.schedule(label, seed)
-            assert schedule is not None
-            command = ["distpro", "retrain", str(schedule.with_name("tuned.yaml").relative_to(ROOT))]
+        search, tune = self.search_of(label), self.searches.get(label, {}).get("tune")
+        config, options = self.config(label), []
+        if tune:
+            program = ["python", "tools/tune.py"]
+        elif label in self.searches:
+            program = ["distpro", "search"]
         else:
-            command = ["distpro", "retrain", self.config(label)]
-            if schedule := self.schedule(label, seed):
-                command += ["--schedule", str(schedule.relative_to(ROOT))]
-        return [*command, *self.overrides(label, seed), "--out", str(out)]
+            program = ["distpro", "retrain"]
+        if search and search.tunes:
+            config = str(search.schedule(seed).with_name("tuned.yaml").relative_to(ROOT))
+        elif search:
+            options = ["--schedule", str(search.schedule(seed).relative_to(ROOT))]
+        out = ["--out", str(self.out(label, seed).relative_to(ROOT))]
+        return [*program, config, *options, *self.overrides(label, seed), *out, *map(str, tune or [])]
 
     def missing(self) -> list[tuple[str, int]]:
         """Runs without a row, searches first, seed by seed: what is there when time is up is comparable."""
@@ -188,17 +196,23 @@ class Study:
         (self.out(label, seed) / "checkpoint.pt").unlink(missing_ok=True)
         print(f"{self.name}: {label}, seed {seed}: {row['accuracy']:.2f} ({row['seconds']:.0f} s)", flush=True)
 
+    def run_all(self, jobs: list[tuple[str, int]], side_by_side: int) -> None:
+        """Run rows and keep them."""
+        for group in (self.searches, self.runs):  # the schedules have to be there before the retrains
+            with ThreadPoolExecutor(side_by_side) as pool:
+                list(pool.map(lambda job: self.run(*job), [job for job in jobs if job[0] in group]))
+
     def repeat(self, label: str, seed: int) -> bool:
         """Run a row once more, with the schedule that is in `runs/`, and say whether it comes to the same accuracy."""
         kept = next((r for r in self.rows() if (r["label"], r["seed"]) == (label, seed)), None)
         if kept is None:
             raise SystemExit(f"{self.results}: no row '{label}' with seed {seed}")
-        schedule = None if label in self.searches else self.schedule(label, seed)
-        if schedule and not (schedule.parent / "result.json").exists():
-            study, search = self.search_of(label)  # type: ignore[misc]
-            study.execute(search, seed, schedule.parent)
-        out = self.out(label, seed)
-        row = self.execute(label, seed, out.with_name(f"{out.name}-repeated"))
+        search, out = self.search_of(label), self.out(label, seed)
+        if search and not (folder := search.study.out(search.label, seed)).joinpath("result.json").exists():
+            search.study.execute(search.label, seed, folder)
+        out = out.with_name(f"{out.name}-repeated")
+        shutil.rmtree(out, ignore_errors=True)
+        row = self.execute(label, seed, out)
         same = row is not None and (row["accuracy"], row["loss"]) == (kept["accuracy"], kept["loss"])
         print(
             f"{self.name}: {label}, seed {seed}: row of revision {kept['revision']}: {kept['accuracy']}, {kept['loss']}"
@@ -217,7 +231,7 @@ class Study:
 
     def seconds(self, label: str) -> float:
         """Mean seconds of a run, its search included."""
-        search = None if label in self.searches else self.search_of(label)
+        search = self.search_of(label)
         parts = [(self, label), *([search] if search else [])]
         rows = [study.found().get(name, {}).values() for study, name in parts]
         return sum(statistics.mean(r["seconds"] for r in found) for found in rows if found)
@@ -245,9 +259,11 @@ class Study:
                 str(len(mine)),
                 *([difference] if baseline else []),
                 f"{statistics.mean(r['seconds'] for r in mine.values()):.0f}",
-                "" if searching or not self.search_of(label) else f"{self.seconds(label):.0f}",
+                f"{self.seconds(label):.0f}" if self.search_of(label) else "",
             ]
             lines.append(f"| {' | '.join(values)} |")
+        if targets := [t for t in self.content.get("reach", []) if t in found]:
+            lines += ["", *self.reached(targets)]
         lines += ["", "<details><summary>The commands of the first seed, and the versions</summary>", ""]
         lines += ["The other seeds' differ in `seed=` and paths only.", "", "```"]
         lines += [r["command"] for r in rows if r["seed"] == self.seeds[0]]
@@ -262,16 +278,41 @@ class Study:
             lines += [f"![{self.name}: {kind}](figures/{path.name})", ""]
         return "\n".join(lines)
 
+    def reached(self, targets: list[str]) -> list[str]:
+        """Markdown: the epochs that each run needs for the mean accuracy of the target rows.
+
+        Between two budgets the accuracy is taken to be linear in the logarithm of the epochs.
+        """
+        found, budgets = self.found(), sorted(self.content["epochs"])
+        goals = [statistics.mean(r["accuracy"] for r in found[t].values()) for t in targets]
+        titles = [f"epochs to {goal:.2f} % ({target})" for goal, target in zip(goals, targets, strict=True)]
+        lines = [f"| weights | {' | '.join(titles)} |", "|---|" + "---|" * len(goals)]
+        for base in self.content["runs"]:
+            rows = {n: found[label].values() for n in budgets if (label := at_budget(base, n)) in found}
+            curve = {n: statistics.mean(r["accuracy"] for r in at) for n, at in rows.items()}
+            if curve:
+                lines.append(f"| {base} | {' | '.join(epochs_to(goal, curve) for goal in goals)} |")
+        return lines
+
+
+def epochs_to(goal: float, curve: dict[int, float]) -> str:
+    """Where accuracy by epochs first comes to ``goal``."""
+    before: tuple[int, float] | None = None
+    for epochs, accuracy in curve.items():
+        if accuracy >= goal:
+            if before is None or accuracy == goal:
+                return f"{'at most ' if accuracy > goal else ''}{epochs}"
+            share = (goal - before[1]) / (accuracy - before[1])
+            return f"{before[0] * (epochs / before[0]) ** share:.1f}"
+        before = epochs, accuracy
+    return f"more than {max(curve)}"
+
 
 def _revision(described: str) -> str:
     """Without the "-dirty" that comes of the rows, tables and figures themselves."""
     command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]
     changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
     return described if changed else described.removesuffix("-dirty")
-
-
-def at_budget(label: str, epochs: int) -> str:
-    return f"{label}, {epochs} epochs"
 
 
 POINTS = 25
@@ -286,126 +327,6 @@ def summary(schedule: Schedule) -> dict[str, Any]:
         "scales": [float(f"{x:.4g}") for x in schedule.scales.tolist()],
         "weights": [[round(x, 5) for x in row] for row in weights.tolist()],
     }
-
-
-def draw_budgets(study: Study, path: Path) -> None:
-    """Accuracy against epochs, and against seconds with the search's; a training of its own at every point."""
-    plt = _pyplot()
-    found = study.found()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for base in study.content["runs"]:
-        points = []
-        for epochs in study.content["epochs"]:
-            label = at_budget(base, epochs)
-            if label in found:
-                values = [r["accuracy"] for r in found[label].values()]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                points.append((epochs, study.seconds(label), statistics.mean(values), spread))
-        if points:
-            epochs, seconds, means, spreads = zip(*points, strict=True)
-            for axis, x in zip(axes, (epochs, seconds), strict=True):
-                axis.errorbar(x, means, spreads, marker="o", markersize=4, capsize=3, label=base)
-    axes[0].set(xlabel="epochs of the training, each with its own learning-rate schedule", ylabel="test accuracy, %")
-    axes[1].set(xlabel="seconds, the search included")
-    for axis in axes:
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    axes[0].set_xticks(study.content["epochs"], [str(e) for e in study.content["epochs"]])
-    axes[0].legend(frameon=False)
-    _save(figure, path)
-
-
-def draw_bars(study: Study, path: Path) -> None:
-    """Accuracy of every run: mean, and a dot per seed."""
-    plt = _pyplot()
-    found = {k: [r["accuracy"] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
-    found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
-    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.27 * len(found)))
-    means = [statistics.mean(values) for values in found.values()]
-    learned = [
-        study.search_of(k) is not None and study.runs[k].get("retrain.weights", "searched") == "searched" for k in found
-    ]
-    axis.barh(range(len(found)), means, color=["C0" if x else "0.8" for x in learned])
-    for place, values in enumerate(found.values()):
-        axis.plot(values, [place] * len(values), "o", markersize=3, color="black")
-    axis.set_yticks(range(len(found)), list(found))
-    axis.invert_yaxis()
-    lowest = min(min(values) for values in found.values())
-    axis.set(xlim=(lowest - 3, None), xlabel="test accuracy, %; dots: seeds; blue: learned schedules")
-    axis.grid(axis="x", alpha=0.3)
-    _save(figure, path)
-
-
-def draw_levels(study: Study, path: Path) -> None:
-    """Each teacher level's share of the weight over a search, a panel per search: mean and spread over seeds."""
-    plt = _pyplot()
-    found = {k: rows for k, rows in study.found().items() if "learned" in rows[min(rows)]}
-    figure, axes = plt.subplots(1, len(found), figsize=(4.5 * len(found), 3.5), sharey=True, squeeze=False)
-    for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
-        levels = sorted({i for r in rows.values() for i in r["learned"]["teacher_levels"] if i})
-        for level in levels:
-            shares = [_share(r["learned"], level) for r in rows.values()]
-            mean = [statistics.mean(x) for x in zip(*shares, strict=True)]
-            time = [n / (len(mean) - 1) for n in range(len(mean))]
-            (line,) = axis.plot(time, mean, label=f"teacher level {level}")
-            for share in shares:
-                axis.plot(time, share, color=line.get_color(), alpha=0.25, linewidth=0.8)
-        axis.set(title=f"{name}, {len(rows)} seeds", xlabel="fraction of the search")
-        axis.grid(alpha=0.3)
-    axes[0][0].set(ylabel="share of the terms that read a level")
-    axes[0][0].legend(frameon=False)
-    _save(figure, path)
-
-
-def _share(learned: dict[str, Any], level: int) -> list[float]:
-    placed = learned["teacher_levels"]
-    mine = [[w for w, i in zip(row, placed, strict=True) if i == level] for row in learned["weights"]]
-    everyone = [[w for w, i in zip(row, placed, strict=True) if i] for row in learned["weights"]]
-    return [sum(a) / sum(b) for a, b in zip(mine, everyone, strict=True)]
-
-
-def draw_weights(study: Study, path: Path) -> None:
-    """The weight that each term of a search ends with, relative to where it began: mean and every seed."""
-    plt = _pyplot()
-    from matplotlib.ticker import NullLocator
-
-    found = {k: rows for k, rows in study.found().items() if "learned" in rows[min(rows)]}
-    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 5), squeeze=False, layout="constrained")
-    for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
-        keys = next(iter(rows.values()))["learned"]["keys"]
-        gains = [
-            [e / b for b, e in zip(*(r["learned"]["weights"][n] for n in (0, -1)), strict=True)] for r in rows.values()
-        ]
-        places = list(range(len(keys)))
-        axis.barh(places, [statistics.geometric_mean(x) for x in zip(*gains, strict=True)], color="0.8")
-        for gain in gains:
-            axis.plot(gain, places, "o", markersize=3, color="C0")
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_yticks(places, keys, fontsize=7)
-        axis.invert_yaxis()
-        axis.set(xscale="log", xlabel="last weight / first weight", title=f"{name}, {len(rows)} seeds")
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
-    _save(figure, path)
-
-
-FIGURES = {"bars": draw_bars, "budgets": draw_budgets, "levels": draw_levels, "weights": draw_weights}
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 def _spread(values: list[float]) -> str:
@@ -439,9 +360,20 @@ def cost(study: Study, label: str) -> float:
     return (description.steps or 0) * description.step_macs
 
 
+def plan(study: Study, jobs: list[tuple[str, int]]) -> None:
+    """Print the commands of runs, and what they cost."""
+    total = 0.0
+    for label, seed in jobs:
+        macs = cost(study, label)
+        total += macs
+        print(f"{macs / 1e12:8.1f} TMAC   {shlex.join(study.command(label, seed))}")
+    hours = total / 40e9 / 3600
+    print(f"{total / 1e12:8.1f} TMAC   in {len(jobs)} runs; at 40 GMAC/s a core about {hours:.1f} core hours")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
+    parser.add_argument("studies", type=Path, nargs="+", metavar="study")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1))
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of rows and tables")
     parser.add_argument("--dry-run", action="store_true")
@@ -449,29 +381,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="these runs and searches, of those that are missing")
     parser.add_argument("--repeat", nargs=2, metavar=("LABEL", "SEED"), help="run a row once more and compare")
     options = parser.parse_args()
-    study = Study(options.study, options.results)
+    studies = [Study(path, options.results) for path in options.studies]
     if options.repeat:
-        sys.exit(not study.repeat(options.repeat[0], int(options.repeat[1])))
-    missing = [job for job in study.missing() if not options.only or job[0] in options.only]
-    if options.dry_run:
-        total = 0.0
-        for label, seed in missing:
-            macs = cost(study, label)
-            total += macs
-            print(f"{macs / 1e12:8.1f} TMAC   {shlex.join(study.command(label, seed))}")
-        hours = total / 40e9 / 3600
-        print(f"{total / 1e12:8.1f} TMAC   in {len(missing)} runs; at 40 GMAC/s a core about {hours:.1f} core hours")
-        return
-    if not options.render:
-        for group in (study.searches, study.runs):  # the schedules have to be there before the retrains
-            with ThreadPoolExecutor(options.jobs) as pool:
-                list(pool.map(lambda job: study.run(*job), [job for job in missing if job[0] in group]))
-    if study.rows():
-        text = study.render()
-        write_atomically(text, study.results.with_suffix(".md"))
-        print(text)
-        for page in sorted((ROOT / "docs").glob("*.md")):
-            splice(page, study.name, text)
+        sys.exit(not studies[0].repeat(options.repeat[0], int(options.repeat[1])))
+    for study in studies:
+        missing = [job for job in study.missing() if not options.only or job[0] in options.only]
+        if options.dry_run:
+            plan(study, missing)
+            continue
+        if not options.render:
+            study.run_all(missing, options.jobs)
+        if study.rows():
+            text = study.render()
+            write_atomically(text, study.results.with_suffix(".md"))
+            print(text)
+            for page in sorted((ROOT / "docs").glob("*.md")):
+                splice(page, study.name, text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""The figures that a study's YAML file may ask for, see tools/study.py."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from study import Study
+
+
+def at_budget(label: str, epochs: int) -> str:
+    """The label of a run at one of a study's budgets."""
+    return f"{label}, {epochs} epochs"
+
+
+def draw_budgets(study: Study, path: Path) -> None:
+    """Accuracy against epochs, and against seconds with the search's; a training of its own at every point."""
+    plt = _pyplot()
+    found = study.found()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for base in study.content["runs"]:
+        points = []
+        for epochs in study.content["epochs"]:
+            label = at_budget(base, epochs)
+            if label in found:
+                values = [r["accuracy"] for r in found[label].values()]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                points.append((epochs, study.seconds(label), statistics.mean(values), spread))
+        if points:
+            epochs, seconds, means, spreads = zip(*points, strict=True)
+            for axis, x in zip(axes, (epochs, seconds), strict=True):
+                axis.errorbar(x, means, spreads, marker="o", markersize=4, capsize=3, label=base)
+    axes[0].set(xlabel="epochs of the training, each with its own learning-rate schedule", ylabel="test accuracy, %")
+    axes[1].set(xlabel="seconds, the search included")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0].set_xticks(study.content["epochs"], [str(e) for e in study.content["epochs"]])
+    axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_bars(study: Study, path: Path) -> None:
+    """Accuracy of every run: mean, and a dot per seed."""
+    plt = _pyplot()
+    found = {k: [r["accuracy"] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
+    found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
+    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.27 * len(found)))
+    means = [statistics.mean(values) for values in found.values()]
+    learned = [
+        study.search_of(k) is not None and study.runs[k].get("retrain.weights", "searched") == "searched" for k in found
+    ]
+    axis.barh(range(len(found)), means, color=["C0" if x else "0.8" for x in learned])
+    for place, values in enumerate(found.values()):
+        axis.plot(values, [place] * len(values), "o", markersize=3, color="black")
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    lowest = min(min(values) for values in found.values())
+    axis.set(xlim=(lowest - 3, None), xlabel="test accuracy, %; dots: seeds; blue: learned schedules")
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def draw_levels(study: Study, path: Path) -> None:
+    """Each teacher level's share of the weight over a search, a panel per search: mean and spread over seeds."""
+    plt = _pyplot()
+    found = {k: rows for k, rows in study.found().items() if "learned" in rows[min(rows)]}
+    figure, axes = plt.subplots(1, len(found), figsize=(4.5 * len(found), 3.5), sharey=True, squeeze=False)
+    for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
+        levels = sorted({i for r in rows.values() for i in r["learned"]["teacher_levels"] if i})
+        for level in levels:
+            shares = [_share(r["learned"], level) for r in rows.values()]
+            mean = [statistics.mean(x) for x in zip(*shares, strict=True)]
+            time = [n / (len(mean) - 1) for n in range(len(mean))]
+            (line,) = axis.plot(time, mean, label=f"teacher level {level}")
+            for share in shares:
+                axis.plot(time, share, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        axis.set(title=f"{name}, {len(rows)} seeds", xlabel="fraction of the search")
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="share of the terms that read a level")
+    axes[0][0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _share(learned: dict[str, Any], level: int) -> list[float]:
+    placed = learned["teacher_levels"]
+    mine = [[w for w, i in zip(row, placed, strict=True) if i == level] for row in learned["weights"]]
+    everyone = [[w for w, i in zip(row, placed, strict=True) if i] for row in learned["weights"]]
+    return [sum(a) / sum(b) for a, b in zip(mine, everyone, strict=True)]
+
+
+def draw_weights(study: Study, path: Path) -> None:
+    """The weight that each term of a search ends with, relative to where it began: mean and every seed."""
+    plt = _pyplot()
+    from matplotlib.ticker import NullLocator
+
+    found = {k: rows for k, rows in study.found().items() if "learned" in rows[min(rows)]}
+    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 5), squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
+        keys = next(iter(rows.values()))["learned"]["keys"]
+        gains = [
+            [e / b for b, e in zip(*(r["learned"]["weights"][n] for n in (0, -1)), strict=True)] for r in rows.values()
+        ]
+        places = list(range(len(keys)))
+        axis.barh(places, [statistics.geometric_mean(x) for x in zip(*gains, strict=True)], color="0.8")
+        for gain in gains:
+            axis.plot(gain, places, "o", markersize=3, color="C0")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(places, keys, fontsize=7)
+        axis.invert_yaxis()
+        axis.set(xscale="log", xlabel="last weight / first weight", title=f"{name}, {len(rows)} seeds")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
+    _save(figure, path)
+
+
+FIGURES = {"bars": draw_bars, "budgets": draw_budgets, "levels": draw_levels, "weights": draw_weights}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
