@@ -64,6 +64,14 @@ def test_a_schedule_may_come_from_another_study(example, tmp_path):
     assert "| foreign | 50.00 | 1 |  | 10 | 17 |" in example.render()  # the other study's search is paid for
 
 
+def test_rows_may_be_shared_with_another_study(example, tmp_path):
+    (tmp_path / "other.yaml").write_text(CONTENT)
+    (tmp_path / "other.jsonl").write_text(json.dumps(row("searched", 1, 40.0)) + "\n")
+    example.content["shared"] = {"equal": "other/searched"}
+    assert [(r["label"], r["seed"], r["accuracy"]) for r in example.rows()] == [("equal", 1, 40.0)]
+    assert ("equal", 1) not in example.missing() and ("equal", 0) in example.missing()
+
+
 def test_every_run_at_every_budget(example, tmp_path):
     example.path.write_text(CONTENT + "epochs: [2, 4]\nfigures: [budgets]\n")
     budgets = study.Study(example.path, tmp_path)

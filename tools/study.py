@@ -14,6 +14,7 @@ The file says:
       search: {}
     epochs: [2, 4, 8]                   # every run at each of these budgets; absent: at the config's
     reach: ["KD, 8 epochs"]             # with epochs: tell how many epochs each needs for the accuracy of these rows
+    shared: {"KD, 2 epochs": other/KD}  # rows that another study has, the label here first
     figures: [bars]                     # see tools/study_figures.py; absent: none
     runs:
       KD: {pathways: null, terms: [{loss: kd, weight: 1}], retrain.weights: constant}
@@ -96,12 +97,18 @@ class Study:
         self.folder = ROOT / "runs" / self.name
 
     def rows(self) -> list[dict[str, Any]]:
-        """Rows of the results file, those of this study's labels and seeds."""
-        if not self.results.exists():
-            return []
-        rows = [json.loads(line) for line in self.results.read_text().splitlines()]
+        """Rows of this study's labels and seeds: of its results file, and those that it shares with other studies."""
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        rows = [json.loads(line) for line in lines]
+        for label, source in self.content.get("shared", {}).items():
+            study, _, theirs = source.partition("/")
+            rows += [{**r, "label": label} for r in self.other(study).rows() if r["label"] == theirs]
         known = self.runs.keys() | self.searches.keys()
         return [r for r in rows if r["label"] in known and r["seed"] in self.seeds]
+
+    def other(self, name: str) -> Study:
+        """The study in the file beside this one."""
+        return Study(self.path.with_name(f"{name}.yaml"), self.results.parent)
 
     def config(self, label: str) -> str:
         return str({**self.runs, **self.searches}[label].get("config", self.content["config"]))
@@ -121,7 +128,7 @@ class Study:
         if own.get("retrain.weights", "searched") in ("constant", "none") and "search" not in own:
             return None
         study, _, name = own.get("search", next(iter(self.searches), "")).rpartition("/")
-        return Search(Study(self.path.with_name(f"{study}.yaml"), self.results.parent) if study else self, name)
+        return Search(self.other(study) if study else self, name)
 
     def out(self, label: str, seed: int) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', label)}-{seed}"
