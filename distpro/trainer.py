@@ -268,7 +268,8 @@ class Trainer:
             losses = {"task": task, **dict(zip(self.objective.keys, terms, strict=True))}
             wrong = next(name for name, value in losses.items() if not math.isfinite(value))
             raise UserError(
-                f"training diverged: the {wrong} loss is {losses[wrong]} at step {self.step} (lower the learning rate?)"
+                f"training diverged: the {wrong} loss is {losses[wrong]} at step {self.step} "
+                "(lower the learning rate or training.distill_weight?)"
             )
 
     def _record(self, values: dict[str, Any]) -> None:
