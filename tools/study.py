@@ -261,7 +261,7 @@ class Study:
             searching = label in self.searches
             difference = "" if label == baseline or searching else _interval(differences)
             values = [
-                f"(the search {label})" if searching else label,
+                f"({label})" if searching else label,
                 _spread([r["accuracy"] for r in mine.values()]),
                 str(len(mine)),
                 *([difference] if baseline else []),
