@@ -37,6 +37,7 @@ def draw_budgets(study: Study, path: Path) -> None:
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
+    axes[1].xaxis.set_major_formatter("{x:.0f}")
     axes[0].set_xticks(study.content["epochs"], [str(e) for e in study.content["epochs"]])
     axes[0].legend(frameon=False)
     _save(figure, path)
