@@ -112,6 +112,8 @@ def test_the_table_pairs_rows_by_seed(example):
     assert "| equal | 52.00 ± 2.00 | 3 |" in table
     # differences 1, 1.5, 0.5: mean 1, deviation 0.5, t(2) = 4.30, so ± 4.30 · 0.5 / √3 = 1.24
     assert "+1.00 [-0.24, +2.24]" in table
+    example.content["baseline"] = ["equal", "searched"]
+    assert "| 52.00 ± 2.00 | 3 |  | -1.00 [-2.24, +0.24] |" in example.render()
 
 
 def test_a_page_takes_the_table_in_its_place(example, tmp_path):

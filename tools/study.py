@@ -8,7 +8,7 @@ The file says:
 
     config: search_configs/x.yaml       # pair, data, search and training
     seeds: [0, 1, 2]
-    baseline: equal                     # label that the others are compared with, seed by seed
+    baseline: equal                     # label, or list of them, that the others are compared with, seed by seed
     set: {threads: 1}                   # overrides of every run
     searches:                           # overrides of the searches by name, each run once per seed; absent: no search
       search: {}
@@ -246,25 +246,24 @@ class Study:
     def render(self) -> str:
         """Markdown: mean ± standard deviation, and paired differences to the baseline with a 95 % interval."""
         rows, found = self.rows(), self.found()
-        baseline = self.content.get("baseline")
-        against = found.get(str(baseline), {})
-        compared = f"paired difference to {baseline} | " if baseline else ""
+        baseline = self.content.get("baseline", [])
+        baselines = [baseline] if isinstance(baseline, str) else baseline
+        compared = "".join(f"paired difference to {label} | " for label in baselines)
         lines = [
             f"| weights | last-epoch test accuracy, % | n | {compared}seconds a run | with its search |",
-            "|---|---|---|---|---|" + ("---|" if baseline else ""),
+            "|---|---|---|---|---|" + "---|" * len(baselines),
         ]
         for label in [*self.runs, *self.searches]:
             if label not in found:
                 continue
             mine = found[label]
-            differences = [r["accuracy"] - against[s]["accuracy"] for s, r in mine.items() if s in against]
             searching = label in self.searches
-            difference = "" if label == baseline or searching else _interval(differences)
+            against = [{} if searching or label == b else found.get(b, {}) for b in baselines]
             values = [
                 f"({label})" if searching else label,
                 _spread([r["accuracy"] for r in mine.values()]),
                 str(len(mine)),
-                *([difference] if baseline else []),
+                *(_interval([r["accuracy"] - b[s]["accuracy"] for s, r in mine.items() if s in b]) for b in against),
                 f"{statistics.mean(r['seconds'] for r in mine.values()):.0f}",
                 f"{self.seconds(label):.0f}" if self.search_of(label) else "",
             ]
@@ -285,19 +284,23 @@ class Study:
             lines += [f"![{self.name}: {kind}](figures/{path.name})", ""]
         return "\n".join(lines)
 
+    def budgets(self, base: str) -> dict[int, list[float]]:
+        """Accuracies of a run's seeds by epochs, where there are any."""
+        found = self.found()
+        rows = {n: found.get(at_budget(base, n), {}).values() for n in sorted(self.content["epochs"])}
+        return {n: [r["accuracy"] for r in there] for n, there in rows.items() if there}
+
     def reached(self, targets: list[str]) -> list[str]:
         """Markdown: the epochs that each run needs for the mean accuracy of the target rows.
 
         Between two budgets the accuracy is taken to be linear in the logarithm of the epochs.
         """
-        found, budgets = self.found(), sorted(self.content["epochs"])
+        found = self.found()
         goals = [statistics.mean(r["accuracy"] for r in found[t].values()) for t in targets]
         titles = [f"epochs to {goal:.2f} % ({target})" for goal, target in zip(goals, targets, strict=True)]
         lines = [f"| weights | {' | '.join(titles)} |", "|---|" + "---|" * len(goals)]
         for base in self.content["runs"]:
-            rows = {n: found[label].values() for n in budgets if (label := at_budget(base, n)) in found}
-            curve = {n: statistics.mean(r["accuracy"] for r in at) for n, at in rows.items()}
-            if curve:
+            if curve := {n: statistics.mean(accuracies) for n, accuracies in self.budgets(base).items()}:
                 lines.append(f"| {base} | {' | '.join(epochs_to(goal, curve) for goal in goals)} |")
         return lines
 
@@ -390,6 +393,8 @@ def main() -> None:
     options = parser.parse_args()
     studies = [Study(path, options.results) for path in options.studies]
     if options.repeat:
+        if len(studies) > 1:
+            parser.error("--repeat takes one study")
         sys.exit(not studies[0].repeat(options.repeat[0], int(options.repeat[1])))
     for study in studies:
         missing = [job for job in study.missing() if not options.only or job[0] in options.only]

@@ -18,16 +18,12 @@ def at_budget(label: str, epochs: int) -> str:
 def draw_budgets(study: Study, path: Path) -> None:
     """Accuracy against epochs, and against seconds with the search's; a training of its own at every point."""
     plt = _pyplot()
-    found = study.found()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for base in study.content["runs"]:
         points = []
-        for epochs in study.content["epochs"]:
-            label = at_budget(base, epochs)
-            if label in found:
-                values = [r["accuracy"] for r in found[label].values()]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                points.append((epochs, study.seconds(label), statistics.mean(values), spread))
+        for n, values in study.budgets(base).items():
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            points.append((n, study.seconds(at_budget(base, n)), statistics.mean(values), spread))
         if points:
             epochs, seconds, means, spreads = zip(*points, strict=True)
             for axis, x in zip(axes, (epochs, seconds), strict=True):
