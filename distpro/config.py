@@ -10,10 +10,10 @@ import importlib.resources
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distpro.process import parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
@@ -23,6 +23,8 @@ Spec = str | dict[str, Any]
 """A name, or {name: ..., parameters}, or {name: {parameters}}."""
 Moving = float | dict[str, Any]
 """A number, or a process {name: {parameters}}, see `distpro.process`."""
+Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+"""Parameters of what is named beside them. null: none, whatever a base has for another name."""
 
 
 class Section(BaseModel):
@@ -46,7 +48,7 @@ class DataConfig(Section):
     mean: list[float] | None = None
     std: list[float] | None = None
     workers: int = Field(0, ge=0)
-    params: dict[str, Any] = {}
+    params: Params = {}
     num_classes: int | None = Field(None, gt=0, description="for a dry run where the data are not there")
     image_shape: tuple[int, int, int] | None = Field(None, description="likewise, (C, H, W)")
 
@@ -63,7 +65,7 @@ class ModelConfig(Section):
     """A model and where its features are read."""
 
     model: str
-    params: dict[str, Any] = {}
+    params: Params = {}
     checkpoint: str | None = None
     input: InputConfig | None = Field(None, description="of a teacher: its own normalisation and image size")
     weight: float = Field(1.0, ge=0, description="of one of several teachers: its share in their common output")
@@ -85,7 +87,7 @@ class TermConfig(Section):
 
     loss: str
     key: str | None = None
-    params: dict[str, Any] = {}
+    params: Params = {}
     weight: float | Literal["learned", "schedule"] | dict[str, Any] = Field(
         "learned",
         description="a number; a process such as {linear: {initial: 1, final: 0}}; 'learned' (by search, replayed in "

@@ -200,6 +200,13 @@ def test_null_takes_a_section_of_the_base_away(write):
     assert read_config(write("base: base.yaml\npathways: null")).pathways is None
 
 
+def test_null_takes_the_parameters_of_another_model_away(write):
+    write("student: {model: resnet20, params: {shortcut: projection}}", "base.yaml")
+    path = write("base: base.yaml\nstudent: {model: mobilenet_v2, params: null}")
+    assert read_config(path).student.params == {}
+    assert read_config(path, ["student.params.width=1"]).student.params == {"width": 1}
+
+
 def test_merge_is_deep_for_mappings_and_whole_for_lists():
     below = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
     assert merge(below, {"a": {"y": [3]}, "b": {"c": 2}}) == {"a": {"x": 1, "y": [3]}, "b": {"c": 2}}
