@@ -194,7 +194,8 @@ class Trainer:
         self.step += 1
         self._sums[0] += evaluation.task
         self._sums[1:] += evaluation.terms
-        self._counts += torch.tensor([1, len(batch.y)])
+        self._summed += 1
+        self._images += len(batch.y)
 
     def _backward(self, batch: Any, capture: bool) -> Evaluation:
         self.optimizer.zero_grad(set_to_none=True)
@@ -240,17 +241,16 @@ class Trainer:
     def _reset_sums(self) -> None:
         device = next(self.objective.student.parameters()).device
         self._sums = torch.zeros(1 + len(self.objective.entries), device=device)  # task, terms; read only to log
-        self._counts = torch.zeros(2, dtype=torch.int64)  # steps, images
-        self._since = time.perf_counter()
+        self._summed = 0  # steps
+        self._images, self._since = 0, time.perf_counter()
 
     def _log(self, progress: Progress) -> None:
         if self.step % self.log_every and self.step < self.total_steps and self.step % self.steps_per_epoch:
             progress.update(self.step)
             return
         distributed.average([self._sums])
-        steps, images = self._counts.tolist()
-        images *= distributed.world_size()
-        task, *terms = (self._sums / steps).tolist()
+        images = self._images * distributed.world_size()
+        task, *terms = (self._sums / self._summed).tolist()
         values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
@@ -330,6 +330,7 @@ class Trainer:
     def save(self) -> None:
         """Write everything that a resumed run needs to go on to the same numbers."""
         self._share_statistics()
+        distributed.average([self._sums])
         if not distributed.is_main():
             return
         if self.checkpoint_path is not None:
@@ -360,6 +361,8 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "random": random_state(self.objective.student),
             "history": self.history,
+            "sums": self._sums.clone(),
+            "summed": self._summed,
             "seconds": self.seconds,
         }
 
@@ -371,6 +374,8 @@ class Trainer:
         self.weights.load_state_dict(state["weights"])
         self._scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        self._sums.copy_(state["sums"])
+        self._summed = state["summed"]
         set_random_state(state["random"])
 
 
