@@ -39,6 +39,9 @@ class Replay:
     def watches(self, step: int) -> bool:
         return False
 
+    def resumable(self, steps: int) -> bool:
+        return True
+
     def before_update(self, step: int, batch: Any, state: dict[str, Tensor], evaluation: Evaluation) -> None:
         raise AssertionError("a replay watches no step")
 

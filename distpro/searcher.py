@@ -132,6 +132,10 @@ class Searcher:
         """Whether the estimator has to see this step: the last ``window`` ones before each update."""
         return self.every - 1 - step % self.every < self.estimator.window
 
+    def resumable(self, steps: int) -> bool:
+        """Not between the steps that one hypergradient looks at."""
+        return steps % self.every == 0 or not self.watches(steps - 1)
+
     def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], evaluation: Evaluation) -> None:
         """After the backward pass, before the parameters move. ``state``: random state before the forward pass."""
         theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
@@ -184,6 +188,7 @@ class Searcher:
             "scales": self.scales.clone(),
             "history": self.history[:, : self.steps_done].clone(),
             "validation_steps": self.validation_steps,
+            "validation_loss": self.estimator.validation_loss,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -195,4 +200,5 @@ class Searcher:
             self.history[:, : self.steps_done] = state["history"].to(self.history.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.validation_steps = state["validation_steps"]
+        self.estimator.validation_loss = state["validation_loss"].to(self.history.device)
         self.validation = self._validation_from(self.validation_steps)

@@ -46,6 +46,9 @@ class Weights(Protocol):
     def after_update(self, step: int) -> bool:
         """After the parameters have moved in a watched step; says whether the weights have moved too."""
 
+    def resumable(self, steps: int) -> bool:
+        """Whether a run that is left after so many steps can be gone on with to the same numbers."""
+
     def scalars(self) -> dict[str, Tensor]:
         """What to log."""
 
@@ -132,6 +135,7 @@ class Trainer:
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._stop_signal: int | None = None
         self._stopping = False
+        self._checkpoint_due = False
         device = next(self.objective.student.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
         self._reset_sums()
@@ -157,16 +161,20 @@ class Trainer:
         with self._signals(), Progress(self.total_steps, self.name) as progress:
             while self.step < self.total_steps:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
+                stops = False
                 for batch in self.train_loader.epoch(epoch, start=first):
                     self.train_step(batch)
                     self.seconds = time.perf_counter() - start
                     self._log(progress)
-                    if self._stops() or self.step >= self.total_steps:
+                    stops = self._stops()
+                    if stops or self.step >= self.total_steps:
                         break
+                    self._save_if_due()
                 if self.step % self.steps_per_epoch == 0 or self.step >= self.total_steps:
                     self._end_of_epoch(progress)
                     self.seconds = time.perf_counter() - start
-                if self._stopping and self.step < self.total_steps:
+                self._save_if_due()
+                if stops and self.step < self.total_steps:
                     self.save()
                     raise Interrupted(self._stop_signal or signal.SIGTERM, self.step, self.total_steps)
         return self.result()
@@ -175,7 +183,12 @@ class Trainer:
         """Whether to stop after this step: all ranks at the same one, so they ask each other now and then."""
         if distributed.world_size() == 1 or self.step % 10 == 0:
             self._stopping = distributed.any_of(self._stop_signal is not None)
-        return self._stopping
+        return self._stopping and self.weights.resumable(self.step)
+
+    def _save_if_due(self) -> None:
+        if self._checkpoint_due and (self.step >= self.total_steps or self.weights.resumable(self.step)):
+            self.save()
+            self._checkpoint_due = False
 
     def train_step(self, batch: Any) -> None:
         """One step of Algorithm 1: forward, backward, update of θ, and of α̃ where the weights are searched."""
@@ -287,7 +300,7 @@ class Trainer:
             progress.message(f"epoch {epoch}/{math.ceil(self.total_steps / self.steps_per_epoch)}  {shown}")
             self._since = time.perf_counter()
         if last or epoch % self.checkpoint_every == 0:
-            self.save()
+            self._checkpoint_due = True
 
     @torch.no_grad()
     def test(self) -> dict[str, float]:

@@ -52,8 +52,8 @@ class Unrolled(Estimator):
 
     The K steps of a window are repeated from its first parameters with the same batches, weights and random numbers,
     keeping the graph, and L_val of the end point is differentiated back to w. Costs K more training steps and their
-    memory. With ``steps = 1`` it is `forward_mode` by another road. A run that is resumed inside a window differentiates
-    that window's remaining steps only.
+    memory. With ``steps = 1`` it is `forward_mode` by another road. A run stops, and keeps
+    checkpoints, between windows only.
     """
 
     def __init__(

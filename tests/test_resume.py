@@ -176,6 +176,35 @@ def test_other_searches_resume_as_well(search, teacher, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("every", "kept"), [(3, [3, 6, 6]), (5, [2, 5, 5])])
+def test_a_run_keeps_checkpoints_between_the_windows_of_unrolled_only(every, kept, teacher, tmp_path, monkeypatch):
+    """Two or three steps of each `every`; asked to stop after step 2, told to die after 4, which ends an epoch, and 5."""
+    window = 3 if every == 3 else 2
+    config = settings(teacher, {"search": {"estimator": {"unrolled": {"steps": window}}, "every": every}})
+    distpro.search(config, out=tmp_path / "whole")
+    stop_after(monkeypatch, [2])
+    with pytest.raises(Interrupted):
+        distpro.search(config, out=tmp_path / "parts")
+    steps = [load_safely(tmp_path / "parts" / "checkpoint.pt")["step"]]
+    original = Trainer.train_step
+
+    for last in (6, 7):
+
+        def die(self, batch, last=last):
+            if self.step == last:
+                raise MemoryError
+            original(self, batch)
+
+        monkeypatch.setattr(Trainer, "train_step", die)
+        with pytest.raises(MemoryError):
+            distpro.search(config, out=tmp_path / "parts", resume=True)
+        steps.append(load_safely(tmp_path / "parts" / "checkpoint.pt")["step"])
+    assert steps == kept
+    monkeypatch.setattr(Trainer, "train_step", original)
+    distpro.search(config, out=tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

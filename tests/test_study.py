@@ -104,6 +104,20 @@ def test_rows_that_are_there_are_not_run_again(example):
     assert example.missing()[0][0] == "search"
 
 
+def test_a_run_whose_search_has_failed_is_left_out(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(example, "execute", lambda label, seed, out: None if label == "search" else row(label, seed, 1))
+    example.out("search", 0).mkdir(parents=True)
+    (example.out("search", 0) / "alpha.pt").touch()  # an interrupted search leaves one
+    example.run_all([("search", 0), ("searched", 0)], side_by_side=1)
+    assert example.rows() == []
+    assert capsys.readouterr().out == "example: searched, seed 0 left out: 'search' has not ended\n"
+    (example.out("search", 0) / "result.json").touch()
+    (example.out("searched", 0)).mkdir()
+    example.run("searched", 0)
+    assert [r["label"] for r in example.rows()] == ["searched"]
+
+
 def test_the_table_pairs_rows_by_seed(example):
     rows = [row("equal", s, a) for s, a in enumerate((50.0, 52.0, 54.0))]
     rows += [row("searched", s, a) for s, a in enumerate((51.0, 53.5, 54.5))]

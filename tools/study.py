@@ -69,6 +69,9 @@ class Search(NamedTuple):
     def schedule(self, seed: int) -> Path:
         return self.study.out(self.label, seed) / "alpha.pt"
 
+    def ended(self, seed: int) -> bool:
+        return self.study.out(self.label, seed).joinpath("result.json").exists()
+
     @property
     def tunes(self) -> bool:
         """Whether it is one of tools/tune.py, which finds no schedule but a config."""
@@ -193,7 +196,11 @@ class Study:
         return row
 
     def run(self, label: str, seed: int) -> None:
-        """Run one row and keep it."""
+        """Run one row and keep it, unless its search has failed: it may have left the schedule of its first steps."""
+        search = self.search_of(label)
+        if search and not search.ended(seed):
+            print(f"{self.name}: {label}, seed {seed} left out: '{search.label}' has not ended", flush=True)
+            return
         row = self.execute(label, seed, self.out(label, seed))
         if row is None:
             return
@@ -215,8 +222,8 @@ class Study:
         if kept is None:
             raise SystemExit(f"{self.results}: no row '{label}' with seed {seed}")
         search, out = self.search_of(label), self.out(label, seed)
-        if search and not (folder := search.study.out(search.label, seed)).joinpath("result.json").exists():
-            search.study.execute(search.label, seed, folder)
+        if search and not search.ended(seed):
+            search.study.execute(search.label, seed, search.study.out(search.label, seed))
         out = out.with_name(f"{out.name}-repeated")
         shutil.rmtree(out, ignore_errors=True)
         row = self.execute(label, seed, out)
