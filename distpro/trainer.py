@@ -138,7 +138,7 @@ class Trainer:
         self._checkpoint_due = False
         device = next(self.objective.student.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
-        self._reset_sums()
+        self._start_row()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -205,9 +205,7 @@ class Trainer:
             evaluation = self._backward(batch, capture=False)
             self._update()
         self.step += 1
-        self._sums[0] += evaluation.task
-        self._sums[1:] += evaluation.terms
-        self._summed += 1
+        self._losses.append(torch.cat([evaluation.task.reshape(1), evaluation.terms]))
         self._images += len(batch.y)
 
     def _backward(self, batch: Any, capture: bool) -> Evaluation:
@@ -251,19 +249,18 @@ class Trainer:
 
     # Numbers
 
-    def _reset_sums(self) -> None:
-        device = next(self.objective.student.parameters()).device
-        self._sums = torch.zeros(1 + len(self.objective.entries), device=device)  # task, terms; read only to log
-        self._summed = 0  # steps
+    def _start_row(self) -> None:
+        self._losses: list[Tensor] = []  # task and terms of each step since the last row; read only to log
         self._images, self._since = 0, time.perf_counter()
 
     def _log(self, progress: Progress) -> None:
         if self.step % self.log_every and self.step < self.total_steps and self.step % self.steps_per_epoch:
             progress.update(self.step)
             return
-        distributed.average([self._sums])
+        losses = torch.stack(self._losses)
+        distributed.average([losses])
         images = self._images * distributed.world_size()
-        task, *terms = (self._sums / self._summed).tolist()
+        task, *terms = losses.mean(0).tolist()
         values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
@@ -276,14 +273,19 @@ class Trainer:
             loss=task if self.objective.computes_task else total,
             images_per_second=values["images_per_second"],
         )
-        self._reset_sums()
+        self._start_row()
         if not math.isfinite(total):
-            losses = {"task": task, **dict(zip(self.objective.keys, terms, strict=True))}
-            wrong = next(name for name, value in losses.items() if not math.isfinite(value))
-            raise UserError(
-                f"training diverged: the {wrong} loss is {losses[wrong]} at step {self.step} "
-                "(lower the learning rate or training.distill_weight?)"
-            )
+            raise self._divergence(losses.cpu())
+
+    def _divergence(self, losses: Tensor) -> UserError:
+        """What to say of the steps since the last log row, (steps, 1 + terms)."""
+        row, column = (~losses.isfinite()).nonzero()[0].tolist()
+        wrong = ["task", *self.objective.keys][column]
+        cure = "training.distill_weight" if wrong == "task" else "training.distill_weight, or leave that term out"
+        return UserError(
+            f"training diverged: the {wrong} loss is {losses[row, column]:g} at step {self.step - len(losses) + row + 1} "
+            f"(lower the learning rate, {cure}?)"
+        )
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.tracker is not None:
@@ -343,7 +345,7 @@ class Trainer:
     def save(self) -> None:
         """Write everything that a resumed run needs to go on to the same numbers."""
         self._share_statistics()
-        distributed.average([self._sums])
+        distributed.average(self._losses)
         if not distributed.is_main():
             return
         if self.checkpoint_path is not None:
@@ -374,8 +376,7 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "random": random_state(self.objective.student),
             "history": self.history,
-            "sums": self._sums.clone(),
-            "summed": self._summed,
+            "losses": self._losses,
             "seconds": self.seconds,
         }
 
@@ -387,8 +388,8 @@ class Trainer:
         self.weights.load_state_dict(state["weights"])
         self._scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
-        self._sums.copy_(state["sums"])
-        self._summed = state["summed"]
+        device = next(self.objective.student.parameters()).device
+        self._losses = [losses.to(device) for losses in state["losses"]]
         set_random_state(state["random"])
 
 

@@ -297,3 +297,21 @@ def test_divergence_is_said_and_the_last_good_checkpoint_kept(tmp_path):
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 0 < state["step"] < trainer.step
     assert all(torch.isfinite(value).all() for value in state["student"].values())
+
+
+def test_divergence_names_the_loss_that_was_the_first(tmp_path):
+    """In the second step of three; by the third, which ends the row of the log, nothing is finite."""
+
+    class Exploding(Logits):
+        calls = 0
+
+        def forward(self, student, teacher, target=None, index=None):
+            self.calls += 1
+            return super().forward(student, teacher) * (1 if self.calls < 2 else math.inf)
+
+    trainer = build(with_terms=True, folder=tmp_path)
+    trainer.objective = Objective(network(0), network(1), [terms()[0], Term(Exploding(), "wild", weight=0.25)])
+    trainer.optimizer = torch.optim.SGD(trainer.objective.trainable_parameters(), 0.1)
+    trainer.weights = Replay(trainer.objective)
+    with pytest.raises(UserError, match="the wild loss is inf at step 2 .*or leave that term out"):
+        trainer.fit()
