@@ -56,6 +56,9 @@ def test_commands_hold_overrides_seed_and_schedule(example):
 def test_a_schedule_may_come_from_another_study(example, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(CONTENT.replace("searches: {search:", "searches: {pooled:"))
+    example.searches["γ / 4"] = {"search.learning_rate": 0.0125}
+    example.runs["slow"] = {"search": "γ / 4"}
+    assert "runs/example/_4-2/alpha.pt" in example.command("slow", 2)
     example.runs["foreign"] = {"search": "other/pooled", "config": "x.yaml"}
     command = example.command("foreign", 2)
     assert command[:3] == ["distpro", "retrain", "x.yaml"] and "runs/other/pooled-2/alpha.pt" in command

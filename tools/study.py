@@ -130,8 +130,10 @@ class Study:
         own = {**self.content.get("set", {}), **self.runs[label]}
         if own.get("retrain.weights", "searched") in ("constant", "none") and "search" not in own:
             return None
-        study, _, name = own.get("search", next(iter(self.searches), "")).rpartition("/")
-        return Search(self.other(study) if study else self, name)
+        search = own.get("search", next(iter(self.searches), ""))
+        study, _, name = search.partition("/")
+        foreign = name and search not in self.searches  # names may have a / in them
+        return Search(self.other(study), name) if foreign else Search(self, search)
 
     def out(self, label: str, seed: int) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', label)}-{seed}"
