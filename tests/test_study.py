@@ -108,7 +108,7 @@ def test_rows_that_are_there_are_not_run_again(example):
 
 
 def test_a_run_whose_search_has_failed_is_left_out(example, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(example, "folder", tmp_path / "runs")
     monkeypatch.setattr(example, "execute", lambda label, seed, out: None if label == "search" else row(label, seed, 1))
     example.out("search", 0).mkdir(parents=True)
     (example.out("search", 0) / "alpha.pt").touch()  # an interrupted search leaves one
