@@ -6,9 +6,10 @@
 
 Embeddings (N, D), widths may differ (maps are flattened), N >= 2; no parameters. The Huber loss has its kink at 1; the
 means are over all N^2 and N^3 entries. ``w_d`` = 25, ``w_a`` = 50, ``eps`` = 1e-12 (under the root of d) are
-RepDistiller's. A zero weight leaves that part out; the angle part needs N^2 (N + D) numbers.
+RepDistiller's. A zero weight leaves that part out; the angle part needs N^3 numbers.
 
-Departures, as RepDistiller: the means count the entries i = j, which are zero; embeddings are not normalised.
+Departures, as RepDistiller: the means count the entries i = j, which are zero; embeddings are not normalised. Samples
+that are nearer to each other than the rounding of their products have no angle, a_ijk = 0.
 """
 
 from __future__ import annotations
@@ -63,6 +64,16 @@ class Relational(RelationLoss):
 
 
 def _angles(e: Tensor) -> Tensor:
-    """Cosines (N, N, N) of the angle at the first sample between the other two."""
-    edges = F.normalize(e[None] - e[:, None], dim=2)
-    return matmul(edges, edges.transpose(1, 2))
+    """Cosines (N, N, N) of the angle at the first sample between the other two; 0 at a sample that coincides with one.
+
+    From the Gram matrix, <e_i - e_j, e_k - e_j> = g_ik - g_ij - g_jk + g_jj: the edges themselves are N^2 D numbers, and
+    their products N^3 D operations. Centred, or the differences of a far-off cloud would be lost in g.
+    """
+    centred = e - e.mean(0)
+    g = matmul(centred, centred.T)
+    sizes = g.diagonal()[:, None] + g.diagonal()
+    squares = sizes - 2 * g
+    apart = squares > 10 * torch.finfo(e.dtype).eps * sizes
+    inverse = torch.where(apart, squares, 1).rsqrt() * apart  # 1 / |e_i - e_j|
+    products = g - g[:, :, None] + (g.diagonal()[:, None] - g)[:, None]
+    return products * inverse[:, :, None] * inverse[:, None]

@@ -51,6 +51,21 @@ def test_rkd_triangle():
     close(build("rkd", w_d=0.0)(s, t), 50 * angle)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rkd_angles_are_those_of_the_edges(dtype):
+    """Wide embeddings far from the origin, two of them the same, against unit vectors in float64; and finite gradients."""
+    s = (randn(6, 300) + 5)[[0, 1, 2, 3, 4, 4, 5]].to(dtype).requires_grad_()
+    t = randn(7, 300) + 5
+    angles = []
+    for e in (s.detach().double(), t):
+        edges = F.normalize(e[None] - e[:, None], dim=2)
+        angles.append(torch.einsum("jid,jkd->jik", edges, edges))
+    loss = build("rkd", w_d=0.0)(s, t.to(dtype))
+    close(loss.double(), 50 * F.smooth_l1_loss(*angles), rtol=1e-5 if dtype is torch.float32 else 1e-10, atol=0)
+    loss.backward()
+    assert s.grad.isfinite().all() and s.grad.abs().max() < 1
+
+
 def test_sp_adds_up_over_levels():
     s, t = [randn(4, 3, 2, 2), randn(4, 5)], [randn(4, 2, 4, 4), randn(4, 7)]
     loss = build("sp")
