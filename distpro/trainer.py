@@ -186,6 +186,7 @@ class Trainer:
         return self._stopping and self.weights.resumable(self.step)
 
     def _save_if_due(self) -> None:
+        """The checkpoint of an epoch's end, there or at the next step from which a run can be gone on with."""
         if self._checkpoint_due and (self.step >= self.total_steps or self.weights.resumable(self.step)):
             self.save()
             self._checkpoint_due = False
