@@ -107,6 +107,14 @@ def test_rows_that_are_there_are_not_run_again(example):
     assert example.missing()[0][0] == "search"
 
 
+def test_chosen_runs_bring_their_searches(example):
+    assert example.with_searches(["searched"]) == {"searched", "search"}
+    example.runs["KD"] = {"retrain.weights": "constant"}
+    assert example.with_searches(["KD"]) == {"KD"}
+    with pytest.raises(SystemExit, match="no run or search 'serched'; the nearest is 'searched'"):
+        example.with_searches(["serched"])
+
+
 def test_a_run_whose_search_has_failed_is_left_out(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "folder", tmp_path / "runs")
     monkeypatch.setattr(example, "execute", lambda label, seed, out: None if label == "search" else row(label, seed, 1))

@@ -34,6 +34,7 @@ its accuracy with the row's.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -160,6 +161,16 @@ class Study:
         done = {(r["label"], r["seed"]) for r in self.rows()}
         groups = (self.searches, self.runs)
         return [(k, seed) for group in groups for seed in self.seeds for k in group if (k, seed) not in done]
+
+    def with_searches(self, labels: list[str]) -> set[str]:
+        """Labels, and those of the searches of this study that they replay."""
+        if unknown := set(labels) - self.runs.keys() - self.searches.keys():
+            known = [*self.searches, *self.runs]
+            near = difflib.get_close_matches(min(unknown), known, n=1)
+            hint = f"; the nearest is '{near[0]}'" if near else ""
+            raise SystemExit(f"{self.path}: no run or search '{min(unknown)}'{hint}")
+        searches = [search for label in labels if (search := self.search_of(label)) and search.study is self]
+        return {*labels, *(search.label for search in searches)}
 
     def execute(self, label: str, seed: int, out: Path) -> dict[str, Any] | None:
         """Run one row in the folder ``out``, resuming where an earlier try has left a checkpoint. None: it failed."""
@@ -397,7 +408,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of rows and tables")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--render", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="LABEL", help="these runs and searches, of those that are missing")
+    parser.add_argument(
+        "--only", nargs="+", metavar="LABEL", help="these runs, with their searches, of those that are missing"
+    )
     parser.add_argument("--repeat", nargs=2, metavar=("LABEL", "SEED"), help="run a row once more and compare")
     options = parser.parse_args()
     studies = [Study(path, options.results) for path in options.studies]
@@ -406,7 +419,8 @@ def main() -> None:
             parser.error("--repeat takes one study")
         sys.exit(not studies[0].repeat(options.repeat[0], int(options.repeat[1])))
     for study in studies:
-        missing = [job for job in study.missing() if not options.only or job[0] in options.only]
+        wanted = study.with_searches(options.only) if options.only else study.runs.keys() | study.searches.keys()
+        missing = [job for job in study.missing() if job[0] in wanted]
         if options.dry_run:
             plan(study, missing)
             continue
