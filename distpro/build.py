@@ -244,6 +244,7 @@ def _trainer(
         folder=folder,
         max_steps=config.training.max_steps,
         clip_norm=config.training.clip_norm,
+        clip_by=config.training.clip_by,
         log_every=config.tracking.log_every,
         evaluate_every=config.tracking.evaluate_every,
         checkpoint_every=config.tracking.checkpoint_every,
@@ -284,7 +285,8 @@ def build_search(config: Config, data: Dataset, folder: Path | None = None) -> T
             raise UserError(
                 "sync_batch_norm: forward_mode cannot see through it; use finite_difference, or leave it out"
             )
-    estimator = ESTIMATORS.build(estimator_name, objective, optimizer, config.training.clip_norm, **estimator_params)
+    clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
+    estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
     weighting_name, weighting_params = parse_spec(search.weighting, "search.weighting")
     how = search.normalise or ("gradient" if config.terms else "none")
 

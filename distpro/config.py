@@ -136,7 +136,10 @@ class TrainingConfig(Section):
     drop_last: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     learning_rate: LearningRateConfig = LearningRateConfig()
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    clip_by: Literal["all", "module"] = Field(
+        "all", description="one norm of all gradients, or the student's and every term's own parameters' apart"
+    )
     distill_weight: float = Field(1.0, ge=0, description="λ, a factor on all weights that are not constants")
     distill_warmup: float = Field(0.0, ge=0, description="epochs over which λ grows, min(epoch / this, 1)")
 

@@ -11,7 +11,7 @@ All passes use batch statistics as training does, and leave buffers and the rand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,8 +64,9 @@ class StepDerivative:
     """The derivative of an optimiser's step by the gradient, transposed and applied to a vector.
 
     SGD: −lr, × (1 − dampening) once the momentum buffer exists, × (1 + momentum) with Nesterov. Heavy-ball momentum and
-    weight decay add nothing. Adam and AdamW: the update is differentiated elementwise. `clip_grad_norm_` to
-    ``max_norm`` contributes its factor and the dependence of that factor on every gradient.
+    weight decay add nothing. Adam and AdamW: the update is differentiated elementwise. `clip_grad_norm_` of each of
+    ``groups`` (None: of all parameters together) to ``max_norm`` contributes its factor and the dependence of that
+    factor on every gradient of the group.
 
     Call `before_step` after the backward pass and before clipping; call the object after ``optimizer.step()`` while
     ``.grad`` still holds the (clipped) gradients.
@@ -73,8 +74,14 @@ class StepDerivative:
     Raises UserError for other optimisers and for options whose derivative is not known here (amsgrad, maximize).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None = None,
+        groups: Sequence[Sequence[nn.Parameter]] | None = None,
+    ):
         self.optimizer, self.max_norm = optimizer, max_norm
+        self.groups = groups or [[p for group in optimizer.param_groups for p in group["params"]]]
         kinds = {torch.optim.SGD: self._sgd, torch.optim.Adam: self._adam, torch.optim.AdamW: self._adam}
         if type(optimizer) not in kinds:
             raise UserError(
@@ -84,7 +91,7 @@ class StepDerivative:
             if group.get("maximize") or group.get("amsgrad"):
                 raise UserError("hypergradient: maximize and amsgrad are not supported")
         self._factor: Callable[..., Any] = kinds[type(optimizer)]
-        self._norm: Tensor | None = None
+        self._norms: list[Tensor] = []
         self._first: set[Tensor] = set()
         self._moments: dict[nn.Parameter, tuple[Tensor, ...]] = {}
 
@@ -101,7 +108,8 @@ class StepDerivative:
             if self._factor == self._adam
         }
         if self.max_norm is not None:
-            self._norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            gradients = [[p.grad for p in group if p.grad is not None] for group in self.groups]
+            self._norms = [torch.nn.utils.get_total_norm(g) for g in gradients]
 
     def __call__(
         self, vector: dict[nn.Parameter, Tensor], theta: dict[nn.Parameter, Tensor]
@@ -114,7 +122,10 @@ class StepDerivative:
                 for p in group["params"]
                 if p.grad is not None and p in vector
             }
-            return result if self.max_norm is None else self._through_clipping(result)
+            if self.max_norm is None:
+                return result
+            clipped = [self._through_clipping(result, *pair) for pair in zip(self.groups, self._norms, strict=True)]
+            return {p: u for group in clipped for p, u in group.items()}
 
     def _sgd(self, p: nn.Parameter, group: dict[str, Any], theta: Any) -> float:
         factor = -float(group["lr"])
@@ -142,22 +153,29 @@ class StepDerivative:
         numerator = (1 - beta1) * group["eps"] + torch.where(root > 0, rest, 0)
         return (-group["lr"] / (1 - beta1**step)).to(p.dtype) * numerator / denominator.square()
 
-    def _through_clipping(self, u: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    def _through_clipping(
+        self, u: dict[nn.Parameter, Tensor], group: Sequence[nn.Parameter], norm: Tensor
+    ) -> dict[nn.Parameter, Tensor]:
         # clip_grad_norm_ multiplies g by s = min(1, c / (n + 1e-6)), n = ‖g‖. The transposed Jacobian is
         # s·u − [s < 1] · c / (n + 1e-6)² / n · ⟨g, u⟩ · g, and it reaches parameters outside the vector too.
-        assert self._norm is not None and self.max_norm is not None
-        shifted = self._norm + 1e-6
-        s = (self.max_norm / shifted).clamp(max=1.0)
-        params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        inner = torch.stack([(p.grad * u[p]).sum() for p in params if p in u]).sum() / s  # type: ignore[operator]
-        slope = torch.where(s < 1, self.max_norm / shifted.square() / self._norm * inner, torch.zeros_like(s))
+        assert self.max_norm is not None
+        params = [p for p in group if p.grad is not None]
+        along = [(p.grad * u[p]).sum() for p in params if p in u]  # type: ignore[operator]
+        if not along:
+            return {}
+        shifted, s = norm + 1e-6, self._clip_factor(norm)
+        slope = torch.where(s < 1, self.max_norm / shifted.square() / norm * torch.stack(along).sum() / s, 0.0)
         return {p: s * u.get(p, torch.zeros_like(p)) - slope / s * p.grad for p in params}  # type: ignore[operator]
 
-    def clip_factor(self) -> Tensor | float:
-        """The factor by which clipping has shrunk every gradient in this step."""
-        if self._norm is None or self.max_norm is None:
-            return 1.0
-        return (self.max_norm / (self._norm + 1e-6)).clamp(max=1.0)
+    def _clip_factor(self, norm: Tensor) -> Tensor:
+        assert self.max_norm is not None
+        return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def clip_factors(self) -> dict[nn.Parameter, Tensor]:
+        """By parameter, the factor by which clipping has shrunk its gradient in this step; empty without clipping."""
+        return {
+            p: self._clip_factor(norm) for group, norm in zip(self.groups, self._norms, strict=False) for p in group
+        }
 
 
 @dataclass
@@ -192,9 +210,15 @@ class Estimator:
     needs_views = False
     window = 1
 
-    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, max_norm: float | None = None):
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None = None,
+        clip_by: str = "all",
+    ):
         self.objective, self.optimizer = objective, optimizer
-        self.derivative = StepDerivative(optimizer, max_norm)
+        self.derivative = StepDerivative(optimizer, max_norm, objective.clip_groups(clip_by))
         self.validation_loss = torch.zeros(())
 
     def before_step(self, step: TrainingStep) -> None:
@@ -240,9 +264,10 @@ class ForwardMode(Estimator):
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         max_norm: float | None = None,
+        clip_by: str = "all",
         precision: str | None = None,
     ):
-        super().__init__(objective, optimizer, max_norm)
+        super().__init__(objective, optimizer, max_norm, clip_by)
         allowed = {None: objective.precision, "float32": None, "bfloat16": torch.bfloat16}
         if precision not in allowed:
             raise UserError(f"forward_mode: precision is '{precision}' (allowed: float32, bfloat16)")
@@ -251,14 +276,14 @@ class ForwardMode(Estimator):
     def __call__(self, step: TrainingStep, validation: Batch) -> Tensor:
         u = self.direction(step, validation)
         tangents = self.feature_tangents(step, u)
-        clip = self.derivative.clip_factor()
+        clipped = self.derivative.clip_factors()
         result = []
         for term, views in zip(self.objective.terms, step.evaluation.views, strict=True):
             if len(entries_of(term)) > 1:
                 raise UserError(f"forward_mode: term '{term.key}' has several weights; use finite_difference")
             parts = [_inner(v.grad, tangents[tap]) for tap, v in views.items() if v.grad is not None]
-            if self.derivative.max_norm is not None:
-                parts += [_inner(p.grad, u[p]) / clip for p in term.parameters() if p in u and p.grad is not None]
+            if clipped:
+                parts += [_inner(p.grad, u[p]) / clipped[p] for p in term.parameters() if p in u and p.grad is not None]
             result.append(sum(parts) if parts else step.weights.new_zeros(()))
         h = torch.stack(result).to(step.weights.dtype)  # type: ignore[arg-type]
         return torch.where(step.weights != 0, h / step.weights, torch.zeros_like(h))
@@ -299,9 +324,10 @@ class FiniteDifference(Estimator):
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         max_norm: float | None = None,
+        clip_by: str = "all",
         epsilon: float = 0.01,
     ):
-        super().__init__(objective, optimizer, max_norm)
+        super().__init__(objective, optimizer, max_norm, clip_by)
         if epsilon <= 0:
             raise UserError(f"finite_difference: epsilon must be positive, got {epsilon}")
         self.epsilon = epsilon

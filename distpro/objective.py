@@ -170,6 +170,17 @@ class Objective(nn.Module):
         found = [*self.student.parameters(), *self.terms.parameters()]
         return [p for p in found if p.requires_grad]
 
+    def clip_groups(self, by: str = "all") -> list[list[nn.Parameter]]:
+        """Parameters whose gradients are clipped together.
+
+        By ``module`` the student's and each term's own (transforms, regressors) are apart: else a regressor with a
+        large gradient shrinks the steps of the student and of all other terms.
+        """
+        if by == "all":
+            return [self.trainable_parameters()]
+        groups = [[p for p in module.parameters() if p.requires_grad] for module in (self.student, *self.terms)]
+        return [group for group in groups if group]
+
     # Weights
 
     def at(self, step: int) -> None:

@@ -104,7 +104,7 @@ class Trainer:
         epochs: whole epochs; ``max_steps`` may end the training earlier.
         learning_rate: factor on the optimiser's rates.
         folder: where checkpoint and logs go; None keeps nothing.
-        clip_norm: largest gradient norm.
+        clip_norm: largest gradient norm; clip_by: of what, see `Objective.clip_groups`.
         log_every: steps between two log rows; evaluate_every, checkpoint_every: epochs.
         on_checkpoint: called after every checkpoint, also on interruption.
         name: what the progress line calls the run.
@@ -122,6 +122,7 @@ class Trainer:
     tracker: Tracker | None = None
     max_steps: int | None = None
     clip_norm: float | None = None
+    clip_by: str = "all"
     log_every: int = 50
     evaluate_every: int = 1
     checkpoint_every: int = 1
@@ -222,7 +223,8 @@ class Trainer:
     def _update(self) -> None:
         if self.clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.objective.trainable_parameters(), self.clip_norm)
+            for group in self.objective.clip_groups(self.clip_by):
+                torch.nn.utils.clip_grad_norm_(group, self.clip_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
 

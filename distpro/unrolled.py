@@ -57,9 +57,14 @@ class Unrolled(Estimator):
     """
 
     def __init__(
-        self, objective: Objective, optimizer: torch.optim.Optimizer, max_norm: float | None = None, steps: int = 1
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None = None,
+        clip_by: str = "all",
+        steps: int = 1,
     ):
-        super().__init__(objective, optimizer, max_norm)
+        super().__init__(objective, optimizer, max_norm, clip_by)
         if steps < 1:
             raise UserError(f"unrolled: steps must be at least 1, got {steps}")
         self.window = steps
@@ -79,7 +84,9 @@ class Unrolled(Estimator):
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         values: Sequence[Tensor] = [self._steps[0].theta[p].detach().requires_grad_() for p in params]
         weights = step.weights.detach().clone().requires_grad_()
-        clip = _clip(self.derivative.max_norm) if self.derivative.max_norm is not None else None
+        place = {p: n for n, p in enumerate(params)}
+        groups = [[place[p] for p in group] for group in self.derivative.groups]
+        clip = None if self.derivative.max_norm is None else _clip(self.derivative.max_norm, groups)
         with no_trace(self.objective.student, self.objective.terms), torch.enable_grad():
             for past, rates in zip(self._steps, self._learning_rates, strict=True):
                 set_random_state(past.state)
@@ -113,10 +120,17 @@ class _LossOf(nn.Module):
         return self.objective.evaluate(*batch, weights=weights, teacher=teacher).loss
 
 
-def _clip(max_norm: float) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def _clip(max_norm: float, groups: Sequence[Sequence[int]]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Clips the gradients at the places of each group together."""
+
     def scale(gradients: Sequence[Tensor]) -> list[Tensor]:
-        norm = torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return [g if g is None else g * factor for g in gradients]
+        scaled = list(gradients)
+        for group in groups:
+            squares = [gradients[n].square().sum() for n in group if gradients[n] is not None]
+            if squares:
+                factor = (max_norm / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
+                for n in group:
+                    scaled[n] = scaled[n] if scaled[n] is None else scaled[n] * factor
+        return scaled
 
     return scale

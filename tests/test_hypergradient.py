@@ -20,10 +20,12 @@ OPTIMIZERS = {
     "nesterov": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4), None),
     "dampening": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.3), None),
     "nesterov, clipped": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), 1.0),
+    "nesterov, clipped by module": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), 0.4, "module"),
     "clipping that does not bite": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 1e3),
     "adam": (lambda p: torch.optim.Adam(p, 1e-2, eps=1e-3, weight_decay=0.1), None),
     "adamw": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3, weight_decay=0.1), None),
     "adamw, clipped": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3), 0.7),
+    "adamw, clipped by module": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3), 0.4, "module"),
     "fused": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True), None),
 }
 
@@ -48,7 +50,14 @@ class Case:
     """A small BatchNorm pair with 8 pathways and a logit term, some steps into its training."""
 
     def __init__(
-        self, make_optimizer, max_norm=None, dtype=torch.float64, steps_before=2, activation=nn.ReLU, dropout=0.0
+        self,
+        make_optimizer,
+        max_norm=None,
+        clip_by="all",
+        dtype=torch.float64,
+        steps_before=2,
+        activation=nn.ReLU,
+        dropout=0.0,
     ):
         teacher, student = network(0).to(dtype).eval(), network(1, activation, dropout).to(dtype)
         self.batches = [
@@ -61,7 +70,7 @@ class Case:
         self.objective = Objective(teacher, student, [t.to(dtype) for t in terms])
         self.params = self.objective.trainable_parameters()
         self.optimizer = make_optimizer(self.params)
-        self.max_norm = max_norm
+        self.max_norm, self.clip_by = max_norm, clip_by
         self.weights = torch.rand(9, dtype=dtype) + 0.1
         self.scale = 2.0
         self.validation = self.batches.pop()
@@ -84,13 +93,15 @@ class Case:
         if estimator is not None:
             estimator.before_step(step)
         if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(self.params, self.max_norm)
+            modules = [self.objective.student, *self.objective.terms] if self.clip_by == "module" else [self.objective]
+            for module in modules:
+                nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], self.max_norm)
         self.optimizer.step()
         return step
 
     def estimate(self, name, steps=1, **params):
         self.restore()
-        estimator = ESTIMATORS.build(name, self.objective, self.optimizer, self.max_norm, **params)
+        estimator = ESTIMATORS.build(name, self.objective, self.optimizer, self.max_norm, self.clip_by, **params)
         for batch in self.batches[:steps]:
             last = self.step(batch, self.weights, estimator)
         return estimator(last, self.validation)
@@ -143,8 +154,9 @@ def test_adam_with_its_default_eps_is_exact():
 
 
 def test_unrolled_over_several_steps_is_exact():
-    case = Case(*OPTIMIZERS["nesterov, clipped"])
-    assert relative(case.estimate("unrolled", steps=3), case.differences(steps=3)) < 1e-6
+    for name in ("nesterov, clipped", "nesterov, clipped by module"):
+        case = Case(*OPTIMIZERS[name])
+        assert relative(case.estimate("unrolled", steps=3), case.differences(steps=3)) < 1e-6
 
 
 @pytest.mark.parametrize(("epsilon", "bound"), [(1e-2, 0.15), (1e-3, 0.03)])

@@ -126,7 +126,7 @@ OPTIMIZERS = {
 }
 
 
-def plain_loop(epochs, with_terms, optimizer, clip_norm, steps):
+def plain_loop(epochs, with_terms, optimizer, clip_norm, clip_by, steps):
     """The training as anybody would write it; gives student and terms."""
     teacher, student = network(0).eval(), network(1)
     feature = Projected()
@@ -149,8 +149,11 @@ def plain_loop(epochs, with_terms, optimizer, clip_norm, steps):
                 loss = loss + (0.5 * feature(hidden, target_hidden) + 0.25 * F.mse_loss(output, target))
             optimizer.zero_grad()
             loss.backward()
-            if clip_norm:
+            if clip_norm and clip_by == "all":
                 nn.utils.clip_grad_norm_(params, clip_norm)
+            elif clip_norm:
+                nn.utils.clip_grad_norm_(student.parameters(), clip_norm)
+                nn.utils.clip_grad_norm_(feature.parameters(), clip_norm)
             optimizer.step()
             step += 1
     return student, feature
@@ -158,22 +161,30 @@ def plain_loop(epochs, with_terms, optimizer, clip_norm, steps):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
-    ("with_terms", "clip_norm", "steps"),
-    [(False, None, None), (True, None, None), (True, 0.3, None), (False, None, 4), (True, None, 3)],
+    ("with_terms", "clip_norm", "clip_by", "steps"),
+    [
+        (False, None, "all", None),
+        (True, None, "all", None),
+        (True, 0.3, "all", None),
+        (True, 0.02, "module", None),
+        (False, None, "all", 4),
+        (True, None, "all", 3),
+    ],
 )
-def test_training_is_the_plain_loop_bit_for_bit(optimizer, with_terms, clip_norm, steps):
+def test_training_is_the_plain_loop_bit_for_bit(optimizer, with_terms, clip_norm, clip_by, steps):
     """Evaluation after every epoch included: it draws no random numbers and moves no statistics."""
     trainer = build(
         with_terms,
         epochs=2,
         optimizer=OPTIMIZERS[optimizer],
         clip_norm=clip_norm,
+        clip_by=clip_by,
         max_steps=steps,
         learning_rate=LearningRate("step", [1]),
     )
     torch.manual_seed(77)
     trainer.fit()
-    student, feature = plain_loop(2, with_terms, optimizer, clip_norm, steps)
+    student, feature = plain_loop(2, with_terms, optimizer, clip_norm, clip_by, steps)
     assert trainer.step == (steps or 6)
     found = trainer.objective.student.model.state_dict()
     for name, truth in student.state_dict().items():
@@ -188,6 +199,18 @@ def test_clipping_bites_in_the_test_above():
     trainer.train_step(next(Batches().epoch(0)))
     moved = sum((p - b).square().sum() for p, b in zip(trainer.objective.trainable_parameters(), before, strict=True))
     assert moved.sqrt().item() == pytest.approx(0.1 * 1.9 * 0.3, rel=1e-4)  # lr · (1 + momentum) · largest norm
+
+
+def test_clipping_by_module_bites_in_each():
+    trainer = build(True, clip_norm=0.02, clip_by="module")
+    modules = [trainer.objective.student, *trainer.objective.terms]
+    before = [[p.detach().clone() for p in module.parameters()] for module in modules]
+    trainer.train_step(next(Batches().epoch(0)))
+    moved = [
+        sum(((p - b).square().sum() for p, b in zip(module.parameters(), old, strict=True)), torch.zeros(())).sqrt()
+        for module, old in zip(modules, before, strict=True)
+    ]
+    assert [m.item() for m in moved] == pytest.approx([0.1 * 1.9 * 0.02, 0.1 * 1.9 * 0.02, 0], rel=1e-4)
 
 
 # Evaluation
