@@ -153,10 +153,10 @@ def test_adam_with_its_default_eps_is_exact():
     assert relative(case.estimate("forward_mode"), case.estimate("unrolled")) < 1e-8
 
 
-def test_unrolled_over_several_steps_is_exact():
-    for name in ("nesterov, clipped", "nesterov, clipped by module"):
-        case = Case(*OPTIMIZERS[name])
-        assert relative(case.estimate("unrolled", steps=3), case.differences(steps=3)) < 1e-6
+@pytest.mark.parametrize("name", ["nesterov, clipped", "nesterov, clipped by module"])
+def test_unrolled_over_several_steps_is_exact(name):
+    case = Case(*OPTIMIZERS[name])
+    assert relative(case.estimate("unrolled", steps=3), case.differences(steps=3)) < 1e-6
 
 
 @pytest.mark.parametrize(("epsilon", "bound"), [(1e-2, 0.15), (1e-3, 0.03)])

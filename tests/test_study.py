@@ -111,7 +111,7 @@ def test_chosen_runs_bring_their_searches(example):
     assert example.with_searches(["searched"]) == {"searched", "search"}
     example.runs["KD"] = {"retrain.weights": "constant"}
     assert example.with_searches(["KD"]) == {"KD"}
-    with pytest.raises(SystemExit, match="no run or search 'serched'; the nearest is 'searched'"):
+    with pytest.raises(SystemExit, match="no run or search 'serched'; did you mean 'searched'"):
         example.with_searches(["serched"])
 
 

@@ -34,7 +34,6 @@ its accuracy with the row's.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import os
@@ -55,6 +54,7 @@ from distpro.checkpoint import write_atomically
 from distpro.config import read_config
 from distpro.describe import describe
 from distpro.schedule import Schedule
+from pathways.registry import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two-sided 95 % points of Student's t by degrees of freedom.
@@ -165,10 +165,8 @@ class Study:
     def with_searches(self, labels: list[str]) -> set[str]:
         """Labels, and those of the searches of this study that they replay."""
         if unknown := set(labels) - self.runs.keys() - self.searches.keys():
-            known = [*self.searches, *self.runs]
-            near = difflib.get_close_matches(min(unknown), known, n=1)
-            hint = f"; the nearest is '{near[0]}'" if near else ""
-            raise SystemExit(f"{self.path}: no run or search '{min(unknown)}'{hint}")
+            label = min(unknown)
+            raise SystemExit(f"{self.path}: no run or search '{label}'{nearest(label, [*self.searches, *self.runs])}")
         searches = [search for label in labels if (search := self.search_of(label)) and search.study is self]
         return {*labels, *(search.label for search in searches)}
 
@@ -414,9 +412,9 @@ def main() -> None:
     parser.add_argument("--repeat", nargs=2, metavar=("LABEL", "SEED"), help="run a row once more and compare")
     options = parser.parse_args()
     studies = [Study(path, options.results) for path in options.studies]
+    if (options.repeat or options.only) and len(studies) > 1:
+        parser.error("--repeat and --only take one study")
     if options.repeat:
-        if len(studies) > 1:
-            parser.error("--repeat takes one study")
         sys.exit(not studies[0].repeat(options.repeat[0], int(options.repeat[1])))
     for study in studies:
         wanted = study.with_searches(options.only) if options.only else study.runs.keys() | study.searches.keys()
