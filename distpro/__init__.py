@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distpro.losses import available_losses, build_loss
     from distpro.objective import Objective
-    from distpro.runs import Result, evaluate, retrain, search, train
+    from distpro.runs.commands import Result, evaluate, retrain, search, train
     from distpro.schedule import Schedule
     from distpro.term import Term
     from pathways.registry import UserError
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 # Imported when first used, so that `distpro --help` and small uses do not pay for everything.
 _HOMES = {
     "Objective": "distpro.objective",
-    "Result": "distpro.runs",
+    "Result": "distpro.runs.commands",
     "Schedule": "distpro.schedule",
     "Term": "distpro.term",
     "UserError": "pathways.registry",
     "available_losses": "distpro.losses",
     "build_loss": "distpro.losses",
-    "evaluate": "distpro.runs",
-    "retrain": "distpro.runs",
-    "search": "distpro.runs",
-    "train": "distpro.runs",
+    "evaluate": "distpro.runs.commands",
+    "retrain": "distpro.runs.commands",
+    "search": "distpro.runs.commands",
+    "train": "distpro.runs.commands",
 }
 
 __all__ = [

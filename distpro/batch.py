@@ -1,20 +1,48 @@
-"""What a loader gives and a training step takes."""
+"""What a loader gives and a training step takes. Nothing here knows of images or labels."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from pathways.call import Call, map_tensors
 
-class Batch(NamedTuple):
+
+@dataclass(frozen=True)
+class Batch:
     """One batch of samples, all tensors on one device.
 
-    ``x`` (N, C, H, W) inputs, normalised; with rotations four rows per sample: plain, 90, 180, 270 degrees. ``y`` (N,)
-    int64 labels, or (N, K) probabilities where augmentation mixes samples. ``index`` (N,) int64 sample numbers in the
-    set as stored, or None.
+    Attributes:
+        inputs: what the models are called with: a tensor, a tuple of positional arguments, a list (one argument, as
+            detection models take it), a mapping of keyword arguments, or a `Call`.
+        target: what the task compares with: labels (N,) int64, or (N, K) probabilities where augmentation mixes
+            samples; label maps (N, H, W) int64; a list of mappings; ...
+        samples: N. It is stated by who makes the batch and never guessed from a tensor.
+        index: (N,) int64 sample numbers in the set as stored, or None.
+        rows_per_sample: rows of the inputs (and so of taps) per sample, those of a sample one after the other: 4 where
+            each image is followed by its rotations.
     """
 
-    x: Tensor
-    y: Tensor
-    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls here
+    inputs: Any
+    target: Any
+    samples: int
+    index: Tensor | None = None
+    rows_per_sample: int = 1
+
+    @property
+    def call(self) -> Call:
+        """The arguments of a model's forward pass, without what a task may add."""
+        return Call.of(self.inputs)
+
+    def to(self, place: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with ``place`` of every tensor, for instance on another device."""
+        return Batch(
+            map_tensors(place, self.inputs),
+            map_tensors(place, self.target),
+            self.samples,
+            None if self.index is None else place(self.index),
+            self.rows_per_sample,
+        )

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 2
     except Exception as error:
-        from distpro.trainer import Interrupted
+        from distpro.train.trainer import Interrupted
 
         if not isinstance(error, Interrupted):
             raise
@@ -141,8 +141,8 @@ def _run_seeds(options: argparse.Namespace, run: Any, folder: Path, first: int) 
     """One run, or one per seed in a folder of its own, with mean and standard deviation. Each is what it is alone."""
     from statistics import mean, stdev
 
-    from distpro.checkpoint import write_atomically
     from distpro.console import table
+    from distpro.files import write_atomically
 
     if options.seeds is None:
         _finish(run(folder, options.overrides, options.resume).metrics, folder)
@@ -168,17 +168,17 @@ def _run_seeds(options: argparse.Namespace, run: Any, folder: Path, first: int) 
 
 
 def _dry_run(config: Any, searching: bool) -> None:
-    from distpro.describe import as_text, describe
-    from distpro.stages import stages_of
+    from distpro.config.stages import stages_of
+    from distpro.report.cost import as_text, describe
 
     for stage in stages_of(config):
         print(*([f"stage    {stage.name}"] if stage.name else []), as_text(describe(stage.config, searching)), sep="\n")
 
 
 def _search(options: argparse.Namespace) -> None:
-    from distpro.config import read_config
-    from distpro.explain import explain_schedule
-    from distpro.runs import search
+    from distpro.config.reading import read_config
+    from distpro.report.words import explain_schedule
+    from distpro.runs.commands import search
 
     if options.dry_run:
         _dry_run(read_config(options.config, options.overrides), searching=True)
@@ -190,7 +190,7 @@ def _search(options: argparse.Namespace) -> None:
 
 
 def _retrain(options: argparse.Namespace) -> None:
-    from distpro.runs import retrain, retrain_config
+    from distpro.runs.commands import retrain, retrain_config
 
     config = retrain_config(options.config, options.schedule, options.overrides)
     if options.dry_run:
@@ -202,8 +202,8 @@ def _retrain(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from distpro.config import read_config
-    from distpro.runs import train
+    from distpro.config.reading import read_config
+    from distpro.runs.commands import train
 
     if options.dry_run:
         _dry_run(read_config(options.config, [*options.overrides, "retrain.weights=none"]), searching=False)
@@ -213,14 +213,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from distpro.runs import evaluate
+    from distpro.runs.commands import evaluate
 
     print(json.dumps(evaluate(options.target, options.overrides, options.config), indent=1))
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from distpro.config import read_config
-    from distpro.explain import explain_schedule
+    from distpro.config.reading import read_config
+    from distpro.report.words import explain_schedule
     from distpro.schedule import Schedule
 
     if Path(options.target).suffix in (".yaml", ".yml"):
@@ -231,7 +231,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from distpro.plots import save_figures
+    from distpro.report.plots import save_figures
     from distpro.schedule import Schedule
 
     schedule = Schedule.load(options.schedule)
@@ -240,7 +240,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from distpro.export import export
+    from distpro.runs.export import export
 
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
@@ -248,14 +248,14 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from distpro.config import presets
+    from distpro.config.reading import presets
     from distpro.data import DATASETS
-    from distpro.hypergradient import ESTIMATORS
     from distpro.losses import LOSSES
     from distpro.models import MODELS
     from distpro.process import PROCESSES
+    from distpro.search.estimators.base import ESTIMATORS
+    from distpro.search.weighting import WEIGHTINGS
     from distpro.tasks import TASKS
-    from distpro.weighting import WEIGHTINGS
     from pathways import DISTANCES, TRANSFORMS
 
     found: dict[str, Any] = dict(

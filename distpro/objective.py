@@ -23,7 +23,7 @@ from pathways.tapped import Tapped
 from pathways.taps import LOGITS
 
 if TYPE_CHECKING:
-    from distpro.cache import TeacherCache
+    from distpro.train.cache import TeacherCache
 
 __all__ = ["Entry", "Evaluation", "Features", "Moving", "Objective", "Term", "entries_of"]
 

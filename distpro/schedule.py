@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpro.checkpoint import load_safely, save_atomically
-from distpro.weighting import drop
+from distpro.files import load_safely, save_atomically
 from pathways.registry import UserError, nearest
 
 FORMAT = "distpro-schedule"
@@ -32,7 +31,7 @@ class Schedule:
         steps_per_epoch: of the search, so that a step can be read as an epoch.
         meta: what else the file says: weighting, threshold, config, signatures, versions, creation time.
         scales: factor on each term's weights, (N,) float32, that made the terms alike in size during the search (see
-            `distpro.normalise`); ones where nothing was normalised.
+            `distpro.search.scales`); ones where nothing was normalised.
     """
 
     keys: tuple[str, ...]
@@ -271,3 +270,11 @@ class Schedule:
     def _summary(self) -> str:
         t, s = (int(self.levels[:, side].max()) if len(self.keys) else 0 for side in (0, 1))
         return f"{len(self.keys)} terms over {t} teacher and {s} student levels"
+
+
+def drop(weights: Tensor, alpha_tilde: Tensor, threshold: float | None) -> Tensor:
+    """Weights with zeros where α̃ is at or below the threshold τ (Section 3.2). Dropped terms have taken part in the
+    normalisation, so the others keep their weights. ``None`` drops nothing. Shapes (..., N)."""
+    if threshold is None:
+        return weights
+    return torch.where(alpha_tilde > threshold, weights, torch.zeros_like(weights))

@@ -2,10 +2,11 @@
 
 from pathways.connections import connect
 from pathways.distances import DISTANCES
+from pathways.probing import find_stages, probe_shapes
 from pathways.registry import Registry, UserError
 from pathways.space import Pathway, build_pathways
 from pathways.tapped import Tapped
-from pathways.taps import Taps, find_stages, probe_shapes, tap
+from pathways.taps import Taps, tap
 from pathways.transforms import TRANSFORMS
 
 __all__ = [

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pathways.connections import connect as connect_taps
 from pathways.distances import DISTANCES
+from pathways.probing import probe_shapes
 from pathways.registry import UserError
-from pathways.taps import probe_shapes
 from pathways.transforms import TRANSFORMS
 
 Spec = str | Mapping[str, Any]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pathways.fusing import foldable, fused
-from pathways.taps import LOGITS, Taps, check_taps, parse_tap, tap, untouched
+from pathways.probing import untouched
+from pathways.taps import LOGITS, Taps, check_taps, parse_tap, tap
 from pathways.tracing import CannotTrace, as_function, restored, trace
 
 _WAIT_FOR_THE_END = ("torch.nn.parallel", "torch.distributed")  # modules that prepare the exchange of gradients then

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from pathways.probing import untouched
 from pathways.registry import UserError
-from pathways.taps import ACTIVATION_FUNCTIONS, LOGITS, parse_tap, untouched
+from pathways.taps import ACTIVATION_FUNCTIONS, LOGITS, parse_tap
 
 _ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU)  # ReLU6 is a Hardtanh
 _ACTIVATION_METHODS = ("relu", "relu_")

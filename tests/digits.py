@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distpro.config import merge
+from distpro.config.reading import merge
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from distpro.cli import KINDS, main
-from distpro.config import presets
+from distpro.config.reading import presets
 from distpro.losses import available_losses
 from distpro.models import MODELS, build_model, load_checkpoint
 from distpro.schedule import Schedule

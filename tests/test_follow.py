@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import distpro
 from distpro.objective import Objective, Term
-from distpro.retrainer import replay
+from distpro.weights import replay
 from pathways import UserError, build_pathways
 from tests.pairs import Distance, Levels, batch, free, network, pooled, schedule
 

@@ -26,13 +26,13 @@ import tempfile
 import torch
 from benchmark import measure, medians, parser, save
 
-from distpro.cache import TeacherCache, digest
+from distpro.build.reading import Reading
 from distpro.data import Loader, Split
 from distpro.losses import LOSSES, build_loss
 from distpro.models import build_model
 from distpro.objective import Features, Objective, Term
-from distpro.pair import Reading
 from distpro.process import Clock
+from distpro.train.cache import TeacherCache, digest
 from pathways import probe_shapes
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}

@@ -80,7 +80,7 @@ def processes(options: argparse.Namespace, count: int) -> float:
 
 def as_one_of(options: argparse.Namespace) -> None:
     """What each process of `processes` does."""
-    from distpro import distributed
+    from distpro.train import distributed
 
     with distributed.started(options.device):
         setup = steps_of(options, batch=options.batch // options.as_one_of)

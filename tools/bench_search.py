@@ -35,14 +35,14 @@ from benchmark import measure, medians, parser, repeated, save
 from torch import nn
 
 from distpro.batch import Batch
-from distpro.hypergradient import ESTIMATORS
 from distpro.losses import build_loss
 from distpro.models import build_model
 from distpro.objective import Objective, Term
-from distpro.searcher import Searcher
-from distpro.tangents import forward_mode
-from distpro.trainer import Trainer
-from distpro.weighting import BiasedSoftmax
+from distpro.search.estimators.base import ESTIMATORS
+from distpro.search.estimators.tangents import forward_mode
+from distpro.search.searcher import Searcher
+from distpro.search.weighting import BiasedSoftmax
+from distpro.train.trainer import Trainer
 from pathways import build_pathways, tap
 
 TRANSFORMS = ["conv1x1", "conv3x3", "attention"]

@@ -5,7 +5,7 @@
 
 The reference is written here as the field's repositories write it: float32, NCHW, a DataLoader with workers, torchvision's
 transforms on one PIL image at a time, the losses as loops over layers, SGD as it comes. Ours is what `distpro retrain`
-runs: `distpro.trainer.Trainer` on `distpro.data.Loader`. Both see the same random uint8 images (crop, flip, normalise) and
+runs: `distpro.train.trainer.Trainer` on `distpro.data.Loader`. Both see the same random uint8 images (crop, flip, normalise) and
 random weights; time does not depend on them. All are timed in turn in one process; a round is ``--steps`` steps of each.
 KD also runs in torchdistill's own DistillationBox, if that is installed (``pip install torchdistill``).
 """
@@ -27,9 +27,9 @@ from distpro.data import Loader, Split
 from distpro.losses import build_loss
 from distpro.models import build_model
 from distpro.objective import Objective, Term
-from distpro.retrainer import replay
 from distpro.schedule import Schedule
-from distpro.trainer import Trainer
+from distpro.train.trainer import Trainer
+from distpro.weights import replay
 from pathways import build_pathways, probe_shapes, tap
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from distpro import build
 from distpro.batch import Batch
-from distpro.checkpoint import write_atomically
-from distpro.config import read_config
-from distpro.hypergradient import TrainingStep
-from distpro.runs import environment
-from distpro.searcher import Searcher
-from distpro.unrolled import Unrolled
+from distpro.config.reading import read_config
+from distpro.files import write_atomically
+from distpro.runs.folder import environment
+from distpro.search.estimators.base import TrainingStep
+from distpro.search.estimators.unrolled import Unrolled
+from distpro.search.searcher import Searcher
 
 
 class Recorded(Unrolled):

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from distpro import build
 from distpro.batch import Batch
-from distpro.config import read_config
-from distpro.hypergradient import ForwardMode, TrainingStep
+from distpro.config.reading import read_config
+from distpro.search.estimators.base import TrainingStep
+from distpro.search.estimators.forward_mode import ForwardMode
 
 
 class Compared(ForwardMode):

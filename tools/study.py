@@ -50,9 +50,9 @@ from typing import Any, NamedTuple
 import yaml
 from study_figures import FIGURES, at_budget
 
-from distpro.checkpoint import write_atomically
-from distpro.config import read_config
-from distpro.describe import describe
+from distpro.config.reading import for_retrain, read_config
+from distpro.files import write_atomically
+from distpro.report.cost import describe
 from distpro.schedule import Schedule
 from pathways.registry import nearest
 
@@ -384,7 +384,7 @@ def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
     config = read_config(ROOT / study.config(label), study.overrides(label, 0))
     searching = label in study.searches
-    description = describe(config if searching else config.for_retrain(), searching)
+    description = describe(config if searching else for_retrain(config), searching)
     return (description.steps or 0) * description.step_macs
 
 

@@ -22,10 +22,11 @@ import numpy as np
 import yaml
 
 from distpro import build
-from distpro.checkpoint import write_atomically
-from distpro.config import read_config
+from distpro.config.reading import read_config
 from distpro.data import Split, split
-from distpro.runs import environment, retrain
+from distpro.files import write_atomically
+from distpro.runs.commands import retrain
+from distpro.runs.folder import environment
 
 
 def write_split(config: Any, path: Path) -> None:

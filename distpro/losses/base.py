@@ -35,7 +35,7 @@ class DistillationLoss(nn.Module):
     before_relu: ClassVar[str] = "neither"  # whose stages it reads before their last ReLU: neither | teacher | both
     formula: ClassVar[str] = ""  # one line, plain text
     stages: ClassVar[int] = 1  # training stages of the published recipe
-    needs: ClassVar[tuple[str, ...]] = ()  # parameters that a config leaves to the builder, see `distpro.terms`
+    needs: ClassVar[tuple[str, ...]] = ()  # parameters that a config leaves to the builder, see `distpro.build.terms`
     views: ClassVar[int] = 1  # rows of x per sample: 4 where each image is followed by its three rotations
     pretrain_reads: ClassVar[str] = ""  # what `pretrain` reads: teacher | both
     scalars: ClassVar[tuple[str, ...]] = ()  # options, numbers or lists of them, that may change from call to call

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distpro.checkpoint import load_safely
+from distpro.files import load_safely
 from pathways.registry import UserError
 
 WRAPPERS = ("state_dict", "model", "net", "student")

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from pathways import UserError, find_stages, probe_shapes
-from pathways.taps import untouched
+from pathways.probing import untouched
 from tests.pathways.reference import Fails, hooks_on, images, resnet
 
 

@@ -1,0 +1,40 @@
+"""Every name and parameter of a config is looked up before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distpro.build.terms import split_processes
+from distpro.config.schema import Config
+from distpro.data import DATASETS, build_augment
+from distpro.losses import LOSSES
+from distpro.models import MODELS
+from distpro.process import Clock
+from distpro.search.estimators.base import ESTIMATORS
+from distpro.search.weighting import WEIGHTINGS
+from distpro.tasks import TASKS
+from pathways import DISTANCES, TRANSFORMS
+from pathways.registry import Registry, check_parameters
+from pathways.space import parse_spec
+
+
+def check_names(config: Config) -> None:
+    """Look up every name and parameter that the config says. Raises UserError before anything is loaded."""
+    DATASETS[config.data.name]
+    build_augment(config.data.augment)
+    models = [config.student, *([config.teacher] if config.teacher else []), *config.teachers.values()]
+    specs: list[tuple[Registry, Any, str]] = [
+        (TASKS, config.task, "task"),
+        (ESTIMATORS, config.search.estimator, "search.estimator"),
+        (WEIGHTINGS, config.search.weighting, "search.weighting"),
+        *((LOSSES, {"name": term.loss, **split_processes(term.params, Clock(1))[0]}, "terms") for term in config.terms),
+    ]
+    if config.pathways is not None:
+        specs.append((DISTANCES, config.pathways.distance, "pathways.distance"))
+        specs += [(TRANSFORMS, transform, "pathways.transforms") for transform in config.pathways.transforms]
+    for model in models:
+        if ":" not in model.model:
+            specs.append((MODELS, {"name": model.model, **model.params}, "model"))
+    for registry, spec, what in specs:
+        name, params = parse_spec(spec, what)
+        check_parameters(f"{what} '{name}'", registry[name], params)

@@ -1,0 +1,185 @@
+"""From a config to a trainer that is ready to run: the composition root."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distpro.build.carry import Carry
+from distpro.build.data import build_loader
+from distpro.build.objective import build_cache, build_objective, build_task
+from distpro.config.schema import Config
+from distpro.data import Dataset, Loader, split
+from distpro.objective import Objective
+from distpro.process import Clock, reduction_of
+from distpro.schedule import Schedule
+from distpro.search.estimators.base import ESTIMATORS
+from distpro.search.scales import measure_scales
+from distpro.search.searcher import Searcher
+from distpro.search.weighting import WEIGHTINGS
+from distpro.train import distributed
+from distpro.train.rates import LearningRate
+from distpro.train.trainer import Trainer
+from distpro.weights import Weights, replay
+from pathways.registry import UserError
+from pathways.space import parse_spec
+
+
+def build_optimizer(config: Config, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The config's optimiser, in its fused form where there is one that serves."""
+    o = config.training.optimizer
+    if o.name == "sgd":
+        nesterov = o.nesterov and o.momentum > 0 and o.dampening == 0
+        fused = (
+            o.dampening == 0
+        )  # dampening treats a first step apart, and a fused step cannot mix first and later ones
+        sgd = torch.optim.SGD(params, o.lr, o.momentum, o.dampening, o.weight_decay, nesterov=nesterov, fused=fused)
+        if fused and o.momentum:
+            for p in params:  # of a term that is dropped at first, the first gradient comes late
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
+    kind = torch.optim.AdamW if o.name == "adamw" else torch.optim.Adam
+    return kind(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+
+
+def distill_scale(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
+    """λ as a function of the step: `distill_weight`, after ReviewKD's warm-up min(epoch / W, 1), epochs from 1."""
+    weight, warmup = config.training.distill_weight, config.training.distill_warmup
+    return lambda step: weight * (min(1.0, (step // steps_per_epoch + 1) / warmup) if warmup else 1.0)
+
+
+def _trainer(
+    config: Config,
+    objective: Objective,
+    optimizer: Any,
+    weights: Weights,
+    train: Loader,
+    test: Loader,
+    folder: Path | None,
+    name: str,
+) -> Trainer:
+    rate = config.training.learning_rate
+    return Trainer(
+        objective,
+        build_task(config),
+        optimizer,
+        weights,
+        train,
+        test,
+        epochs=config.training.epochs,
+        learning_rate=LearningRate(rate.name, rate.milestones, rate.gamma, rate.warmup_epochs),
+        folder=folder,
+        max_steps=config.training.max_steps,
+        clip_norm=config.training.clip_norm,
+        clip_by=config.training.clip_by,
+        log_every=config.tracking.log_every,
+        evaluate_every=config.tracking.evaluate_every,
+        checkpoint_every=config.tracking.checkpoint_every,
+        name=name,
+    )
+
+
+def build_search(config: Config, data: Dataset, folder: Path | None = None) -> Trainer:
+    """A trainer whose weights are searched (Algorithm 1, lines 1-7). Its `weights` is the `Searcher`."""
+    if config.precision == "float16":
+        raise UserError(
+            "precision: a search runs in float32 or bfloat16; float16's loss scaling would scale α's gradient"
+        )
+    if not config.has_teacher:
+        raise UserError("a search needs a teacher")
+    if config.stages:
+        raise UserError("stages: a search is one training; stages are for a retrain")
+    for n, term in enumerate(config.terms):
+        if term.weight == "schedule" or reduction_of(term.weight) is not None:
+            raise UserError(
+                f"terms.{n}.weight: a search has no schedule to follow (allowed: learned, a number, a process)"
+            )
+    if config.task_weight == 0:
+        raise UserError("task_weight: a search learns from the task loss, it cannot be 0")
+    search = config.search
+    validation_part, train_part = split(data.train, search.validation_fraction, config.seed)
+    train = build_loader(config, data, train_part, training=True)
+    validation = build_loader(config, data, validation_part, training=True, batch_size=search.validation_batch_size)
+    total = config.training.epochs * len(train)
+    total = min(total, config.training.max_steps or total)
+    objective = build_objective(config, data, train_part, Clock(total, len(train)))
+    optimizer = build_optimizer(config, objective.trainable_parameters())
+    estimator_name, estimator_params = parse_spec(search.estimator, "search.estimator")
+    if distributed.world_size() > 1:
+        if estimator_name == "unrolled":
+            raise UserError("search.estimator: unrolled runs in one process (allowed: forward_mode, finite_difference)")
+        if estimator_name == "forward_mode" and config.sync_batch_norm:
+            raise UserError(
+                "sync_batch_norm: forward_mode cannot see through it; use finite_difference, or leave it out"
+            )
+    clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
+    estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
+    weighting_name, weighting_params = parse_spec(search.weighting, "search.weighting")
+    how = search.normalise or ("gradient" if config.terms else "none")
+
+    def measure() -> Tensor:
+        return measure_scales(objective, islice(train.endless(), search.normalise_batches), how)
+
+    searcher = Searcher(
+        objective,
+        estimator,
+        WEIGHTINGS.build(weighting_name, **weighting_params),
+        validation.endless,
+        total_steps=total,
+        learning_rate=search.learning_rate,
+        optimizer=search.optimizer,
+        betas=search.betas,
+        momentum=search.momentum,
+        every=search.every,
+        threshold=search.threshold,
+        revive_every=search.revive_every,
+        repeats=search.repeats,
+        scale=distill_scale(config, len(train)),
+        measure=None if how == "none" else measure,
+        rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)
+        if search.per_rate
+        else lambda: 1.0,
+    )
+    objective.cache = build_cache(config, data, objective)
+    test = build_loader(config, data, data.test, training=False)
+    return _trainer(config, objective, optimizer, searcher, train, test, folder, "search")
+
+
+def build_retrain(
+    config: Config,
+    data: Dataset,
+    schedule: Schedule | None,
+    folder: Path | None = None,
+    carry: Carry | None = None,
+) -> Trainer:
+    """A trainer whose weights replay a schedule or a control (lines 8-14), on the whole training set.
+
+    ``carry``: what a stage takes over from the one before.
+    """
+    retrain = config.retrain
+    train = build_loader(config, data, data.train, training=True)
+    total = config.training.epochs * len(train)
+    total = min(total, config.training.max_steps or total)
+    objective = build_objective(config, data, data.train, Clock(total, len(train)), carry)
+    weights = replay(
+        objective,
+        retrain.weights,
+        total,
+        schedule,
+        retrain.threshold,
+        distill_scale(config, len(train)),
+        retrain.mapping,
+        retrain.start,
+        config.seed,
+    )
+    if not objective.computes_task and not objective.entries:
+        raise UserError("task_weight is 0 and there is no term: nothing to train")
+    objective.cache = build_cache(config, data, objective)
+    optimizer = build_optimizer(config, objective.trainable_parameters())
+    test = build_loader(config, data, data.test, training=False)
+    return _trainer(config, objective, optimizer, weights, train, test, folder, f"retrain ({retrain.weights})")

@@ -1,0 +1,189 @@
+"""From a config to the terms of the objective: pathways and losses, with what each of them has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from distpro.build.models import Pair, needs_teacher
+from distpro.build.reading import norm_before
+from distpro.config.schema import Config, TermConfig
+from distpro.data import Split
+from distpro.losses import LOSSES, DistillationLoss, build_loss
+from distpro.losses.ofd import margin
+from distpro.objective import Term
+from distpro.process import Clock, is_process, parse_process, reduction_of
+from pathways import build_pathways, connect, probe_shapes
+from pathways.registry import UserError
+
+
+def build_terms(
+    config: Config, pair: Pair, num_classes: int | None = None, train: Split | None = None, clock: Clock | None = None
+) -> list[nn.Module]:
+    """Pathways and other terms of the config, new parameters initialised from the seed (but not from the student's).
+
+    Args:
+        num_classes, train: what losses may have to know of the data; ``train`` is None where there are no data.
+        clock: the training's length, for weights and scalars that move.
+
+    Raises UserError, naming the term, for whatever a loss refuses.
+    """
+    terms: list[nn.Module] = []
+    if not needs_teacher(config):
+        return terms
+    torch.manual_seed(config.seed + 1)
+    if config.pathways is not None:
+        if pair.teacher is None:
+            raise UserError("pathways need a teacher")
+        space = config.pathways
+        for pathway in build_pathways(
+            pair.teacher,
+            pair.student,
+            pair.example_input,
+            list(pair.teacher_reading(space.teacher).before_relu),
+            pair.student_taps,
+            space.connect,
+            space.transforms,
+            space.distance,
+        ):
+            pathway.weight = space.weight  # type: ignore[assignment]
+            terms.append(pathway)
+    facts = _Facts(config, pair, num_classes, train)
+    for n, term in enumerate(config.terms):
+        try:
+            terms += _build_term(term, pair, facts, clock or Clock(1))
+        except UserError as error:
+            raise UserError(f"terms.{n} ({term.loss}): {error}") from None
+    return terms
+
+
+def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> list[nn.Module]:
+    kind: type[DistillationLoss] = LOSSES[config.loss]  # type: ignore[assignment]
+    assert pair.student_reading is not None
+    student_taps = config.student_taps or pair.student_reading.taps(kind.taps, kind.before_relu == "both")
+    logits_only = kind.taps == ("logits",) and config.teacher is None
+    if pair.teacher is None:
+        teacher_taps = []
+    elif config.teacher_taps:
+        named = config.teacher is not None or len(pair.teachers) == 1
+        teacher_taps = pair.teacher_reading(config.teacher).own(config.teacher_taps) if named else config.teacher_taps
+    elif logits_only:
+        teacher_taps = ["logits"]  # of several teachers: what they say together
+    else:
+        teacher_taps = pair.teacher_reading(config.teacher).taps(kind.taps, kind.before_relu != "neither")
+    student_shapes = probe_shapes(pair.student, student_taps, pair.example_input)
+    teacher_shapes = probe_shapes(pair.teacher, teacher_taps, pair.example_input) if pair.teacher is not None else {}
+    params, moving = split_processes(config.params, clock)
+    key = config.key or (config.loss if config.teacher is None else f"{config.loss}@{config.teacher}")
+    groups: list[tuple[str, list[str], list[str], tuple[int, int, int] | None]]
+    if config.connect is None:
+        groups = [(key, student_taps, teacher_taps, None)]
+    else:
+        groups = [
+            (f"{key}:{teacher_taps[i]}<-{student_taps[j]}", [student_taps[j]], [teacher_taps[i]], (i + 1, j + 1, 0))
+            for i, j in connect(config.connect, teacher_taps, student_taps)
+        ]
+    reduction = reduction_of(config.weight)
+    terms: list[nn.Module] = []
+    for name, ours, theirs, level in groups:
+        needs = {need: facts.give(need, theirs, config.teacher) for need in kind.needs if need not in params}
+        loss = build_loss(
+            config.loss,
+            [student_shapes[t] for t in ours],
+            [teacher_shapes[t] for t in theirs] if pair.teacher is not None else [student_shapes[t] for t in ours],
+            **params,
+            **{need: value for need, value in needs.items() if value is not None},
+        ).to(pair.example_input.device)
+        _check_moving(config.loss, loss, moving)
+        if not getattr(loss, "uses_teacher", True):
+            theirs = []
+        elif pair.teacher is None:
+            raise UserError("the config has no teacher")
+        if config.pretrain and not loss.pretrain_reads:
+            raise UserError("has no stage before its own: pretrain is for losses that list two stages")
+        per_level = reduction == "teacher_level" and level is None
+        weight = weight_of(config.weight, clock)
+        rows = facts.rows() if loss.needs_index else None
+        term = Term(loss, name, ours, theirs, weight, level, per_level, reduction, moving, config.pretrain, rows)
+        if level is not None:  # of two losses at one place, a schedule of another pair has to know which is which
+            term.transform_name = key
+        terms.append(term)
+    return terms
+
+
+def weight_of(spec: Any, clock: Clock) -> float | Callable[[int], float] | None:
+    """A config's weight as a term takes it: a number, a process, or None for one that is searched or replayed."""
+    if isinstance(spec, str) or reduction_of(spec) is not None:
+        return None
+    return parse_process(spec).bind(clock) if isinstance(spec, Mapping) else float(spec)
+
+
+def split_processes(
+    params: Mapping[str, Any], clock: Clock
+) -> tuple[dict[str, Any], dict[str, Callable[[int], float]]]:
+    """A loss's parameters at the first step, and those that move: ``name`` or ``name.item`` → step → value."""
+    fixed: dict[str, Any] = {}
+    moving: dict[str, Callable[[int], float]] = {}
+    for name, value in params.items():
+        listed, started = isinstance(value, list), []
+        for n, item in enumerate(value if listed else [value]):
+            if is_process(item):
+                path = f"{name}.{n}" if listed else name
+                moving[path] = parse_process(item).bind(clock)
+                item = moving[path](0)
+            started.append(item)
+        fixed[name] = started if listed else started[0]
+    return fixed, moving
+
+
+def _check_moving(name: str, loss: DistillationLoss, moving: Mapping[str, Any]) -> None:
+    for path in moving:
+        scalar = path.partition(".")[0]
+        if scalar not in loss.scalars:
+            raise UserError(
+                f"parameter '{scalar}' of loss '{name}' cannot move (allowed: {', '.join(loss.scalars) or 'none'})"
+            )
+
+
+class _Facts:
+    """What a loss may have to know and no config should have to say."""
+
+    def __init__(self, config: Config, pair: Pair, num_classes: int | None, train: Split | None):
+        self.config, self.pair, self.num_classes, self.train = config, pair, num_classes, train
+
+    def give(self, need: str, teacher_taps: list[str], teacher: str | None) -> Any:
+        """The value of a parameter named in `DistillationLoss.needs`; None where it is not known."""
+        return getattr(self, f"_{need}")(teacher_taps, teacher)
+
+    def rows(self) -> torch.Tensor | None:
+        """Stored sample number → position in the training set, for losses that keep something per sample."""
+        if self.train is None:
+            return None
+        rows = torch.full((int(self.train.index.max()) + 1,), -1, dtype=torch.int64)
+        rows[self.train.index] = torch.arange(len(self.train))
+        return rows
+
+    def _num_classes(self, teacher_taps: list[str], teacher: str | None) -> int | None:
+        return self.num_classes
+
+    def _n_data(self, teacher_taps: list[str], teacher: str | None) -> int:
+        return len(self.train) if self.train is not None else self.config.data.samples or len(self.pair.example_input)
+
+    def _labels(self, teacher_taps: list[str], teacher: str | None) -> Any:
+        return self.train.labels if self.train is not None else None
+
+    def _batch_size(self, teacher_taps: list[str], teacher: str | None) -> int:
+        return self.config.training.batch_size
+
+    def _classifier(self, teacher_taps: list[str], teacher: str | None) -> nn.Linear | None:
+        return self.pair.teacher_reading(teacher).classifier
+
+    def _margins(self, teacher_taps: list[str], teacher: str | None) -> list[torch.Tensor] | None:
+        """Of OFD: from the BatchNorm in front of each tap, or from the batch where there is none."""
+        assert self.pair.teacher is not None
+        norms = [norm_before(self.pair.teacher, tap, self.pair.example_input) for tap in teacher_taps]
+        found = [margin(n.weight, n.bias) for n in norms if n is not None]
+        return found if len(found) == len(norms) else None

@@ -1,0 +1,145 @@
+"""From files, bases, presets and overrides to one checked config."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from distpro.config.errors import explain
+from distpro.config.schema import Config
+from pathways.registry import UserError, nearest
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of mappings; where they disagree, ``above`` wins. Lists are replaced whole."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def presets() -> list[str]:
+    """Names that ``preset:`` takes."""
+    folder = importlib.resources.files("distpro.config") / "presets"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A checked config from a YAML file or a mapping, with ``key=value`` overrides (dotted keys, YAML values).
+
+    Raises UserError naming file, key, what was found, what is allowed and the nearest allowed name.
+    """
+    path = Path("config") if isinstance(source, Mapping) else Path(source)
+    content = dict(source) if isinstance(source, Mapping) else _read_yaml(path)
+    content = _with_bases(content, path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}': expected key=value, for instance training.epochs=10")
+        content = merge(content, _nest(key.split("."), _yaml(value, f"override '{override}'")))
+    config = check(content, str(path))
+    for_retrain(config, str(path))  # or its mistakes would show only when the search is over
+    return config
+
+
+def for_retrain(config: Config, where: str = "config") -> Config:
+    """The config with `retrain.training` merged into `training`."""
+    merged = config.model_dump()
+    merged["training"] = merge(merged["training"], merged["retrain"]["training"])
+    merged["retrain"]["training"] = {}
+    return check(merged, f"{where}, with retrain.training as training")
+
+
+def check(content: Mapping[str, Any], where: str) -> Config:
+    """Validate a mapping. Raises UserError as `read_config` does."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error.errors(), content, where)[:5])) from None
+
+
+def _with_bases(content: dict[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of ``path`` over that of its base, and that over its preset. ``above``: the files on the way here."""
+    base, preset = content.pop("base", None), content.pop("preset", None)
+    below: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets():
+            near = nearest(str(preset), presets())
+            raise UserError(f"{path}: unknown preset '{preset}'{near} (allowed: {', '.join(presets())})")
+        text = (importlib.resources.files("distpro.config") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
+        below = _yaml(text, f"preset {preset}")
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base is {base!r}: expected the path of one YAML file")
+        file = path.parent / base
+        if file.resolve() in (path.resolve(), *above):
+            raise UserError(f"{path}: base '{base}' leads back to itself")
+        below = merge(below, _with_bases(_read_yaml(file), file, (path.resolve(), *above)))
+    return merge(below, content)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        raise UserError(f"{path}: no such config file{near}")
+    try:
+        content = _yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, found {type(content).__name__}")
+    return content
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
+        return _numbers(yaml.safe_load(text))
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML (an alias leads back to itself)") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def _refuse_repeated_keys(root: yaml.Node | None, where: str) -> None:
+    """YAML's parser would silently keep the last one. Merge keys (``<<``) are meant to repeat others."""
+    pending, visited = [root], set()
+    while pending:
+        node = pending.pop()
+        if node is None or id(node) in visited or isinstance(node, yaml.ScalarNode):
+            continue
+        visited.add(id(node))  # an alias leads to a node that has been met
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise UserError(f"{where}, line {key.start_mark.line + 1}: '{key.value}' is said twice")
+                    seen.add(key.value)
+            pending += [value for _, value in node.value]
+        else:
+            pending += node.value
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for text, because it has no point: nobody means that."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
+
+
+def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value

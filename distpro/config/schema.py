@@ -1,0 +1,259 @@
+"""The schema: every key of a config with its type, its default and what it means."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from distpro.process import parse_process, reduction_of
+from distpro.schedule import REDUCTIONS
+from pathways.registry import UserError
+
+Spec = str | dict[str, Any]
+"""A name, or {name: ..., parameters}, or {name: {parameters}}."""
+
+
+Moving = float | dict[str, Any]
+"""A number, or a process {name: {parameters}}, see `distpro.process`."""
+
+
+Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+"""Parameters of what is named beside them. null: none, whatever a base has for another name."""
+
+
+class Section(BaseModel):
+    """Part of a config. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Where the samples come from and how a batch is made."""
+
+    name: str = "digits"
+    root: str | None = None
+    samples: int | None = Field(None, gt=0, description="training images kept, stratified and seeded")
+    seed: int | None = Field(None, ge=0, description="draws the samples; null: the run's seed")
+    classes: int | list[str] | None = None
+    augment: list[Any] = []
+    augment_epochs: int | None = Field(
+        None, gt=0, description="epochs after which the same augmentations come again; null: never"
+    )
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    workers: int = Field(0, ge=0)
+    params: Params = {}
+    num_classes: int | None = Field(None, gt=0, description="for a dry run where the data are not there")
+    image_shape: tuple[int, int, int] | None = Field(None, description="likewise, (C, H, W)")
+
+
+class InputConfig(Section):
+    """How a teacher wants its images, where that is not how the student gets them."""
+
+    mean: list[float] = Field(description="per channel, for images in 0-1")
+    std: list[float]
+    size: int | tuple[int, int] | None = Field(None, description="height and width")
+
+
+class ModelConfig(Section):
+    """A model and where its features are read."""
+
+    model: str
+    params: Params = {}
+    checkpoint: str | None = None
+    input: InputConfig | None = Field(None, description="of a teacher: its own normalisation and image size")
+    weight: float = Field(1.0, ge=0, description="of one of several teachers: its share in their common output")
+    taps: list[str] | None = Field(None, description="default: the model's stages, before their last ReLU in a teacher")
+
+
+class PathwayConfig(Section):
+    """The search space of pathways."""
+
+    connect: str | list[list[str]] = "all"
+    transforms: list[Spec] = ["conv1x1", "conv3x3", "attention"]
+    distance: Spec = "hcl"
+    weight: float | None = Field(None, description="constant weight of every pathway")
+    teacher: str | None = Field(None, description="which of several teachers is read")
+
+
+class TermConfig(Section):
+    """A distillation loss as a term of the objective."""
+
+    loss: str
+    key: str | None = None
+    params: Params = {}
+    weight: float | Literal["learned", "schedule"] | dict[str, Any] = Field(
+        "learned",
+        description="a number; a process such as {linear: {initial: 1, final: 0}}; 'learned' (by search, replayed in "
+        "retrain); or {schedule: reduction}",
+    )
+    pretrain: bool = Field(False, description="the loss of the recipe's first stage in place of the loss")
+    teacher: str | None = Field(None, description="which of several teachers is read")
+    student_taps: list[str] | None = None
+    teacher_taps: list[str] | None = None
+    connect: str | list[list[str]] | None = Field(None, description="one term per connection of the taps")
+
+    @field_validator("weight")
+    @classmethod
+    def _known_process(cls, weight: Any) -> Any:
+        return _check_process(weight)
+
+
+class OptimizerConfig(Section):
+    """Optimiser of the student and the terms."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    dampening: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class LearningRateConfig(Section):
+    """How the learning rate moves, see `distpro.train.rates.LearningRate`."""
+
+    name: Literal["constant", "cosine", "step"] = "step"
+    milestones: list[float] = [0.625, 0.75, 0.875]
+    gamma: float = Field(0.1, gt=0)
+    warmup_epochs: float = Field(0.0, ge=0)
+
+
+class TrainingConfig(Section):
+    """The training itself."""
+
+    epochs: int = Field(240, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    batch_size: int = Field(128, gt=0)
+    drop_last: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learning_rate: LearningRateConfig = LearningRateConfig()
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    clip_by: Literal["all", "module"] = Field(
+        "all", description="one norm of all gradients, or the student's and every term's own parameters' apart"
+    )
+    distill_weight: float = Field(1.0, ge=0, description="λ, a factor on all weights that are not constants")
+    distill_warmup: float = Field(0.0, ge=0, description="epochs over which λ grows, min(epoch / this, 1)")
+
+
+class SearchConfig(Section):
+    """How α is learned (Section 3.2 and 3.3)."""
+
+    estimator: Spec = "forward_mode"
+    weighting: Spec = "biased_softmax"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = Field(0.05, gt=0, description="γ")
+    betas: tuple[float, float] = (0.5, 0.999)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    per_rate: bool = Field(False, description="divide h by the learning rate's factor, to which it is proportional")
+    every: int = Field(1, ge=1, description="steps between two updates of α")
+    validation_fraction: float = Field(0.2, gt=0, lt=1)
+    normalise: Literal["none", "loss", "gradient"] | None = Field(
+        None,
+        description="make terms alike in size, see distpro.search.scales; null: by gradient, unless all are pathways",
+    )
+    normalise_batches: int = Field(4, gt=0, description="training batches to measure the terms' size on")
+    validation_batch_size: int | None = Field(None, gt=0)
+    threshold: float | None = Field(None, description="τ during the search; null drops nothing")
+    revive_every: int = Field(0, ge=0, description="with a threshold: compute all terms in every so many updates")
+    repeats: bool = Field(False, description="take each step again with the weights that it has led to")
+
+
+class RetrainConfig(Section):
+    """How a schedule is replayed (Section 3.4)."""
+
+    weights: Literal["searched", "final", "mean", "shuffled", "permuted", "random", "equal", "constant", "none"] = (
+        Field("searched", description="the schedule, or a control, see distpro.weights.replay")
+    )
+    start: float = Field(
+        1 / 3,
+        ge=0,
+        lt=1,
+        description="fraction of the search that a replay leaves out at its beginning, where the weights are still on "
+        "their way from where they all start (docs/results.md); the paper replays all of it, 0",
+    )
+    schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
+    threshold: float | None = Field(0.5, description="τ; null drops nothing")
+    mapping: dict[str, str] = {}
+    training: dict[str, Any] = Field({}, description="what of `training` is different in a retrain")
+
+
+class CacheConfig(Section):
+    """The teacher's outputs, kept on disk."""
+
+    folder: str
+
+
+class TrackingConfig(Section):
+    """Logs and checkpoints."""
+
+    tensorboard: bool = True
+    log_every: int = Field(50, gt=0, description="steps")
+    evaluate_every: int = Field(1, gt=0, description="epochs")
+    checkpoint_every: int = Field(1, gt=0, description="epochs")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str | None = None
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="auto: the fastest that the device has, see distpro.build.device.fastest_precision"
+    )
+    channels_last: bool = True
+    sync_batch_norm: bool = Field(False, description="with several processes: the student's batch statistics over all")
+    compile: Literal["inductor", "aot_eager", "eager", "cudagraphs"] | None = Field(
+        None, description="torch.compile's backend for teacher, student and pathways"
+    )
+    threads: int | None = Field(None, gt=0)
+    task: Spec = "classification"
+    data: DataConfig = DataConfig()
+    teacher: ModelConfig | None = None
+    teachers: dict[str, ModelConfig] = Field({}, description="several, in place of one")
+    combine: Literal["logits", "probabilities", "log_probabilities"] = Field(
+        "logits", description="what of several teachers is averaged to their common output"
+    )
+    student: ModelConfig
+    freeze: list[str] = Field([], description="modules of the student that do not train")
+    task_weight: Moving = Field(1.0, description="of the task loss, a number or a process; 0: not computed")
+    prune: bool = Field(True, description="run only the parts of the models that a loss depends on")
+    cache: CacheConfig | None = None
+    teacher_training: bool = Field(False, description="run the teacher in training mode (a fault of ReviewKD's code)")
+    pathways: PathwayConfig | None = None
+    terms: list[TermConfig] = []
+    training: TrainingConfig = TrainingConfig()
+    search: SearchConfig = SearchConfig()
+    retrain: RetrainConfig = RetrainConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    stages: list[dict[str, Any]] = Field([], description="trainings one after the other, see distpro.config.stages")
+
+    @field_validator("task_weight")
+    @classmethod
+    def _known_process(cls, weight: Any) -> Any:
+        return _check_process(weight)
+
+    @model_validator(mode="after")
+    def _one_or_several_teachers(self) -> Config:
+        if self.teacher is not None and self.teachers:
+            raise UserError("teacher and teachers exclude each other: name all of them under teachers")
+        for key in ("input", "weight"):
+            if getattr(self.student, key) != ModelConfig.model_fields[key].default:
+                raise UserError(f"student.{key}: only a teacher has one")
+        return self
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is any teacher."""
+        return self.teacher is not None or bool(self.teachers)
+
+
+def _check_process(value: Any) -> Any:
+    """A weight as it is. Raises UserError if it is a mapping that is no process."""
+    if isinstance(value, dict) and reduction_of(value) not in REDUCTIONS:
+        parse_process(value)
+    return value

@@ -1,0 +1,216 @@
+"""What a config amounts to, without running it: shapes, pathways, parameters, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distpro import build
+from distpro.build.terms import build_terms, weight_of
+from distpro.config.schema import Config
+from distpro.objective import Objective, entries_of
+from distpro.process import Clock
+from pathways import probe_shapes
+from pathways.probing import untouched
+from pathways.registry import UserError
+from pathways.space import parse_spec
+
+
+@dataclass(frozen=True)
+class Description:
+    """Facts of a run before it starts. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
+    counts only the parts of the models that a loss depends on."""
+
+    teacher: str
+    student: str
+    teacher_parameters: int
+    student_parameters: int
+    term_parameters: int
+    teacher_shapes: dict[str, tuple[int, ...]]
+    student_shapes: dict[str, tuple[int, ...]]
+    terms: list[tuple[str, Any, int, float]]
+    teacher_macs: float
+    student_macs: float
+    run_macs: dict[str, float]
+    term_macs: float
+    passes: dict[str, float]
+    steps: int | None
+    batch_size: int
+    cache_bytes: int | None = None
+
+    @property
+    def step_macs(self) -> float:
+        """Multiply-accumulates of one training step."""
+        costs = {**self.run_macs, "terms": self.term_macs}
+        return self.batch_size * sum(costs[part] * count for part, count in self.passes.items())
+
+
+def describe(config: Config, searching: bool) -> Description:
+    """Build the config's models with random weights, without data, and count.
+
+    Raises UserError for what a run would refuse too, and if neither the config nor the name of the data set says how
+    many classes there are and how large the images are.
+    """
+    build.check_names(config)
+    if searching and not config.has_teacher:
+        raise UserError("a search needs a teacher")
+    num_classes, image_shape, samples = _data_facts(config)
+    pair = build.build_pair(config, num_classes, image_shape, load=False)
+    objective = Objective(
+        pair.teacher,
+        pair.student,
+        build_terms(config, pair, num_classes),
+        pair.example_input,
+        precision=build.PRECISIONS[config.precision],
+        task_weight=weight_of(config.task_weight, Clock(1)),  # type: ignore[arg-type]
+        prune=config.prune,
+    )
+    terms = _term_costs(objective, pair.example_input)
+    steps = None
+    if samples is not None:
+        share = 1 - config.search.validation_fraction if searching else 1
+        steps = config.training.epochs * -(-round(samples * share) // config.training.batch_size)
+        steps = min(steps, config.training.max_steps or steps)
+    return Description(
+        teacher=teacher_name(config) if pair.teacher is not None else "none",
+        student=config.student.model,
+        teacher_parameters=_parameters(pair.teacher),
+        student_parameters=_parameters(pair.student),
+        term_parameters=_parameters(objective.terms),
+        teacher_shapes=probe_shapes(pair.teacher, pair.teacher_taps, pair.example_input) if pair.teacher else {},
+        student_shapes=probe_shapes(pair.student, pair.student_taps, pair.example_input),
+        terms=terms,
+        teacher_macs=_macs(pair.teacher, pair.example_input) if pair.teacher is not None and objective.entries else 0.0,
+        student_macs=_macs(pair.student, pair.example_input),
+        run_macs={
+            "teacher": _macs(objective.teacher, pair.example_input) if objective.teacher is not None else 0.0,
+            "student": _macs(objective.student, pair.example_input),
+        },
+        term_macs=sum(cost for *_, cost in terms),
+        passes=_passes(config, searching),
+        steps=steps,
+        batch_size=config.training.batch_size,
+        cache_bytes=_cache_bytes(config, objective, samples) if config.cache and samples else None,
+    )
+
+
+def _cache_bytes(config: Config, objective: Objective, samples: int) -> int:
+    """Size of the full teacher cache, without its few bytes of checksums."""
+    taught = objective.teach(objective.example_input) if objective.entries else {}  # type: ignore[arg-type]
+    read = {tap for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
+    row = sum(taught[tap][0].numel() * taught[tap].element_size() for tap in read)
+    views = max((getattr(getattr(term, "loss", term), "views", 1) for term in objective.terms), default=1)
+    return samples * views * row * build.versions_of(config, config.training.epochs)
+
+
+def teacher_name(config: Config) -> str:
+    """The model of the teacher, or of all of them."""
+    return " + ".join(member.model for member in ([config.teacher] if config.teacher else config.teachers.values()))
+
+
+def _passes(config: Config, searching: bool) -> dict[str, float]:
+    """Forward passes' worth of computation per step; a backward pass counts two, a forward-mode pass three."""
+    passes = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
+    if searching:
+        name, params = parse_spec(config.search.estimator, "search.estimator")
+        extra = {
+            "forward_mode": {"student": 3.0 + 3.0},
+            "finite_difference": {"student": 3.0 + 2.0, "terms": 2.0},
+            "unrolled": {"student": 3.0 + 6.0 * params.get("steps", 1), "terms": 6.0 * params.get("steps", 1)},
+        }.get(name, {})
+        for part, count in extra.items():
+            passes[part] += count / config.search.every
+        if config.search.repeats:
+            passes = {
+                part: count + (1 if part == "teacher" else 3) / config.search.every for part, count in passes.items()
+            }
+    return passes
+
+
+def _data_facts(config: Config) -> tuple[int, tuple[int, int, int], int | None]:
+    """Classes, image shape and training samples (None if unknown), from the data only where nothing else says."""
+    known = build.IMAGE_SETS.get(config.data.name, (None, None))
+    kept = config.data.classes
+    classes = config.data.num_classes or (len(kept) if isinstance(kept, list) else kept) or known[0]
+    shape = config.data.image_shape or known[1]
+    if classes is None or shape is None:
+        data = build.build_data(config)
+        return data.num_classes, data.image_shape, len(data.train)
+    return classes, shape, config.data.samples or {"cifar10": 50000, "cifar100": 50000}.get(config.data.name)
+
+
+def _parameters(module: nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def _macs(model: nn.Module, x: torch.Tensor) -> float:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not in the counter's books
+    try:
+        with untouched(model), FlopCounterMode(display=False) as counter:
+            model.eval()
+            model(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() / 2 / len(x)
+
+
+def _term_costs(objective: Objective, x: torch.Tensor) -> list[tuple[str, Any, int, float]]:
+    """(key, level, parameters, multiply-accumulates per image) of every term."""
+    if not objective.entries:
+        return []
+    found: list[tuple[str, Any, int, float]] = []
+    rows = max(getattr(getattr(term, "loss", term), "views", 1) for term in objective.terms)
+    target = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    x = x.repeat_interleave(rows, dim=0)  # each image and its rotations
+    with untouched(objective):
+        objective.eval()
+        teacher, (_, student) = objective.teach(x), objective.study(x)
+        for term in objective.terms:
+            only = [t is term for t in objective.terms for _ in entries_of(t)]
+            with FlopCounterMode(display=False) as counter:
+                objective.term_losses(student, teacher, target, torch.arange(len(target), device=x.device), only)
+            macs = counter.get_total_flops() / 2 / len(target)
+            found.append((str(term.key), getattr(term, "level", None), _parameters(term), macs))
+    return found
+
+
+def as_text(d: Description) -> str:
+    """The description for a person."""
+    lines = [
+        f"teacher  {d.teacher}: {d.teacher_parameters:,} parameters, {_model_cost(d.teacher_macs, d.run_macs['teacher'])}",
+        *(f"    {tap}  {_shape(shape)}" for tap, shape in d.teacher_shapes.items()),
+        f"student  {d.student}: {d.student_parameters:,} parameters, {_model_cost(d.student_macs, d.run_macs['student'])}",
+        *(f"    {tap}  {_shape(shape)}" for tap, shape in d.student_shapes.items()),
+        f"terms    {len(d.terms)}: {d.term_parameters:,} parameters, {_million(d.term_macs)} MMAC an image",
+        *(
+            f"    {key}  level {level or '-'}  {count:,} parameters  {_million(cost)} MMAC"
+            for key, level, count, cost in d.terms
+        ),
+        f"step     batch {d.batch_size}, forward passes' worth: "
+        + ", ".join(f"{part} {count:g}" for part, count in d.passes.items())
+        + f" = {d.step_macs / 1e9:.1f} GMAC",
+    ]
+    if d.steps is not None:
+        lines.append(f"run      {d.steps:,} steps = {d.steps * d.step_macs / 1e15:.3f} PMAC")
+    if d.cache_bytes is not None:
+        lines.append(f"cache    {d.cache_bytes / 1e9:.3g} GB of teacher outputs when full")
+    return "\n".join(lines)
+
+
+def _model_cost(whole: float, run: float) -> str:
+    part = f" ({_million(run)} of them run)" if _million(run) != _million(whole) else ""
+    return f"{_million(whole)} MMAC an image{part}"
+
+
+def _million(macs: float) -> str:
+    return f"{macs / 1e6:.1f}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,238 @@
+"""The commands as functions: search, retrain, train, evaluate. Each run has a folder that says how to repeat it.
+
+config.yaml       the resolved config          metrics.jsonl     numbers by step, as in TensorBoard
+environment.json  versions, machine, revision  checkpoint.pt     whole state, for --resume
+result.json       final metrics                student.pt        the trained student's weights
+alpha.pt          the schedule (search)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distpro import build
+from distpro.build.device import device_of, fastest_precision
+from distpro.build.models import build_network, place
+from distpro.config.reading import for_retrain, read_config
+from distpro.config.schema import Config
+from distpro.config.stages import Stage, stages_of
+from distpro.data import Dataset
+from distpro.data.datasets import locate
+from distpro.files import load_safely
+from distpro.losses import LOSSES
+from distpro.models import load_checkpoint
+from distpro.objective import Objective
+from distpro.report.cost import teacher_name
+from distpro.runs.folder import environment, open_folder
+from distpro.runs.stages import retrain_stages
+from distpro.runs.training import Result, run_training, save_student
+from distpro.schedule import Schedule
+from distpro.search.searcher import Searcher
+from distpro.train import distributed
+from distpro.train.evaluation import test
+from pathways.registry import UserError
+from pathways.space import parse_spec
+
+Source = str | Path | Mapping[str, Any] | Config
+
+
+def search(
+    config: Source, out: str | Path | None = None, overrides: Sequence[str] = (), resume: bool = False
+) -> Schedule:
+    """Learn a schedule (Algorithm 1, lines 1-7) and write it to ``alpha.pt`` in the run's folder.
+
+    Args:
+        config: path of a YAML file, or a mapping.
+        out: the run's folder; None keeps nothing on disk.
+        overrides: ``key=value`` with dotted keys.
+        resume: go on from the folder's checkpoint, to the numbers that an uninterrupted run gives.
+
+    Raises UserError for bad input, `distpro.train.trainer.Interrupted` after SIGINT or SIGTERM (checkpoint and alpha.pt of
+    the steps done are written first).
+    """
+    checked = _checked(config, overrides, searching=True)
+    _prepare(checked)
+    with distributed.started(checked.device):
+        return _search(checked, out, resume)
+
+
+def _search(checked: Config, out: str | Path | None, resume: bool) -> Schedule:
+    folder = open_folder(out, checked, resume)
+    data = build.build_data(checked)
+    trainer = build.build_search(checked, data, folder)
+    searcher = trainer.weights
+    assert isinstance(searcher, Searcher)
+    meta = _schedule_meta(checked, data, trainer.objective)
+
+    def write() -> None:
+        if folder is not None:
+            searcher.schedule(trainer.steps_per_epoch, meta).save(folder / "alpha.pt")
+
+    trainer.on_checkpoint = write
+    run_training(trainer, checked, resume, searcher)
+    return searcher.schedule(trainer.steps_per_epoch, meta)
+
+
+def retrain(
+    config: Source | None = None,
+    schedule: str | Path | Schedule | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+) -> Result:
+    """Train a student with a schedule or one of its controls (lines 8-14).
+
+    Args:
+        config: as of `search`; None takes the config that the schedule was searched with.
+        schedule: path of an ``alpha.pt`` or a `Schedule`; by default what ``retrain.schedule`` names, if anything.
+        out, overrides, resume: as of `search`.
+
+    Raises UserError for bad input, `distpro.train.trainer.Interrupted` after SIGINT or SIGTERM.
+    """
+    if isinstance(schedule, (str, Path)):  # for the run's folder, so that a resumed run has the same one
+        overrides = [*overrides, f"retrain.schedule={json.dumps(str(schedule))}"]
+    checked = retrain_config(config, schedule, overrides)
+    stages = stages_of(checked)
+    for stage in stages:
+        _prepare(stage.config)
+    learned = _schedule_of(checked, schedule)
+    with distributed.started(checked.device):
+        return _retrain(checked, stages, learned, out, resume)
+
+
+def _retrain(
+    checked: Config, stages: Sequence[Stage], learned: Schedule | None, out: str | Path | None, resume: bool
+) -> Result:
+    folder = open_folder(out, checked, resume)
+    if checked.stages:
+        return retrain_stages(checked, stages, learned, folder, resume)
+    trainer = build.build_retrain(checked, build.build_data(checked), learned, folder)
+    metrics = run_training(trainer, checked, resume, None)
+    if folder is not None:
+        save_student(trainer.objective, folder)
+    return Result(metrics, folder)
+
+
+def train(config: Source, out: str | Path | None = None, overrides: Sequence[str] = (), resume: bool = False) -> Result:
+    """Plain training of the config's student: a teacher to be, or the baseline without one."""
+    return retrain(config, None, out, [*overrides, "retrain.weights=none", "stages=[]"], resume)
+
+
+def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Path | None = None) -> dict[str, float]:
+    """Metrics on the test set of a run's student, of a config's teacher, or of a checkpoint.
+
+    Args:
+        target: a run's folder; a config, whose teacher is evaluated; or a checkpoint, which is loaded into the student
+            of ``config``.
+        overrides: ``key=value`` on the config.
+
+    Raises UserError if there is nothing to evaluate at ``target``.
+    """
+    path = Path(target)
+    if path.is_dir():
+        checked, checkpoint = read_config(path / "config.yaml", overrides), path / "student.pt"
+        checked = stages_of(checked)[-1].config
+        if not checkpoint.is_file():
+            raise UserError(f"{path}: no student.pt; has the training ended?")
+    elif path.suffix in (".yaml", ".yml"):
+        checked = read_config(path, overrides)
+        if checked.teacher is None or checked.teacher.checkpoint is None:
+            raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
+        checkpoint = locate("checkpoint", checked.teacher.checkpoint)
+        checked = checked.model_copy(update={"student": checked.teacher})
+    elif config is None:
+        raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
+    else:
+        checked, checkpoint = read_config(config, overrides), locate("checkpoint", path)
+    _prepare(checked)
+    data = build.build_data(checked)
+    model = build_network(checked.student, data.num_classes, load=False)
+    load_checkpoint(model, checkpoint)
+    terms = path / "terms.pt" if path.is_dir() else None
+    if terms is not None and any(hasattr(LOSSES[term.loss], "predict") for term in checked.terms):
+        objective = build.build_deployed(checked, data, model, load_safely(terms))
+    else:
+        objective = Objective(None, place(model, checked), precision=build.PRECISIONS[checked.precision])
+    task, loader = build.build_task(checked), build.build_loader(checked, data, data.test, training=False)
+    return test(objective, task, loader)
+
+
+def retrain_config(config: Source | None, schedule: str | Path | Schedule | None, overrides: Sequence[str]) -> Config:
+    """The checked config of a retrain: the one given, or the schedule's own."""
+    if config is not None:
+        return for_retrain(_checked(config, overrides))
+    if schedule is None:
+        raise UserError("retrain needs a config, a schedule, or both")
+    learned = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
+    stored = learned.meta.get("config")
+    if not isinstance(stored, Mapping):
+        raise UserError("this schedule holds no config: give one")
+    checked = for_retrain(_checked(stored, overrides))
+    for key, name in _code_named_in(checked):
+        if f"{key}={name}" not in overrides:
+            repeat = f"repeat it as {key}={name}, or " if key.endswith(".model") else ""
+            raise UserError(
+                f"the schedule's config names code of its own, {key} '{name}'. A schedule file never runs code by "
+                f"itself: if you trust it, {repeat}give a config"
+            )
+    return checked
+
+
+def _code_named_in(config: Config) -> list[tuple[str, str]]:
+    """(key, name) of everything in a config that is imported and run."""
+    models = {"teacher.model": config.teacher, "student.model": config.student}
+    models |= {f"teachers.{name}.model": member for name, member in config.teachers.items()}
+    named = [(key, m.model) for key, m in models.items() if m and not m.model.startswith(("torchvision:", "timm:"))]
+    named += [(f"terms.{n}.loss", term.loss) for n, term in enumerate(config.terms)]
+    if config.pathways is not None:
+        named += [("pathways.transforms", parse_spec(t, "transform")[0]) for t in config.pathways.transforms]
+        named += [("pathways.distance", parse_spec(config.pathways.distance, "distance")[0])]
+    return [(key, name) for key, name in named if ":" in name]
+
+
+def _checked(config: Source, overrides: Sequence[str], searching: bool = False) -> Config:
+    checked = read_config(config.model_dump() if isinstance(config, Config) else config, overrides)
+    if checked.precision != "auto":
+        return checked
+    return checked.model_copy(update={"precision": fastest_precision(device_of(checked), searching)})
+
+
+def _schedule_of(config: Config, schedule: str | Path | Schedule | None) -> Schedule | None:
+    source = schedule if schedule is not None else config.retrain.schedule
+    return source if isinstance(source, Schedule) or source is None else Schedule.load(source)
+
+
+def _prepare(config: Config) -> None:
+    """What comes before anything is loaded."""
+    build.check_names(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+def _schedule_meta(config: Config, data: Dataset, objective: Objective) -> dict[str, Any]:
+    """What `alpha.pt` says beside the numbers."""
+    assert objective.teacher is not None
+    facts = environment()
+    return {
+        "config": json.loads(config.model_dump_json()),
+        "weighting": json.loads(json.dumps(config.search.weighting)),
+        "threshold": config.retrain.threshold,
+        "lambda": config.training.distill_weight,
+        "teacher": _model_signature(teacher_name(config), objective.teacher.model),
+        "student": _model_signature(config.student.model, objective.student.model),
+        "data": data.signature,
+        "versions": facts["packages"],
+        "revision": facts["revision"],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _model_signature(name: str, model: nn.Module) -> dict[str, Any]:
+    return {"model": name, "parameters": sum(p.numel() for p in model.parameters())}

@@ -1,0 +1,104 @@
+"""A run's folder: what is written there, by whom, and what says how to repeat it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from distpro.config.schema import Config
+from distpro.files import write_atomically
+from distpro.train import distributed
+from pathways.registry import UserError
+
+
+def record(config: Config, folder: Path) -> None:
+    """What a run needs to be repeated."""
+    write_atomically(as_yaml(config), folder / "config.yaml")
+    write_atomically(json.dumps(environment(), indent=1) + "\n", folder / "environment.json")
+
+
+def open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | None:
+    """The run's folder, if this run may write to it. Nothing is written before the run is built without an error."""
+    if out is None:
+        if resume:
+            raise UserError("resume needs the run's folder")
+        return None
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, a run needs a folder")
+    written = folder / "config.yaml"
+    if not distributed.is_main():  # rank 0 looks, and writes at once
+        return folder
+    if resume:
+        for needed in [written] if config.stages else [folder / "checkpoint.pt", written]:
+            if not needed.is_file():
+                raise UserError(f"{folder}: no {needed.name} to resume from")
+        differing = _differences(yaml.safe_load(written.read_text()), json.loads(config.model_dump_json()))
+        if differing:
+            raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
+        return folder
+    if written.exists():
+        way = (
+            "continue it with --resume"
+            if config.stages or (folder / "checkpoint.pt").is_file()
+            else "remove it, it has no checkpoint,"
+        )
+        raise UserError(f"{folder}: holds a run already; {way} or choose another --out")
+    return folder
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    before, after = flat(old), flat(new)
+    keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    return [f"{k} was {before.get(k)!r}, is {after.get(k)!r}" for k in keys]
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def as_yaml(config: Config) -> str:
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and code revision of this process."""
+    packages = {}
+    for name in ("distpro", "torch", "torchvision", "numpy", "higher"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "revision": git.stdout.strip() or "unknown",
+        "command": sys.argv,
+    }

@@ -1,0 +1,78 @@
+"""One training from its start to what it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distpro.config.schema import Config
+from distpro.console import note
+from distpro.files import save_atomically, write_atomically
+from distpro.objective import Objective, Term
+from distpro.report.plots import heatmap_figure, schedule_figure
+from distpro.runs.folder import as_yaml, flat, record
+from distpro.search.searcher import Searcher
+from distpro.train import distributed
+from distpro.train.tracking import Tracker
+from distpro.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training came to: final ``metrics`` by name, and the run's folder (None if nothing was kept)."""
+
+    metrics: dict[str, float]
+    folder: Path | None
+
+
+def save_student(objective: Objective, folder: Path, terms: bool = False) -> None:
+    """What a finished training leaves: the student, and the terms where the student needs them or ``terms`` says so."""
+    if not distributed.is_main():
+        return
+    if terms or any(hasattr(getattr(term, "loss", None), "predict") for term in objective.terms):
+        save_atomically(term_states(objective), folder / "terms.pt")
+    save_atomically(objective.student.model.state_dict(), folder / "student.pt")
+
+
+def term_states(objective: Objective) -> dict[str, dict[str, Any]]:
+    return {term.key: term.loss.state_dict() for term in objective.terms if isinstance(term, Term)}
+
+
+def run_training(
+    trainer: Trainer,
+    config: Config,
+    resume: bool,
+    searcher: Searcher | None,
+    ended: Callable[[Path], None] = lambda folder: None,
+) -> dict[str, float]:
+    """Train with tracking; everything that a finished run leaves in its folder but its weights. ``ended`` is called
+    before the result is written, which says that the training has ended."""
+    if resume:
+        trainer.resume()
+    if trainer.objective.cache is not None:
+        note(trainer.objective.cache.describe())
+    if trainer.folder is None or not distributed.is_main():
+        return trainer.fit()
+    if not resume:
+        record(config, trainer.folder)
+    first = trainer.step + 1 if resume else None
+    with Tracker(trainer.folder, resume_step=first, tensorboard=config.tracking.tensorboard) as tracker:
+        trainer.tracker = tracker
+        if not resume:
+            tracker.text("config", f"```yaml\n{as_yaml(config)}\n```")
+            if searcher is not None:
+                tracker.alpha_layout(
+                    [e.key for e in searcher.entries], [e.level or (0, 0, 0) for e in searcher.entries]
+                )
+        metrics = trainer.fit()
+        if searcher is not None:
+            learned = searcher.schedule(trainer.steps_per_epoch, {})
+            tracker.figure("alpha/processes", schedule_figure(learned), trainer.step)
+            tracker.figure("alpha/heatmap", heatmap_figure(learned), trainer.step)
+        tracker.hparams(flat(config.model_dump()), metrics)
+    ended(trainer.folder)
+    write_atomically(json.dumps(metrics, indent=1) + "\n", trainer.folder / "result.json")
+    return metrics

@@ -1,0 +1,23 @@
+"""Hypergradients: how the validation loss after a training step depends on the weights of the terms (Eq. 4 and 5).
+
+One file each: the derivative of the optimiser's step, forward mode, finite differences, unrolled steps. Imports the
+objective and what lies below it, and train's random state; never the searcher.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
+from distpro.search.estimators.finite_difference import FiniteDifference
+from distpro.search.estimators.forward_mode import ForwardMode
+from distpro.search.estimators.step import StepDerivative
+
+__all__ = ["ESTIMATORS", "Estimator", "FiniteDifference", "ForwardMode", "StepDerivative", "TrainingStep"]
+
+
+@ESTIMATORS.register("unrolled")
+def _unrolled(*args: Any, **params: Any) -> Estimator:
+    from distpro.search.estimators.unrolled import Unrolled  # imports `higher`, which the others do not need
+
+    return Unrolled(*args, **params)

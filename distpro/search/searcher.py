@@ -1,0 +1,204 @@
+"""The bilevel search (Algorithm 1, lines 1-7): learns α̃ while the student trains.
+
+The searcher has no loop of its own. The trainer asks it for the weights of a step, shows it the step before and after
+the optimiser has moved the parameters, and keeps its state in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpro.batch import Batch
+from distpro.objective import Evaluation, Objective
+from distpro.schedule import Schedule, drop
+from distpro.search.estimators.base import Estimator, TrainingStep
+from distpro.search.weighting import Weighting
+from distpro.train import distributed
+from pathways.registry import UserError
+
+
+class Searcher:
+    """α̃, its optimiser and its history.
+
+    One step t, in the paper's notation, with the passes that it takes (T teacher, S student):
+
+        θ_{t+1} = step(θ_t, ∇_θ L_train(θ_t, α_t))      T forward, S forward, S backward     (the trainer's own step)
+        v       = ∇_θ L_val(θ_{t+1})                    S forward, S backward
+        h_p     = λ ⟨∇_θ ℓ_p(θ_t), (∂θ_{t+1}/∂g)ᵀ v⟩    S forward-mode pass, or two more passes of S and all terms
+        α̃_{t+1} = optimiser step on (∂w/∂α̃)ᵀ h
+
+    Args:
+        objective: with the terms to be weighted: those without a constant weight.
+        estimator: hypergradient estimator on the same objective and optimiser.
+        weighting: α̃ → w.
+        validation: ``validation(start)`` gives the endless batches of D_val from number ``start`` on.
+        total_steps: T_search.
+        learning_rate, optimizer, betas, momentum: of α̃'s own optimiser, ``adam`` or ``sgd``.
+        every: steps between two updates of α̃.
+        threshold: τ, drops terms during the search (their computation too); None drops none.
+        repeats: take each step again with the weights that it has led to, as DARTS and a literal Algorithm 1 do; about
+            twice the cost.
+        scale: λ, or a function of the step that gives it.
+        measure: gives the factor on each entry's loss that makes the terms alike in size, (N,), see `distpro.search.scales`;
+            called once, before the first step. None leaves the losses as they are.
+        rate: the learning rate's factor in the present step, by which h is divided: h is proportional to the learning
+            rate, and an optimiser of α̃ with a long memory (Adam) would take small steps for long after it has dropped.
+        revive_every: with a threshold, all terms are computed again in the first of every so many updates, so that a
+            dropped term has a signal and may come back; 0 never.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        estimator: Estimator,
+        weighting: Weighting,
+        validation: Callable[[int], Iterator[Batch]],
+        total_steps: int,
+        learning_rate: float = 0.05,
+        optimizer: str = "adam",
+        betas: tuple[float, float] = (0.5, 0.999),
+        momentum: float = 0.0,
+        every: int = 1,
+        threshold: float | None = None,
+        revive_every: int = 0,
+        repeats: bool = False,
+        scale: float | Callable[[int], float] = 1.0,
+        measure: Callable[[], Tensor] | None = None,
+        rate: Callable[[], float] = lambda: 1.0,
+    ):
+        learned = [n for n, constant in enumerate(objective.constants_at(0)) if constant is None]
+        if not learned:
+            raise UserError("search: there is no term whose weight is to be learned")
+        self.objective, self.estimator, self.weighting = objective, estimator, weighting
+        self._validation_from = validation
+        self.validation = validation(0)
+        self.every = max(every, estimator.window)
+        self.threshold, self.revive_every, self.repeats = threshold, revive_every, repeats
+        self.needs_views = estimator.needs_views
+        device = next(objective.student.parameters()).device
+        self.scale = scale if callable(scale) else lambda step: scale
+        self.entries = [objective.entries[n] for n in learned]
+        self.learned = torch.tensor(learned, device=device)
+        self._measure, self._rate = measure, rate
+        self.scales = torch.ones(len(learned), device=device)
+        count = len(learned)
+        self.alpha_tilde = torch.ones(count, device=device, requires_grad=True)
+        if optimizer == "adam":
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam([self.alpha_tilde], lr=learning_rate, betas=betas)
+        else:
+            self.optimizer = torch.optim.SGD([self.alpha_tilde], lr=learning_rate, momentum=momentum)
+        self.history = torch.zeros(2, total_steps, count, device=device)  # α̃ and w per step, kept on the device
+        self.steps_done = 0
+        self.validation_steps = 0
+        self._current: TrainingStep | None = None
+        self._known_constants: tuple[list[float], Tensor] = ([], torch.empty(0))
+        self._weights = self._constants(0)
+
+    # What the trainer asks
+
+    @torch.no_grad()
+    def weights(self, step: int) -> Tensor | list[float]:
+        """λ·w of every entry: a tensor, or a list whose zeros are terms that the threshold has dropped."""
+        if step == 0 and self._measure is not None:
+            self.scales = self._measure()[self.learned].to(self.scales)
+        weights = self.weighting(self.alpha_tilde)
+        self.history[0, step], self.history[1, step] = self.alpha_tilde, weights
+        self.steps_done = step + 1
+        updates = step // self.every
+        dropping = self.threshold is not None and not (self.revive_every and updates % self.revive_every == 0)
+        if dropping:
+            weights = drop(weights, self.alpha_tilde, self.threshold)
+        constants = self._constants(step)
+        self._weights = constants.index_copy(0, self.learned, weights)
+        effective = constants.index_copy(0, self.learned, self.scale(step) * self.scales * weights)
+        return effective.tolist() if dropping else effective
+
+    def _constants(self, step: int) -> Tensor:
+        """Weight of each entry that is not searched, (N,), 0 for those that are."""
+        weights = [constant or 0.0 for constant in self.objective.constants_at(step)]
+        if weights != self._known_constants[0]:  # a copy to the device only where a process has moved
+            self._known_constants = weights, torch.tensor(weights, device=self.learned.device)
+        return self._known_constants[1]
+
+    def updates_after(self, step: int) -> bool:
+        """Whether α̃ moves after this step."""
+        return (step + 1) % self.every == 0
+
+    def watches(self, step: int) -> bool:
+        """Whether the estimator has to see this step: the last ``window`` ones before each update."""
+        return self.every - 1 - step % self.every < self.estimator.window
+
+    def resumable(self, steps: int) -> bool:
+        """Not between the steps that one hypergradient looks at."""
+        return steps % self.every == 0 or not self.watches(steps - 1)
+
+    def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], evaluation: Evaluation) -> None:
+        """After the backward pass, before the parameters move. ``state``: random state before the forward pass."""
+        theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
+        scale = torch.ones_like(self._weights).index_copy_(0, self.learned, self.scale(step) * self.scales)
+        self._current = TrainingStep(batch, self._weights, scale, theta, state, evaluation)
+        self.estimator.before_step(self._current)
+
+    def after_update(self, step: int) -> bool:
+        """After the parameters have moved: update α̃ if this step is one to do so, and say whether it was."""
+        if self._current is None or not self.updates_after(step):
+            return False
+        h = self.estimator(self._current, next(self.validation))
+        self.validation_steps += 1
+        self._current = None
+        h = h / (self._rate() or 1.0)
+        distributed.average([h, self.estimator.validation_loss])
+        self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
+        self.optimizer.step()
+        return True
+
+    def scalars(self) -> dict[str, Tensor]:
+        """α̃ and w of every searched term, the validation loss."""
+        values = {"search/validation_loss": self.estimator.validation_loss}
+        for name, row in zip(("alpha_tilde", "alpha"), self.history[:, self.steps_done - 1].cpu(), strict=True):
+            values |= {f"{name}/{entry.key}": value for entry, value in zip(self.entries, row, strict=True)}
+        return values
+
+    # State
+
+    def schedule(self, steps_per_epoch: float, meta: dict[str, Any]) -> Schedule:
+        """What has been learned so far."""
+        entries = self.entries
+        alpha_tilde, weights = self.history[:, : self.steps_done].cpu()
+        return Schedule(
+            keys=tuple(e.key for e in entries),
+            levels=torch.tensor([e.level or (0, 0, 0) for e in entries], dtype=torch.int64),
+            transforms=tuple(e.transform_name for e in entries),
+            alpha_tilde=alpha_tilde,
+            weights=weights,
+            scales=self.scales.cpu(),
+            steps_per_epoch=steps_per_epoch,
+            meta=meta,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed search needs to go on to the same numbers."""
+        return {
+            "alpha_tilde": self.alpha_tilde.detach().clone(),
+            "optimizer": self.optimizer.state_dict(),
+            "scales": self.scales.clone(),
+            "history": self.history[:, : self.steps_done].clone(),
+            "validation_steps": self.validation_steps,
+            "validation_loss": self.estimator.validation_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Back to a state from `state_dict`."""
+        with torch.no_grad():
+            self.alpha_tilde.copy_(state["alpha_tilde"])
+            self.scales.copy_(state["scales"])
+            self.steps_done = state["history"].shape[1]
+            self.history[:, : self.steps_done] = state["history"].to(self.history.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.validation_steps = state["validation_steps"]
+        self.estimator.validation_loss = state["validation_loss"].to(self.history.device)
+        self.validation = self._validation_from(self.validation_steps)

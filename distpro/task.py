@@ -1,0 +1,61 @@
+"""What a task is: how a batch meets a model, the task loss, what logit losses read, and the metrics.
+
+`distpro.tasks` holds one file a task; ``package.module:name`` in a config, or an object in Python, brings one's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from distpro.batch import Batch
+from pathways.call import Call
+
+
+class Metrics(Protocol):
+    """Running metrics of one evaluation. A fresh one is made for each."""
+
+    def update(self, output: Any, batch: Batch) -> None:
+        """Take in a batch: the model's whole output and the batch."""
+
+    def state(self) -> Any:
+        """What has been counted so far, in tensors, numbers, lists and dicts: what another process can be told."""
+
+    def merge(self, states: Sequence[Any]) -> None:
+        """Replace what has been counted by that of several processes, this one's among them, each `state` of one."""
+
+    def compute(self) -> dict[str, float]:
+        """The metrics by name."""
+
+
+class Task(Protocol):
+    """What the models do.
+
+    Attributes:
+        headline: name of the metric that tables report.
+        higher_is_better: whether the best evaluation is the one with the largest headline.
+    """
+
+    headline: str
+    higher_is_better: bool
+
+    def model_arguments(self, data: Any) -> dict[str, Any]:
+        """Arguments that a model needs to fit the data, for instance ``{"num_classes": 10}``."""
+
+    def call(self, batch: Batch, training: bool) -> Call:
+        """How a batch meets a model: the forward pass's arguments."""
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """The task loss, a scalar, of a model's whole output."""
+
+    def response(self, output: Any) -> Tensor | None:
+        """What logit losses read of a model's output: (N, K), (N, K, H, W) or (N, L, K); None if it has no such."""
+
+    def labels(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Targets of the losses, int64 of the response's positions, (N,), (N, H, W) or (N, L), and a bool mask of the
+        same shape of the positions that count; each None where there is none (no mask: all count)."""
+
+    def metrics(self) -> Metrics:
+        """Fresh metrics for one evaluation."""

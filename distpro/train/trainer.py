@@ -1,0 +1,340 @@
+"""The one training loop: steps, epochs, evaluation, interruption and resume. Search and retrain differ only in who
+says what the weights of the terms are (`Weights`)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpro.files import load_safely, save_atomically
+from distpro.objective import Evaluation, Objective
+from distpro.train import distributed
+from distpro.train.evaluation import test
+from distpro.train.progress import Progress
+from distpro.train.rates import LearningRate
+from distpro.train.state import random_state, set_random_state
+from distpro.train.tracking import Tracker
+from distpro.weights import Weights
+from pathways.registry import UserError
+
+
+class Interrupted(Exception):
+    """The run was told to stop, and has written a checkpoint first."""
+
+    def __init__(self, signal_number: int, step: int, total: int):
+        super().__init__(f"stopped at step {step} of {total}; --resume goes on from here")
+        self.signal_number = signal_number
+
+
+@dataclass
+class Trainer:
+    """Trains the objective's student.
+
+    Args:
+        objective, task, optimizer: what is trained, its metrics, and how.
+        weights: who says the weights of the terms.
+        train_loader, test_loader: with ``len``, ``epoch(epoch, start)`` and `Batch`es.
+        epochs: whole epochs; ``max_steps`` may end the training earlier.
+        learning_rate: factor on the optimiser's rates.
+        folder: where checkpoint and logs go; None keeps nothing.
+        clip_norm: largest gradient norm; clip_by: of what, see `Objective.clip_groups`.
+        log_every: steps between two log rows; evaluate_every, checkpoint_every: epochs.
+        on_checkpoint: called after every checkpoint, also on interruption.
+        name: what the progress line calls the run.
+    """
+
+    objective: Objective
+    task: Any
+    optimizer: torch.optim.Optimizer
+    weights: Weights
+    train_loader: Any
+    test_loader: Any
+    epochs: int
+    learning_rate: LearningRate = field(default_factory=LearningRate)
+    folder: Path | None = None
+    tracker: Tracker | None = None
+    max_steps: int | None = None
+    clip_norm: float | None = None
+    clip_by: str = "all"
+    log_every: int = 50
+    evaluate_every: int = 1
+    checkpoint_every: int = 1
+    on_checkpoint: Callable[[], None] = lambda: None
+    name: str = "train"
+
+    def __post_init__(self) -> None:
+        self.step = 0
+        self.history: list[dict[str, float]] = []  # test metrics per evaluation
+        self.seconds = 0.0
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._stop_signal: int | None = None
+        self._stopping = False
+        self._checkpoint_due = False
+        device = next(self.objective.student.parameters()).device
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
+        self._start_row()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader)
+
+    @property
+    def total_steps(self) -> int:
+        return min(self.epochs * self.steps_per_epoch, self.max_steps or self.epochs * self.steps_per_epoch)
+
+    # The loop
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end, or raise Interrupted after SIGINT or SIGTERM, with a checkpoint written.
+
+        Returns the last evaluation's metrics, and ``best_<headline>`` beside it.
+        """
+        start = time.perf_counter() - self.seconds
+        if distributed.rank():  # or dropout would draw the same on every rank
+            torch.manual_seed(torch.initial_seed() + distributed.rank())
+        with self._signals(), Progress(self.total_steps, self.name) as progress:
+            while self.step < self.total_steps:
+                epoch, first = divmod(self.step, self.steps_per_epoch)
+                stops = False
+                for batch in self.train_loader.epoch(epoch, start=first):
+                    self.train_step(batch)
+                    self.seconds = time.perf_counter() - start
+                    self._log(progress)
+                    stops = self._stops()
+                    if stops or self.step >= self.total_steps:
+                        break
+                    self._save_if_due()
+                if self.step % self.steps_per_epoch == 0 or self.step >= self.total_steps:
+                    self._end_of_epoch(progress)
+                    self.seconds = time.perf_counter() - start
+                self._save_if_due()
+                if stops and self.step < self.total_steps:
+                    self.save()
+                    raise Interrupted(self._stop_signal or signal.SIGTERM, self.step, self.total_steps)
+        return self.result()
+
+    def _stops(self) -> bool:
+        """Whether to stop after this step: all ranks at the same one, so they ask each other now and then."""
+        if distributed.world_size() == 1 or self.step % 10 == 0:
+            self._stopping = distributed.any_of(self._stop_signal is not None)
+        return self._stopping and self.weights.resumable(self.step)
+
+    def _save_if_due(self) -> None:
+        """The checkpoint of an epoch's end, there or at the next step from which a run can be gone on with."""
+        if self._checkpoint_due and (self.step >= self.total_steps or self.weights.resumable(self.step)):
+            self.save()
+            self._checkpoint_due = False
+
+    def train_step(self, batch: Any) -> None:
+        """One step of Algorithm 1: forward, backward, update of θ, and of α̃ where the weights are searched."""
+        self._set_learning_rate()
+        watching = self.weights.watches(self.step)
+        state = random_state(self.objective.student) if watching else {}
+        go_back = self._snapshot() if watching and self.weights.repeats else None
+        evaluation = self._backward(batch, capture=watching and self.weights.needs_views)
+        if watching:
+            self.weights.before_update(self.step, batch, state, evaluation)
+        self._update()
+        if watching and self.weights.after_update(self.step) and go_back is not None:
+            go_back()
+            evaluation = self._backward(batch, capture=False)
+            self._update()
+        self.step += 1
+        self._losses.append(torch.cat([evaluation.task.reshape(1), evaluation.terms]))
+        self._images += len(batch.y)
+
+    def _backward(self, batch: Any, capture: bool) -> Evaluation:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.at(self.step)
+        weights = self.weights.weights(self.step)
+        evaluation = self.objective.evaluate(batch.x, batch.y, batch.index, weights, capture)
+        if evaluation.loss.requires_grad:  # else every weight is 0 at this step
+            self._scaler.scale(evaluation.loss).backward()
+            distributed.average_gradients(self.objective.trainable_parameters())
+        return evaluation
+
+    def _update(self) -> None:
+        if self.clip_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            for group in self.objective.clip_groups(self.clip_by):
+                torch.nn.utils.clip_grad_norm_(group, self.clip_norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+    def _snapshot(self) -> Callable[[], None]:
+        """A function that takes parameters, buffers, optimiser and random state back to now."""
+        tensors = [*self.objective.trainable_parameters(), *self.objective.student.buffers()]
+        tensors += self.objective.terms.buffers()
+        copies = [t.detach().clone() for t in tensors]
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        state = random_state(self.objective.student)
+
+        def go_back() -> None:
+            with torch.no_grad():
+                for tensor, saved in zip(tensors, copies, strict=True):
+                    tensor.copy_(saved)
+            self.optimizer.load_state_dict(optimizer)
+            set_random_state(state)
+
+        return go_back
+
+    def _set_learning_rate(self) -> None:
+        factor = self.learning_rate(self.step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
+        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * factor
+
+    # Numbers
+
+    def _start_row(self) -> None:
+        self._losses: list[Tensor] = []  # task and terms of each step since the last row; read only to log
+        self._images, self._since = 0, time.perf_counter()
+
+    def _log(self, progress: Progress) -> None:
+        if self.step % self.log_every and self.step < self.total_steps and self.step % self.steps_per_epoch:
+            progress.update(self.step)
+            return
+        losses = torch.stack(self._losses)
+        distributed.average([losses])
+        images = self._images * distributed.world_size()
+        task, *terms = losses.mean(0).tolist()
+        values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
+        values["images_per_second"] = images / (time.perf_counter() - self._since)
+        values |= self.weights.scalars()
+        self._record(values)
+        total = task + sum(terms)
+        progress.update(
+            self.step,
+            loss=task if self.objective.computes_task else total,
+            images_per_second=values["images_per_second"],
+        )
+        self._start_row()
+        if not math.isfinite(total):
+            raise self._divergence(losses.cpu())
+
+    def _divergence(self, losses: Tensor) -> UserError:
+        """What to say of the steps since the last log row, (steps, 1 + terms)."""
+        row, column = (~losses.isfinite()).nonzero()[0].tolist()
+        wrong = ["task", *self.objective.keys][column]
+        cure = "training.distill_weight" if wrong == "task" else "training.distill_weight, or leave that term out"
+        return UserError(
+            f"training diverged: the {wrong} loss is {losses[row, column]:g} at step {self.step - len(losses) + row + 1} "
+            f"(lower the learning rate, {cure}?)"
+        )
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self.tracker is not None:
+            self.tracker.scalars(values, self.step, self.step / self.steps_per_epoch)
+
+    def _end_of_epoch(self, progress: Progress) -> None:
+        epoch, last = math.ceil(self.step / self.steps_per_epoch), self.step >= self.total_steps
+        self._share_statistics()
+        if last or epoch % self.evaluate_every == 0:
+            metrics = self.test()
+            self.history.append({"epoch": epoch, "step": self.step, **metrics})
+            self._record({f"test/{name}": value for name, value in metrics.items()})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            progress.message(f"epoch {epoch}/{math.ceil(self.total_steps / self.steps_per_epoch)}  {shown}")
+            self._since = time.perf_counter()
+        if last or epoch % self.checkpoint_every == 0:
+            self._checkpoint_due = True
+
+    @torch.no_grad()
+    def test(self) -> dict[str, float]:
+        """Metrics of the student on the test set, in evaluation mode."""
+        return test(self.objective, self.task, self.test_loader)
+
+    def result(self) -> dict[str, float]:
+        """Metrics of the last evaluation, the best headline metric beside them, and the time taken."""
+        if not self.history:
+            return {}
+        headline = self.task.headline
+        best = max(row[headline] for row in self.history)
+        return {**self.history[-1], f"best_{headline}": best, "seconds": self.seconds}
+
+    # Interruption and resume
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the loop to stop after the running step; a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def checkpoint_path(self) -> Path | None:
+        return self.folder / "checkpoint.pt" if self.folder is not None else None
+
+    def save(self) -> None:
+        """Write everything that a resumed run needs to go on to the same numbers."""
+        self._share_statistics()
+        distributed.average(self._losses)
+        if not distributed.is_main():
+            return
+        if self.checkpoint_path is not None:
+            save_atomically(self.state_dict(), self.checkpoint_path)
+        self.on_checkpoint()
+
+    def _share_statistics(self) -> None:
+        """Running statistics of the student as means over the ranks: each has seen its own part of the data."""
+        distributed.average(b for b in self.objective.student.buffers() if b.is_floating_point())
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint. Raises UserError if there is none, or it is of another set-up."""
+        assert self.checkpoint_path is not None
+        state = load_safely(self.checkpoint_path)
+        try:
+            self.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.checkpoint_path}: does not fit this run ({str(error).splitlines()[0]})") from None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training's whole state: tensors, numbers, strings, lists and dicts only."""
+        return {
+            "step": self.step,
+            "student": self.objective.student.model.state_dict(),
+            "terms": self.objective.terms.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "weights": self.weights.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "random": random_state(self.objective.student),
+            "history": self.history,
+            "losses": self._losses,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Back to a state from `state_dict`."""
+        self.objective.student.model.load_state_dict(state["student"])
+        self.objective.terms.load_state_dict(state["terms"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.weights.load_state_dict(state["weights"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        device = next(self.objective.student.parameters()).device
+        self._losses = [losses.to(device) for losses in state["losses"]]
+        set_random_state(state["random"])

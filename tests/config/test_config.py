@@ -1,0 +1,295 @@
+"""What a config may say, what wins where files disagree, and how mistakes are answered."""
+
+import os
+
+import pytest
+
+from distpro.config.reading import for_retrain, merge, presets, read_config
+from distpro.config.schema import Config
+from distpro.schedule import REDUCTIONS
+from pathways.registry import UserError
+
+STUDENT = "student: {model: resnet8}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(text, name="run.yaml"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return to_file
+
+
+def message_of(source, *overrides):
+    with pytest.raises(UserError) as error:
+        read_config(source, overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "meant", "allowed"),
+    [
+        ("trainning: {}", "'trainning'", "'training'", "tracking"),
+        ("training: {epoch: 3}", "'training.epoch'", "'epochs'", "max_steps"),
+        ("training: {optimizer: {momentm: 0.9}}", "'training.optimizer.momentm'", "'momentum'", "nesterov"),
+        ("terms: [{loss: kd}, {loss: kd, wieght: 2}]", "'terms.1.wieght'", "'weight'", "teacher_taps"),
+        ("teacher: {model: resnet8, chekpoint: a.pt}", "'teacher.chekpoint'", "'checkpoint'", "taps"),
+        ("pathways: {transfroms: [conv1x1]}", "'pathways.transfroms'", "'transforms'", "distance"),
+        ("retrain: {training: {epcohs: 3}}", "'training.epcohs'", "'epochs'", "max_steps"),
+    ],
+)
+def test_an_unknown_key_names_file_key_nearest_and_allowed(write, text, key, meant, allowed):
+    path = write(STUDENT + text)
+    message = message_of(path)
+    assert message.startswith(str(path))
+    assert f"unknown key {key}; did you mean {meant}?" in message
+    assert allowed in message.split("allowed here: ")[1]
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("training: {epochs: 0}", ("'training.epochs' is 0", "greater than 0")),
+        ("training: {epochs: many}", ("'training.epochs' is 'many'", "valid integer")),
+        ("training: {epochs: 1.5}", ("'training.epochs' is 1.5", "valid integer")),
+        ("training: {optimizer: {momentum: 1}}", ("'training.optimizer.momentum' is 1", "less than 1")),
+        ("precision: bfloat", ("'precision' is 'bfloat'", "'float32'", "did you mean 'bfloat16'?")),
+        ("terms: {loss: kd}", ("'terms' is {'loss': 'kd'}", "valid list")),
+        ("terms: [{loss: kd, weight: high}]", ("'terms.0.weight' is 'high'", "valid number", "'learned'", "mapping")),
+        (
+            "terms: [{loss: kd, weight: {schedule: totl}}]",
+            ("'terms.0.weight'", "reduction 'totl'", "did you mean 'total'?", "connection"),
+        ),
+        (
+            "terms: [{loss: kd, weight: {lineer: {initial: 1, final: 0}}}]",
+            ("'terms.0.weight'", "process 'lineer'", "did you mean 'linear'?", "cosine"),
+        ),
+        (
+            "terms: [{loss: kd, weight: {linear: {initial: 1, final: 0, by: epochs}}}]",
+            ("'terms.0.weight'", "'epochs'", "did you mean 'epoch'?", "fraction"),
+        ),
+        ("task_weight: {step: {valeu: 1}}", ("'task_weight'", "'valeu'", "did you mean 'value'?")),
+        ("task_weight: {cosine: 3}", ("'task_weight'", "'cosine' needs its parameters as a mapping", "3")),
+        (
+            "teacher: {model: resnet8}\nteachers: {a: {model: resnet8}}",
+            ("teacher and teachers exclude each other",),
+        ),
+        ("teacher: resnet56", ("'teacher' is 'resnet56'", "valid mapping")),
+        ("data: {image_shape: [3, 32]}", ("'data.image_shape.2' is missing",)),
+        ("data: {classes: 1.5}", ("'data.classes' is 1.5", "valid integer", "valid list")),
+        ("1: 2", ("'1' is 2", "keys should be strings")),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_key_value_and_rule(write, text, parts):
+    path = write(STUDENT + text)
+    message = message_of(path)
+    assert message.startswith(f"{path}: ")
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_several_mistakes_are_named_together(write):
+    lines = message_of(write(STUDENT + "seed: -1\nthreads: 0\nextra: 1")).splitlines()
+    assert sorted(line.split("'")[1] for line in lines) == ["extra", "seed", "threads"]
+
+
+def test_a_missing_student_is_named(write):
+    assert "'student' is missing" in message_of(write("seed: 1"))
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("training.epochs", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("training.epochs=[1", "not valid YAML"),
+        ("training.epoch=1", "unknown key 'training.epoch'; did you mean 'epochs'?"),
+        ("training.epochs.x=1", "'training.epochs' is {'x': 1}"),
+    ],
+)
+def test_a_bad_override_is_named(override, part):
+    assert part in message_of({"student": {"model": "resnet8"}}, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("seed: 1\ntraining: {epochs: 3\n", "line 3: not valid YAML"),
+        ("seed: 1\nteacher: !!python/object/apply:os.getcwd []\n", "line 2: not valid YAML"),
+        ("seed: 1\nstudent: {model: resnet8}\nseed: 2\n", "line 3: 'seed' is said twice"),
+        ("student:\n  model: resnet8\nterms:\n- {loss: kd,\n   loss: at}\n", "line 5: 'loss' is said twice"),
+        ("student: {model: resnet8, weight: 2}", "student.weight: only a teacher has one"),
+        ("student: {model: resnet8, input: {mean: [0], std: [1]}}", "student.input: only a teacher has one"),
+        ("seed: &a [*a]\n", "an alias leads back to itself"),
+        ("- seed", "a config is a mapping"),
+        ("", "a config is a mapping"),
+    ],
+)
+def test_a_file_that_is_no_config(write, text, part):
+    path = write(text)
+    message = message_of(path)
+    assert message.startswith(str(path))
+    assert part in message
+
+
+def test_merge_keys_and_aliases_may_repeat(write):
+    path = write("student: &s {model: resnet8, params: {}}\nteacher: {<<: *s, model: resnet14}\n")
+    assert read_config(path).teacher.model == "resnet14"
+
+
+def test_a_binary_file_is_no_config(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04\xff\xfe")
+    assert "not a text file" in message_of(tmp_path / "weights.pt")
+
+
+def test_a_missing_file_names_the_nearest_one(write, tmp_path):
+    write(STUDENT, "cifar10.yaml")
+    assert "no such config file; did you mean 'cifar10.yaml'?" in message_of(tmp_path / "cifar01.yaml")
+    assert "no such config file" in message_of(tmp_path / "nowhere" / "a.yaml")
+    assert "no such config file" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("preset: papr", "unknown preset 'papr'; did you mean 'paper'? (allowed: paper, paper_imagenet)"),
+        ("preset: [paper]", "unknown preset"),
+        ("base: rum.yaml", "rum.yaml: no such config file; did you mean 'run.yaml'?"),
+        ("base: [a.yaml]", "expected the path of one YAML file"),
+        ("base: run.yaml", "leads back to itself"),
+        ("base: other.yaml", "leads back to itself"),
+    ],
+)
+def test_a_bad_preset_or_base(write, text, part):
+    write("base: run.yaml", "other.yaml")
+    assert part in message_of(write(STUDENT + text))
+
+
+# Precedence
+
+
+def test_override_beats_file_beats_base_beats_preset(write):
+    write(
+        "preset: paper\nstudent: {model: resnet8, params: {shortcut: zero_pad}}\n"
+        "training: {batch_size: 96, optimizer: {lr: 0.05}, clip_norm: 1}\nsearch: {repeats: false}\n",
+        "base/common.yaml",
+    )
+    path = write("base: base/common.yaml\ntraining: {batch_size: 64, optimizer: {weight_decay: 0}}\n")
+    config = read_config(path, ["training.batch_size=32", "student.model=resnet20"])
+    assert config.training.batch_size == 32  # override
+    assert config.training.optimizer.weight_decay == 0  # file
+    assert (config.training.optimizer.lr, config.training.clip_norm) == (0.05, 1)  # base
+    assert config.training.epochs == 40 and config.training.learning_rate.milestones == [10, 20, 30]  # preset
+    assert config.search.repeats is False and config.search.estimator == {"finite_difference": {"epsilon": 0.01}}
+    assert config.student.model == "resnet20" and config.student.params == {"shortcut": "zero_pad"}
+
+
+def test_a_base_is_looked_for_beside_the_file_that_names_it(write, tmp_path, monkeypatch):
+    write(STUDENT + "seed: 7", "base/inner.yaml")
+    write("base: inner.yaml", "base/outer.yaml")
+    monkeypatch.chdir(os.sep)
+    assert read_config(write("base: base/outer.yaml")).seed == 7
+
+
+def test_null_takes_a_section_of_the_base_away(write):
+    write(STUDENT + "pathways: {connect: all}", "base.yaml")
+    assert read_config(write("base: base.yaml")).pathways is not None
+    assert read_config(write("base: base.yaml\npathways: null")).pathways is None
+
+
+def test_null_takes_the_parameters_of_another_model_away(write):
+    write("student: {model: resnet20, params: {shortcut: projection}}", "base.yaml")
+    path = write("base: base.yaml\nstudent: {model: mobilenet_v2, params: null}")
+    assert read_config(path).student.params == {}
+    assert read_config(path, ["student.params.width=1"]).student.params == {"width": 1}
+
+
+def test_merge_is_deep_for_mappings_and_whole_for_lists():
+    below = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+    assert merge(below, {"a": {"y": [3]}, "b": {"c": 2}}) == {"a": {"x": 1, "y": [3]}, "b": {"c": 2}}
+    assert below == {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+
+
+def test_a_mapping_is_a_config_too_and_stays_as_it_is():
+    source = {"preset": "paper", "student": {"model": "resnet8"}}
+    assert read_config(source, ["seed=3"]).training.epochs == 40
+    assert source == {"preset": "paper", "student": {"model": "resnet8"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("-2E+1", -20.0),
+        ("1.5e-3", 0.0015),
+        ("3", 3),
+        ("true", True),
+        ("e3", "e3"),
+        ("[1e-3]", [0.001]),
+    ],
+)
+def test_values_are_yaml_and_scientific_numbers_need_no_point(text, value):
+    config = read_config({"student": {"model": "m"}}, [f"student.params.x={text}"])
+    assert config.student.params["x"] == value
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_term_may_follow_every_reduction_of_a_schedule(reduction):
+    given = {"student": {"model": "resnet8"}, "terms": [{"loss": "kd", "weight": {"schedule": reduction}}]}
+    assert read_config(given).terms[0].weight == {"schedule": reduction}
+
+
+# Stages
+
+
+def test_for_retrain_merges_what_is_different_there(write):
+    path = write(
+        STUDENT + "training: {epochs: 40, optimizer: {lr: 0.2, momentum: 0.8}}\n"
+        "retrain: {weights: equal, training: {epochs: 240, optimizer: {lr: 0.1}}}\n"
+    )
+    config = read_config(path)
+    retrain = for_retrain(config)
+    assert config.training.epochs == 40
+    assert (retrain.training.epochs, retrain.training.optimizer.lr) == (240, 0.1)
+    assert retrain.training.optimizer.momentum == 0.8 and retrain.retrain.weights == "equal"
+    assert for_retrain(retrain) == retrain
+
+
+def test_a_config_survives_its_own_dump(write):
+    config = read_config(write(STUDENT + "preset: paper\nterms: [{loss: kd, weight: {schedule: total}}]"))
+    assert read_config(config.model_dump()) == config
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_is_a_valid_config(name):
+    config = read_config({"preset": name, "student": {"model": "resnet8"}})
+    assert config != Config(student={"model": "resnet8"})
+    assert for_retrain(config).training.epochs > config.training.epochs
+
+
+def test_the_paper_preset_says_what_the_paper_says():
+    """Section 4.1: 40 epochs, lr / 10 at 10, 20, 30; ReviewKD's 240 epochs with drops at 150, 180, 210; γ, g, τ."""
+    config = read_config({"preset": "paper", "student": {"model": "resnet20"}})
+    full = for_retrain(config)
+    assert (config.training.epochs, full.training.epochs) == (40, 240)
+    assert config.training.learning_rate.milestones == [10, 20, 30]
+    assert full.training.learning_rate.milestones == [150, 180, 210]
+    sgd = config.training.optimizer
+    assert (config.training.batch_size, sgd.name, sgd.lr, sgd.momentum, sgd.nesterov, sgd.weight_decay) == (
+        128,
+        "sgd",
+        0.1,
+        0.9,
+        True,
+        5e-4,
+    )
+    assert (config.search.learning_rate, config.search.validation_fraction, config.retrain.threshold) == (
+        0.05,
+        0.2,
+        0.5,
+    )
+    assert config.search.weighting == {"biased_softmax": {"g": 1.0}}

@@ -1,0 +1,195 @@
+"""Every config in search_configs/ and retrain_configs/: it parses, its models fit, and it trains."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models import get_model_weights
+
+from distpro import build
+from distpro.config.reading import for_retrain, read_config
+from distpro.models import build_model
+from distpro.report.cost import describe
+from distpro.runs.commands import retrain, search
+from distpro.schedule import Schedule
+from tests.conftest import ROOT
+
+SEARCH = sorted((ROOT / "search_configs").glob("*.yaml"))
+RETRAIN = sorted((ROOT / "retrain_configs").glob("*.yaml"))
+
+# The data of these two are files that may be absent; a description needs no more than this of them.
+NPZ = {
+    "cifar10.npz": ["data.num_classes=10", "data.image_shape=[3,32,32]"],
+    "cifar100.npz": ["data.num_classes=100", "data.image_shape=[3,32,32]"],
+}
+LIGHTER = {"cifar100_resnet50_mobilenet_v2": ["pathways.transforms=[conv1x1]"]}  # else 404 M parameters
+
+
+def by_name(path):
+    return path.stem
+
+
+def facts(path):
+    return NPZ.get(str(read_config(path).data.root), [])
+
+
+@functools.cache
+def search_described(path):
+    config = read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])])
+    return describe(config, searching=config.teacher is not None)
+
+
+@dataclass
+class Expected:
+    """Terms, and the parameters of teacher and student as the field's tables and torchvision state them."""
+
+    terms: int
+    teacher: int
+    student: int
+
+
+EXPECTED = {
+    "cifar100_resnet56_resnet20": Expected(27, 861620, 278324),
+    "cifar100_resnet110_resnet32": Expected(27, 1736564, 472756),
+    "cifar100_resnet32x4_resnet8x4": Expected(27, 7433860, 1233540),
+    "cifar100_wrn_40_2_wrn_16_2": Expected(27, 2255156, 703284),
+    "cifar100_wrn_40_2_wrn_40_1": Expected(27, 2255156, 569780),
+    "cifar100_resnet32x4_shufflenet_v1": Expected(27, 7433860, 949258),
+    "cifar100_resnet32x4_shufflenet_v2": Expected(27, 7433860, 1355528),
+    "cifar100_wrn_40_2_shufflenet_v1": Expected(27, 2255156, 949258),
+    "cifar100_vgg13_vgg8": Expected(48, 9462180, 3965028),
+    "cifar100_vgg13_mobilenet_v2": Expected(48, 9462180, 812836),
+    "cifar100_resnet50_mobilenet_v2": Expected(16, 23705252, 812836),
+    "paper_cifar100_resnet56_resnet20": Expected(27, 861620, 278324),
+    "cifar10_resnet56_resnet20": Expected(27, 853018, 269722),
+    "imagenet_resnet34_resnet18": Expected(15, 21797672, 11689512),
+    "imagenet_resnet50_mobilenet_v2": Expected(15, 25557032, 3504872),
+    "imagenet_vit_b_16_deit_tiny": Expected(10, 86567656, 5717416),
+}
+
+
+@pytest.mark.parametrize("path", SEARCH, ids=by_name)
+def test_a_search_config_describes_its_pair(path):
+    d = search_described(path)
+    assert path.read_text().startswith("# ")
+    if path.stem in EXPECTED:
+        expected = EXPECTED[path.stem]
+        assert (len(d.terms), d.teacher_parameters, d.student_parameters) == (
+            expected.terms,
+            expected.teacher,
+            expected.student,
+        )
+    for name, macs in ((d.teacher, d.teacher_macs), (d.student, d.student_macs)):
+        if name.startswith("torchvision:"):  # billions, rounded to a million
+            published = next(iter(get_model_weights(name.removeprefix("torchvision:")))).meta["_ops"]
+            assert macs / 1e9 == pytest.approx(published, abs=6e-4)
+
+
+def test_the_paper_s_27_pathways_have_the_parameters_that_their_definition_says():
+    """1×1 convolution and BatchNorm; the same and a 3×3 convolution and BatchNorm; the same and a map of one channel."""
+    widths = (16, 32, 64)
+    expected = 0
+    for teacher in widths:
+        for student in widths:
+            conv1x1 = student * teacher + 2 * teacher
+            conv3x3 = conv1x1 + 9 * teacher * teacher + 2 * teacher
+            expected += conv1x1 + conv3x3 + conv3x3 + student + 1
+    d = search_described(ROOT / "search_configs" / "cifar100_resnet56_resnet20.yaml")
+    assert d.term_parameters == expected == 331641
+    assert {level for _, level, _, _ in d.terms} == {(i, j, k) for i in (1, 2, 3) for j in (1, 2, 3) for k in (1, 2, 3)}
+
+
+def test_imagenet_s_15_connections_go_from_teacher_levels_to_equal_or_deeper_student_levels():
+    d = search_described(ROOT / "search_configs" / "imagenet_resnet34_resnet18.yaml")
+    assert [level for _, level, _, _ in d.terms] == [(i, j, 1) for i in range(1, 6) for j in range(i, 6)]
+    assert [shape[-1] for shape in d.teacher_shapes.values()] == [56, 28, 14, 7, 1]
+
+
+@pytest.mark.parametrize("path", RETRAIN, ids=by_name)
+def test_a_retrain_config_describes_its_pair(path):
+    d = describe(for_retrain(read_config(path, facts(path))), searching=False)
+    assert path.read_text().startswith("# ")
+    assert d.student_parameters == 269722
+    assert d.teacher_parameters == (0 if path.stem == "cifar10_none" else 853018)
+
+
+# Trained for two steps, on noise, with small models: what the YAML says about terms and weights is what runs.
+
+SMALL = (
+    "data.root=noise.npz",
+    "data.samples=64",
+    "teacher.model=resnet8",
+    "teacher.checkpoint=teacher.pt",
+    "student.model=resnet8",
+    "training.batch_size=16",
+    "tracking.tensorboard=false",
+    "tracking.log_every=1",
+)
+
+
+@pytest.fixture(scope="module")
+def schedule(tmp_path_factory):
+    """Of a search of three steps; the working directory holds the data and the teacher from here on."""
+    folder = tmp_path_factory.mktemp("small")
+    noise = np.random.default_rng(0)
+    images = {
+        f"x_{part}": noise.integers(0, 256, (n, 32, 32, 3), np.uint8) for part, n in (("train", 64), ("test", 20))
+    }
+    labels = {f"y_{part}": np.arange(n) % 10 for part, n in (("train", 64), ("test", 20))}
+    np.savez(folder / "noise.npz", **images, **labels)
+    teacher = build_model("resnet8", num_classes=10, shortcut="zero_pad")
+    torch.save(teacher.state_dict(), folder / "teacher.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        path = ROOT / "search_configs" / "cifar10_resnet56_resnet20.yaml"
+        search(path, folder / "search", [*SMALL, "training.max_steps=3"])
+        yield Schedule.load(folder / "search" / "alpha.pt")
+
+
+def first_weights(path, schedule, *overrides):
+    config = for_retrain(read_config(path, [*SMALL, *overrides]))
+    trainer = build.build_retrain(config, build.build_data(config), schedule)
+    return config.training.distill_weight, trainer.objective, list(trainer.weights.weights(0))
+
+
+# α̃ starts at 1, so at step 0 each of the 27 pathways weighs exp(1) / (27 exp(1) + exp(1)) = 1/28: λ times this
+FIRST = {
+    "cifar10_none": [],
+    "cifar10_equal": [1 / 27] * 27,
+    "cifar10_searched": [1 / 28] * 27,
+    "cifar10_kd_scheduled": [27 / 28],
+    "cifar10_at_scheduled": [3 / 28] * 9,
+    "cifar10_hint_scheduled": [9 / 28] * 3,
+    "cifar10_review_scheduled": [9 / 28] * 3,
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_weights_are_those_of_the_schedule_s_start(name, schedule):
+    scale, _, weights = first_weights(ROOT / "retrain_configs" / f"{name}.yaml", schedule, "retrain.start=0")
+    assert weights == pytest.approx([scale * share for share in FIRST[name]])
+
+
+def test_final_weights_are_those_of_the_schedule_s_end(schedule):
+    scale, _, weights = first_weights(ROOT / "retrain_configs" / "cifar10_final.yaml", schedule)
+    assert weights == pytest.approx((scale * schedule.weights[-1]).tolist())
+    assert weights != pytest.approx((scale * schedule.weights[0]).tolist())
+
+
+def test_a_constant_weight_is_taken_as_it_is(schedule):
+    _, objective, weights = first_weights(ROOT / "retrain_configs" / "cifar10_kd.yaml", None)
+    assert (objective.keys, weights) == (["kd"], [1.0])
+
+
+@pytest.mark.parametrize("path", RETRAIN, ids=by_name)
+def test_a_retrain_config_trains(path, schedule, tmp_path):
+    result = retrain(path, schedule, tmp_path / "run", [*SMALL, "training.max_steps=2"])
+    assert result.metrics["step"] == 2 and math.isfinite(result.metrics["loss"])
+    trained = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
+    torch.manual_seed(read_config(path).seed)
+    fresh = build_model("resnet8", num_classes=10, shortcut="zero_pad").state_dict()
+    assert trained.keys() == fresh.keys()
+    assert not torch.equal(trained["conv1.weight"], fresh["conv1.weight"])

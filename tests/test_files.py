@@ -1,0 +1,133 @@
+"""Files are whole or absent, and run nothing."""
+
+import os
+import stat
+
+import pytest
+import torch
+
+from distpro import files as checkpoint
+from distpro.files import load_safely, save_atomically, write_atomically
+from pathways import UserError
+
+CONTENT = {"weights": torch.arange(6.0).view(2, 3), "step": 3, "name": "a", "nested": [1.5, None, {"b": True}]}
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "deep" / "down" / "last.pt"
+    save_atomically(CONTENT, path)
+    loaded = load_safely(path)
+    assert torch.equal(loaded.pop("weights"), CONTENT["weights"])
+    assert loaded == {k: v for k, v in CONTENT.items() if k != "weights"}
+    assert files(path.parent) == ["last.pt"]
+
+
+@pytest.mark.parametrize("data, stored", [("α = 1\n", "α = 1\n".encode()), (b"\x00\xff", b"\x00\xff"), ("", b"")])
+def test_text_and_bytes(tmp_path, data, stored):
+    write_atomically(data, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == stored
+
+
+def test_a_shorter_file_replaces_a_longer_one(tmp_path):
+    write_atomically("long " * 100, tmp_path / "file")
+    write_atomically("short", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "short"
+    assert files(tmp_path) == ["file"]
+
+
+def test_others_may_read_the_file(tmp_path):
+    write_atomically("x", tmp_path / "file")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, failing, error):
+    path = tmp_path / "last.pt"
+    write_atomically("old", path)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint.os, failing, fail)
+    with pytest.raises(type(error)):
+        write_atomically("new", path)
+    with pytest.raises(type(error)):
+        write_atomically("new", tmp_path / "other.pt")
+    monkeypatch.undo()
+    assert path.read_text() == "old" and files(tmp_path) == ["last.pt"]
+
+
+def test_content_that_cannot_be_saved_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    save_atomically(CONTENT, path)
+    with pytest.raises((AttributeError, TypeError, RuntimeError, OSError, ValueError)):
+        save_atomically({"f": lambda: None}, path)
+    assert load_safely(path)["step"] == 3 and files(tmp_path) == ["last.pt"]
+
+
+def test_the_data_is_on_disk_before_the_old_file_goes(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(checkpoint.os, name, lambda *a, n=name, f=original: (calls.append(n), f(*a))[1])
+    write_atomically("x", tmp_path / "file")
+    assert calls == ["fsync", "replace"]
+
+
+def test_tensors_come_back_on_the_cpu_and_share_nothing_with_the_file(tmp_path):
+    path = tmp_path / "last.pt"
+    save_atomically(CONTENT, path)
+    loaded = load_safely(path)
+    path.unlink()
+    assert loaded["weights"].device.type == "cpu" and loaded["weights"].sum() == 15
+
+
+class Exploit:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_objects_are_refused_and_not_built(tmp_path):
+    path, marker = tmp_path / "last.pt", tmp_path / "was-here"
+    torch.save({"weights": torch.zeros(1), "x": Exploit(marker)}, path)
+    with pytest.raises(UserError, match="last.pt: holds more than tensors and plain values"):
+        load_safely(path)
+    torch.save(torch.nn.Linear(2, 2), path)
+    with pytest.raises(UserError, match="last.pt: holds more than tensors and plain values"):
+        load_safely(path)
+    assert not marker.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_bytes_are_an_error_and_nothing_else(tmp_path):
+    """Every file with some bytes overwritten either loads or is answered with a UserError."""
+    path, generator = tmp_path / "last.pt", torch.Generator().manual_seed(0)
+    for legacy in (False, True):
+        torch.save(CONTENT, path, _use_new_zipfile_serialization=not legacy)
+        whole = path.read_bytes()
+        refused = 0
+        for _ in range(300):
+            data = bytearray(whole)
+            for position in torch.randint(len(data), (4,), generator=generator).tolist():
+                data[position] = int(torch.randint(256, (1,), generator=generator))
+            path.write_bytes(data)
+            try:
+                load_safely(path)
+            except UserError as error:
+                refused += 1
+                assert str(error).startswith(str(path)) and "\n" not in str(error)
+        assert refused > 30
+
+
+def test_missing_files(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(UserError, match="no such file"):
+            load_safely(path)

@@ -1,0 +1,163 @@
+"""Two processes train what one process trains: gloo on the CPU, started as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import distpro
+from distpro.config.reading import merge
+from distpro.files import load_safely
+from distpro.models import build_model
+from distpro.schedule import Schedule
+from distpro.train.tracking import read_metrics
+from tests.conftest import ROOT
+from tests.digits import settings
+
+NETWORK = '''
+from torch import nn
+
+def plain(num_classes=10):
+    """Without BatchNorm, so that a batch in two parts is the batch."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """With a teacher's checkpoint and a network of one's own."""
+    (tmp_path / "networks.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(5)
+    torch.save(build_model("resnet14", num_classes=10).state_dict(), tmp_path / "teacher.pt")
+    yield tmp_path
+    sys.modules.pop("networks", None)
+
+
+def write(folder, **changes):
+    plain = {
+        "student": {"model": "networks:plain", "taps": ["2", "4"]},
+        "teacher": {"taps": ["layer1", "layer2"]},
+        "pathways": None,
+        "terms": [{"loss": "kd"}, {"loss": "at", "connect": "all"}],
+        "data": {"augment": ["crop", "flip"]},
+    }
+    content = merge(merge(settings(folder / "teacher.pt"), plain), changes)
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder / "config.yaml"
+
+
+def launch(*arguments):
+    """Start a command in two processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distpro.cli"]
+        + [str(a) for a in arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])},
+    )
+
+
+def two(*arguments, fails=False):
+    """Run a command in two processes to its end; gives its output."""
+    running = launch(*arguments)
+    output, _ = running.communicate(timeout=300)
+    assert (running.returncode != 0) == fails, output
+    return output
+
+
+def close(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(value.float(), ours[name].float(), rtol=tolerance, atol=tolerance), name
+
+
+def test_a_search_and_a_retrain(folder):
+    """Same α̃ on the same data, and the same student; written once, and evaluated on every test image once."""
+    config = write(folder)
+    two("search", config, "--out", "two")
+    alone = distpro.search(config, out="one")
+    together = Schedule.load("two/alpha.pt")
+    assert torch.allclose(together.alpha_tilde, alone.alpha_tilde, atol=1e-3)
+    assert torch.allclose(together.scales, alone.scales, rtol=1e-3)
+    assert (alone.alpha_tilde[-1] - 1).abs().min() > 0.05  # they have moved
+    close(load_safely("two/checkpoint.pt")["student"], load_safely("one/checkpoint.pt")["student"], 2e-3)
+    text = two("retrain", config, "--schedule", "one/alpha.pt", "--out", "retrain2")
+    result = distpro.retrain(config, schedule="one/alpha.pt", out="retrain1")
+    close(load_safely("retrain2/student.pt"), load_safely("retrain1/student.pt"), 1e-4)
+    assert text.count("epoch 3/3") == 1  # one of the two speaks
+    ours, theirs = (read_metrics(Path(name)) for name in ("retrain2", "retrain1"))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    found = [row["test/loss"] for row in ours if "test/loss" in row]
+    assert found[-1] == pytest.approx(result.metrics["loss"], rel=1e-4)
+    assert found == pytest.approx([row["test/loss"] for row in theirs if "test/loss" in row], rel=1e-4)
+
+
+def test_batch_statistics_over_both(folder):
+    config = write(folder, student={"model": "resnet8", "taps": ["layer1", "layer2"]}, retrain={"weights": "equal"})
+    two("retrain", config, "--out", "two", "sync_batch_norm=true")
+    distpro.retrain(config, out="one")
+    close(load_safely("two/student.pt"), load_safely("one/student.pt"), 5e-3)
+    two("retrain", config, "--out", "apart")
+    apart, one = load_safely("apart/student.pt"), load_safely("one/student.pt")
+    assert not torch.allclose(apart["layer1.0.conv1.weight"], one["layer1.0.conv1.weight"], rtol=5e-3, atol=5e-3)
+
+
+def test_what_two_have_begun_one_can_end(folder):
+    config = write(folder, retrain={"weights": "equal"}, training={"epochs": 60})
+    running = launch("retrain", config, "--out", "run")
+    for _ in range(600):
+        if Path("run/checkpoint.pt").is_file():
+            break
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    step = load_safely("run/checkpoint.pt")["step"]
+    assert 0 < step < 300
+    distpro.retrain(config, out="run", resume=True)
+    distpro.retrain(config, out="one")
+    close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
+
+
+def test_a_rank_that_dies_ends_the_run_and_says_why(folder):
+    """The cause is on the screen, the other rank does not wait for ever, and one process goes on from the checkpoint."""
+    dying = "import os, torch\n\nclass Dying(torch.nn.ReLU):\n    calls = 0\n\n    def forward(self, x):\n"
+    dying += "        Dying.calls += self.training and float(x.sum()) < 1e9\n        if Dying.calls > 12 and os.environ.get('RANK') == '1':\n"
+    dying += "            raise RuntimeError('the disk of rank 1 is full')\n        return super().forward(x)\n"
+    text = NETWORK.replace("nn.ReLU()", "Dying()", 1)
+    (folder / "networks.py").write_text(dying + text)
+    config = write(folder, retrain={"weights": "equal"})
+    start = time.monotonic()
+    output = two("retrain", config, "--out", "run", fails=True)
+    assert "the disk of rank 1 is full" in output and time.monotonic() - start < 120
+    step = load_safely("run/checkpoint.pt")["step"]
+    assert 0 < step < 15
+    distpro.retrain(config, out="run", resume=True)
+    distpro.retrain(config, out="one")
+    close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["training.batch_size=21"], "batch_size 21 cannot be cut into 2 equal parts"),
+        (["search.estimator=unrolled"], "unrolled runs in one process"),
+        (["sync_batch_norm=true"], "forward_mode cannot see through it"),
+    ],
+)
+def test_what_cannot_be_shared_is_said(folder, changes, message):
+    assert message in two("search", write(folder), *changes, "--out", "run", fails=True)
+    assert not Path("run").exists()
