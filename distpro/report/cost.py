@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distpro import build
@@ -148,15 +150,22 @@ def _parameters(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-def _macs(model: nn.Module, x: torch.Tensor) -> float:
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Counts what runs, attention as its two matrix products: fused kernels are not in every version's books."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not in the counter's books
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with untouched(model), FlopCounterMode(display=False) as counter:
-            model.eval()
-            model(x)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _macs(model: nn.Module, x: torch.Tensor) -> float:
+    with untouched(model), _counting() as counter:
+        model.eval()
+        model(x)
     return counter.get_total_flops() / 2 / len(x)
 
 
@@ -173,7 +182,7 @@ def _term_costs(objective: Objective, x: torch.Tensor) -> list[tuple[str, Any, i
         teacher, (_, student) = objective.teach(x), objective.study(x)
         for term in objective.terms:
             only = [t is term for t in objective.terms for _ in entries_of(t)]
-            with FlopCounterMode(display=False) as counter:
+            with _counting() as counter:
                 objective.term_losses(student, teacher, target, torch.arange(len(target), device=x.device), only)
             macs = counter.get_total_flops() / 2 / len(target)
             found.append((str(term.key), getattr(term, "level", None), _parameters(term), macs))
