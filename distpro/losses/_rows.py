@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,19 +21,15 @@ class RowLoss(DistillationLoss):
     """
 
     smallest_batch: int = 1  # fewer rows than this have no relation to compare
-    uses_teacher: bool = True  # False for losses that stand in for a teacher
+    largest_batch: int | None = None  # of a loss that compares every row with every other
 
-    def rows(self, x: Tensor) -> Tensor:
+    def matrix(self, x: Tensor) -> Tensor:
         """``x`` as a matrix."""
         raise NotImplementedError
 
-    def labels(self, target: Tensor | None) -> Tensor:
-        """``target``, or UserError if it is missing."""
-        if target is None:
-            raise UserError(f"{self.what} needs the labels: pass target")
-        if target.is_floating_point():
-            raise UserError(f"{self.what} needs one label per sample: mixup and cutmix give probabilities")
-        return target
+    def labels(self, target: Tensor | None, logits: Tensor) -> Tensor:
+        """``target`` (M,), the labels of logits (M, K); UserError if it is missing or does not label them."""
+        return checked_labels(self.what, target, logits)
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """Scalar loss of two matrices. Without ``uses_teacher``, ``teacher`` is the student's own, detached."""
@@ -41,10 +38,17 @@ class RowLoss(DistillationLoss):
     def forward(
         self, student: Tensors, teacher: Tensors, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        s = self.rows(full(single(student, self.what)))
-        t = self.rows(full(single(teacher, self.what))).detach() if self.uses_teacher else s.detach()
+        s = self.matrix(full(single(student, self.what)))
+        t = self.matrix(full(single(teacher, self.what))).detach() if self.uses_teacher else s.detach()
         if len(s) != len(t):
             raise UserError(f"{self.what} compares row by row, got {len(s)} student and {len(t)} teacher rows")
+        if not len(s):
+            return s.sum()  # of dense logits, no position counts
+        if self.largest_batch is not None and len(s) > self.largest_batch:
+            raise UserError(
+                f"{self.what} compares every row with every other: at most {self.largest_batch} rows (samples, or "
+                f"positions of dense logits), got {len(s)}"
+            )
         if len(s) < self.smallest_batch:
             raise UserError(f"{self.what} needs a batch of at least {self.smallest_batch} samples, got {len(s)}")
         return self.compare(s, t, target)
@@ -53,18 +57,21 @@ class RowLoss(DistillationLoss):
 class ResponseLoss(RowLoss):
     """A loss of logits (N, K) or dense logits (N, K, ...) whose positions are then samples of their own.
 
-    ``target`` holds one label per row: (N,) or (N, ...).
+    ``target`` holds one label per row: (N,) or (N, ...). The objective hands over the counted positions as rows (M, K)
+    with labels (M,). Called directly, void positions and padding have to be left out in the same way, and the classes
+    of dense logits are the second dimension: token logits (N, L, K) are to be given as rows, or as (N, K, L).
     """
 
     family = "response"
     reads = "logits"
     taps = ("logits",)
+    by_position = True
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
         super().__init__(student_shapes, teacher_shapes)
         same_shapes(self.what, self.student_shapes, self.teacher_shapes)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def matrix(self, x: Tensor) -> Tensor:
         return logit_rows(x)
 
     def forward(
@@ -82,12 +89,36 @@ class RelationLoss(RowLoss):
     reads = "embedding"
     taps = ("embedding",)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def matrix(self, x: Tensor) -> Tensor:
         return x.flatten(1)
 
 
+def checked_labels(what: str, target: Tensor | None, logits: Tensor) -> Tensor:
+    """``target`` (M,) as labels of logits (M, K).
+
+    Raises UserError if it is missing, holds probabilities, is not one label per row or, on the CPU (elsewhere the look
+    would wait for the device), holds a label that is no class, such as 255 for void.
+    """
+    if target is None:
+        raise UserError(f"{what} needs the labels: pass target")
+    if target.is_floating_point():
+        raise UserError(f"{what} needs one label per sample: mixup and cutmix give probabilities")
+    if target.shape != logits.shape[:1]:
+        raise UserError(f"{what} needs one label per row of logits, got {target.numel()} for {len(logits)} rows")
+    if type(target) is Tensor and target.device.type == "cpu" and not torch.compiler.is_compiling():
+        classes = logits.shape[1]
+        outside = target[(target < 0) | (target >= classes)]
+        if len(outside):
+            found = ", ".join(str(label) for label in outside.unique().tolist()[:5])
+            raise UserError(
+                f"{what} needs labels from 0 to {classes - 1}, got {found}: leave void positions and padding out, that "
+                "is give the counted positions as rows (M, K) with labels (M,)"
+            )
+    return target
+
+
 def logit_rows(logits: Tensor) -> Tensor:
-    """Logits (N, K, ...) as (M, K), M the number of samples and positions."""
+    """Logits (N, K, ...) as (M, K), M the number of samples and positions; a third dimension is never the classes."""
     return logits if logits.dim() == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 

@@ -4,7 +4,7 @@ Of pre-activation maps ``s`` and ``t`` (N, C, H, W), with the margin m and y = +
 
     loss_i = weight_i / N * sum of relu(m - y s)^2,   weight_i = 3/1000 * 2^(i - L + 1),  i = 0 .. L-1, shallow first
 
-The sum of squares pushes the student's neurons to the teacher's side of zero. Where shapes differ, a connector brings
+With a mask the sum is over the positions that count. The sum of squares pushes the student's neurons to the teacher's side of zero. Where shapes differ, a connector brings
 ``s`` to the teacher's shape: the FitNet regressor of `hint` without its ReLU. Default margin 1 and the weights of
 RepDistiller. Published as a first stage that trains the student's features alone (``pretrain``), before the task loss.
 
@@ -19,13 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, same_size
+from distpro.losses._maps import full
+from distpro.losses._masks import MaskedLevels, counted, same_size_counted
 from distpro.losses.base import LOSSES, Shape
 from distpro.losses.hint import ConvRegressor
 
 
 @LOSSES.register("ab")
-class ActivationBoundary(PairedLevels):
+class ActivationBoundary(MaskedLevels):
     """Squared hinge on the sign of the teacher's pre-activations; deeper levels weigh twice the one before."""
 
     title = "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons"
@@ -51,7 +52,7 @@ class ActivationBoundary(PairedLevels):
         """Weight of level ``i``, 0 the shallowest."""
         return 3 / 1000 * 2.0 ** (i - len(self.connectors) + 1)
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = same_size(full(self.connectors[i](student)), teacher)
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        student, teacher, mask = same_size_counted(full(self.connectors[i](student)), teacher, mask)
         margins = torch.where(teacher > 0, self.margin - student, self.margin + student)
-        return margins.relu().square().sum() * (self.weight(i) / len(student))
+        return counted(margins.relu().square(), mask).sum() * (self.weight(i) / len(student))

@@ -6,7 +6,8 @@ Per level, with the attention map a(f) = normalise(mean over channels of |f|^p) 
     form "paper" (Eq. 2):                                   mean over batch of ||a(s) - a(t)||_2
 
 Channels may differ; of different sizes the larger map is average-pooled first. ``p`` is 2; RepDistiller's weight of
-the sum over levels is 1000. Departure: |f|^p as in the paper, where the code has f^p (the same for even p).
+the sum over levels is 1000. With a mask the attention maps are those of the positions that count, which alone are
+normalised and averaged. Departure: |f|^p as in the paper, where the code has f^p (the same for even p).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, linalg
 
-from distpro.losses._maps import PairedLevels, same_size
+from distpro.losses._masks import MaskedLevels, mean_counted, same_size_counted
 from distpro.losses.base import LOSSES, Shape, one_of
 
 
 @LOSSES.register("at")
-class AttentionTransfer(PairedLevels):
+class AttentionTransfer(MaskedLevels):
     """Distance of the normalised spatial attention maps, level by level."""
 
     title = "Paying More Attention to Attention"
@@ -45,12 +46,12 @@ class AttentionTransfer(PairedLevels):
         self.p = p
         self.form = one_of(f"{self.what}: form", form, ("code", "paper"))
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = same_size(student, teacher)
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        student, teacher, mask = same_size_counted(student, teacher, mask)
         difference = attention_map(student, self.p) - attention_map(teacher, self.p)
         if self.form == "paper":
             return linalg.vector_norm(difference, dim=1).mean()
-        return difference.square().mean()
+        return mean_counted(difference.square(), None if mask is None else mask.flatten(1))
 
 
 def attention_map(f: Tensor, p: float = 2.0) -> Tensor:

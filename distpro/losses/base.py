@@ -17,6 +17,10 @@ Shape = Sequence[int]
 Tensors = Tensor | Sequence[Tensor]
 """What a loss reads of one model: a tensor, or a list of them."""
 
+Mask = Tensor | Sequence[Tensor | None] | None
+"""Which positions count (not padding, not void): bool (N, H, W) for a map (N, C, H, W), (N, L) for tokens (N, L, D), at
+the size of the student's or the teacher's tensor; a list of them where there are several tensors. None: all count."""
+
 
 class DistillationLoss(nn.Module):
     """Base of the losses. A subclass states its facts as class attributes, takes the shapes that it reads and its
@@ -36,9 +40,16 @@ class DistillationLoss(nn.Module):
     formula: ClassVar[str] = ""  # one line, plain text
     stages: ClassVar[int] = 1  # training stages of the published recipe
     needs: ClassVar[tuple[str, ...]] = ()  # parameters that a config leaves to the builder, see `distpro.build.terms`
-    views: ClassVar[int] = 1  # rows of x per sample: 4 where each image is followed by its three rotations
+    rows: ClassVar[str] = "first"  # of a sample's rows it sees the first, or all
+    expand: ClassVar[str] = ""  # how the loader makes more rows of a sample: "", or rotations (by 90, 180, 270 degrees)
+    by_position: ClassVar[bool] = (
+        False  # each position of dense logits is a sample: it is given the counted ones (M, K)
+    )
+    masked: ClassVar[bool] = False  # forward, levels and pretrain take `mask`, the positions that count; see `Mask`
+    deploys: ClassVar[bool] = False  # the deployed student answers through its `predict(student) -> logits (N, K)`
     pretrain_reads: ClassVar[str] = ""  # what `pretrain` reads: teacher | both
     scalars: ClassVar[tuple[str, ...]] = ()  # options, numbers or lists of them, that may change from call to call
+    uses_teacher: bool = True  # False for losses that stand in for a teacher
     needs_target: bool = False
     needs_index: bool = False
 

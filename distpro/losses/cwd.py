@@ -4,7 +4,7 @@
 
 ``s`` (N, C_s, H_s, W_s), ``t`` (N, C, H_t, W_t), logits or features: each channel is a distribution over positions.
 Where channels differ (features), a 1x1 convolution brings the student's to C; where sizes differ, the student's map is
-resized to the teacher's (average-pooled, or bilinear). ``temperature`` 4, as published, with the weights 3 (logits) and
+resized to the teacher's (average-pooled, or bilinear). With a mask the distributions are over the positions that count. ``temperature`` 4, as published, with the weights 3 (logits) and
 50 (features). Departure: the authors require equal sizes.
 """
 
@@ -15,12 +15,14 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, resized
+from distpro.losses._maps import full, resized
+from distpro.losses._masks import MaskedLevels, fitted, resized_counted
 from distpro.losses.base import LOSSES, Shape
+from distpro.losses.dkd_target import EXCLUDED
 
 
 @LOSSES.register("cwd")
-class ChannelWise(PairedLevels):
+class ChannelWise(MaskedLevels):
     """Mean KL divergence of the channels' distributions over positions."""
 
     title = "Channel-wise Knowledge Distillation for Dense Prediction"
@@ -42,8 +44,13 @@ class ChannelWise(PairedLevels):
         self.temperature = temperature
         self.align = nn.ModuleList(nn.Identity() if s[0] == t[0] else nn.Conv2d(s[0], t[0], 1) for s, t in self.shapes)
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
-        student = full(self.align[i](resized(student, teacher.shape[2:])))
-        log_s, log_t = (F.log_softmax(f.flatten(2) / self.temperature, dim=2) for f in (student, teacher))
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        student = full(self.align[i](resized_counted(student, mask, teacher.shape[2:], resized)))
+        log_s, log_t = (self._log_shares(f, fitted(mask, teacher)) for f in (student, teacher))
         divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
         return divergence * (self.temperature**2 / (teacher.shape[0] * teacher.shape[1]))
+
+    def _log_shares(self, f: Tensor, mask: Tensor | None) -> Tensor:
+        """Logarithms (N, C, HW) of each channel's distribution over the positions that count."""
+        f = f.flatten(2) / self.temperature
+        return F.log_softmax(f if mask is None else f.masked_fill(~mask.flatten(1)[:, None], EXCLUDED), dim=2)

@@ -45,7 +45,7 @@ class DKD(ResponseLoss):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        labels = self.labels(target)
+        labels = self.labels(target, student)
         loss = student.new_zeros(())
         if self.alpha:
             loss = loss + self.alpha * target_part(student, teacher, labels, self.temperature)

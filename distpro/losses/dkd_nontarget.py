@@ -42,4 +42,4 @@ class NonTargetClasses(ResponseLoss):
         self.temperature = temperature
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        return nontarget_part(student, teacher, self.labels(target), self.temperature)
+        return nontarget_part(student, teacher, self.labels(target, student), self.temperature)

@@ -53,4 +53,4 @@ class TargetClass(ResponseLoss):
         self.temperature = temperature
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        return target_part(student, teacher, self.labels(target), self.temperature)
+        return target_part(student, teacher, self.labels(target, student), self.temperature)

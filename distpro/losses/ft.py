@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, linalg, nn
 
 from distpro.losses._maps import BatchNorm2d, full, one_pair, same_size
+from distpro.losses._masks import mean_counted, same_size_counted
 from distpro.losses.at import attention_map
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, one_of, single
 from pathways.registry import UserError
@@ -59,12 +60,15 @@ def order(what: str, p: int) -> int:
     return p
 
 
-def unit_distance(student: Tensor, teacher: Tensor, p: int) -> Tensor:
+def unit_distance(student: Tensor, teacher: Tensor, p: int, mask: Tensor | None = None) -> Tensor:
     """Scalar distance of two maps (N, C, H, W), each normalised per sample: mean absolute difference (p = 1) or mean
-    over the batch of the 2-norm of the difference (p = 2). Of different sizes the larger map is average-pooled."""
-    student, teacher = same_size(full(student), full(teacher.detach()))
+    over the batch of the 2-norm of the difference (p = 2). Of different sizes the larger map is average-pooled. With
+    ``mask`` (N, H, W) the maps are those of the positions that count."""
+    student, teacher, mask = same_size_counted(full(student), full(teacher.detach()), mask)
     difference = F.normalize(student.flatten(1), dim=1) - F.normalize(teacher.flatten(1), dim=1)
-    return difference.abs().mean() if p == 1 else linalg.vector_norm(difference, dim=1).mean()
+    if p == 2:
+        return linalg.vector_norm(difference, dim=1).mean()
+    return mean_counted(difference.abs().view_as(student), mask)
 
 
 @LOSSES.register("ft")

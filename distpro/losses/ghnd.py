@@ -4,7 +4,7 @@
 
 The student is the teacher with its first layers replaced by a head with a bottleneck; the head is trained to reproduce
 what the teacher computes at several depths, the rest keeps the teacher's weights. Tensors of equal shape, usually maps
-(N, C, H, W); any number of levels. The sum (not a mean) over elements and batch, each level with weight 1, is
+(N, C, H, W); any number of levels. With a mask the sum is over what counts. The sum (not a mean) over elements and batch, each level with weight 1, is
 torchdistill's. Published with no task loss beside it. Departure: none.
 """
 
@@ -14,12 +14,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from distpro.losses._maps import PairedLevels, same_shapes
+from distpro.losses._maps import same_shapes
+from distpro.losses._masks import MaskedLevels, counted
 from distpro.losses.base import LOSSES, Shape
 
 
 @LOSSES.register("ghnd")
-class GeneralizedHead(PairedLevels):
+class GeneralizedHead(MaskedLevels):
     """Sum of squared errors at several depths."""
 
     title = "Generalized Head Network Distillation"
@@ -39,6 +40,6 @@ class GeneralizedHead(PairedLevels):
         super().__init__(student_shapes, teacher_shapes)
         same_shapes(self.what, self.student_shapes, self.teacher_shapes)
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         same_shapes(self.what, [student.shape[1:]], [teacher.shape[1:]])
-        return (student - teacher).square().sum()
+        return counted(student - teacher, mask).square().sum()

@@ -4,7 +4,8 @@
 
 ``s`` (N, C_s, H_s, W_s) and ``t`` (N, C_t, H_t, W_t), features after the ReLU; any number of levels. The regressor's
 convolution has a bias and depends on the sizes, as in RepDistiller: 3x3 stride 2 where the map halves, transposed 4x4
-stride 2 where it doubles, else a kernel of 1 + H_s - H_t, so 1x1 for equal sizes.
+stride 2 where it doubles, else a kernel of 1 + H_s - H_t, so 1x1 for equal sizes. With a mask the
+mean is over the positions that count; to the regressor the others are zero, as beyond the map's border.
 
 Departures: the paper trains in two stages, the hint first; here, as in RepDistiller, the hint is one term of the loss
 (weight 100 there). RepDistiller refuses a student map that is smaller than the teacher's by another factor than two;
@@ -15,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm2d, PairedLevels, same_size
+from distpro.losses._maps import BatchNorm2d
+from distpro.losses._masks import MaskedLevels, mean_square, same_size_counted
 from distpro.losses.base import LOSSES, Shape
 
 
@@ -49,7 +50,7 @@ def _convolution(student: Shape, teacher: Shape) -> nn.Module:
 
 
 @LOSSES.register("hint")
-class Hint(PairedLevels):
+class Hint(MaskedLevels):
     """Mean squared error between the regressed student maps and the teacher's, one regressor per level."""
 
     title = "FitNets: Hints for Thin Deep Nets"
@@ -64,5 +65,5 @@ class Hint(PairedLevels):
         super().__init__(student_shapes, teacher_shapes)
         self.regressors = nn.ModuleList(ConvRegressor(s, t) for s, t in self.shapes)
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.mse_loss(*same_size(self.regressors[i](student), teacher))
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return mean_square(*same_size_counted(self.regressors[i](student), teacher, mask))

@@ -7,7 +7,9 @@ similarities between pixels and their centres:
 
 ``s`` (N, C_s, H, W), ``t`` (N, C_t, H, W): features in front of the classifier; channels may differ; of different sizes
 the larger map is average-pooled first. ``target`` (N, H_y, W_y) int64 is brought to that size by nearest neighbour.
-``num_classes`` K has no default; labels outside 0 .. K-1 (255, ignore) count as similarity 1 for both.
+``num_classes`` K is the builder's to know; labels outside 0 .. K-1 are void (255): as in the authors' code, where the
+centre of such a pixel is its own feature, its similarity is 1 for both models, so that void pixels have no influence
+but for the number of positions, which counts all. The labels say so, no mask is needed.
 
 `pixel_kd` is the pixel-wise KD that the authors add. Their weights are 200 (this loss) and 10 (pixel_kd), and they use
 an adversarial loss too (not here). Departure: none in value; the sum over classes is one product, not a loop.
@@ -77,8 +79,9 @@ class IntraClassVariation(DistillationLoss):
 
 
 def _similarity(f: Tensor, members: Tensor) -> Tensor:
-    """Cosine similarity (N, HW) of each pixel of (N, C, H, W) with its class centre."""
-    f = f.flatten(2)
+    """Cosine similarity (N, HW) of each pixel of (N, C, H, W) with its class centre; 1 for those of no class."""
+    labelled = members.sum(2) > 0
+    f = f.flatten(2).masked_fill(~labelled[:, None], 0)
     centres = matmul(f, members) / (members.sum(1, keepdim=True) + 1e-6)
-    labelled = members.sum(2)[:, None]
-    return F.cosine_similarity(f, matmul(centres, members.transpose(1, 2)) + (1 - labelled) * f, dim=1, eps=1e-8)
+    similarity = F.cosine_similarity(f, matmul(centres, members.transpose(1, 2)), dim=1, eps=1e-8)
+    return similarity.masked_fill(~labelled, 1)

@@ -46,4 +46,4 @@ class KD(ResponseLoss):
         loss = softened_kl(student, teacher, self.temperature)
         if not self.ce_weight:
             return loss
-        return self.ce_weight * F.cross_entropy(student, self.labels(target)) + (1 - self.ce_weight) * loss
+        return self.ce_weight * F.cross_entropy(student, self.labels(target, student)) + (1 - self.ce_weight) * loss

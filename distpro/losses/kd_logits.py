@@ -35,5 +35,5 @@ class KDLogits(ResponseLoss):
         self.coeff = coeff
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        task = F.cross_entropy(student, self.labels(target))
+        task = F.cross_entropy(student, self.labels(target, student))
         return (1 - self.coeff) * task + self.coeff * softened_kl(student, teacher, 1.0)

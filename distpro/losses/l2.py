@@ -4,7 +4,7 @@
 
 ``s`` and ``t`` are maps (N, C, H, W), embeddings (N, D) or tokens (N, L, D); any number of levels. ``project`` is a 1x1
 convolution or linear layer (with bias) where widths differ, else the identity. Of maps of different sizes the larger
-one is average-pooled first. No options. This is the L2 baseline, and first stage, of PAD (Zhang et al., ECCV 2020,
+one is average-pooled first. With a mask the mean is over the positions or tokens that count. No options. This is the L2 baseline, and first stage, of PAD (Zhang et al., ECCV 2020,
 Eq. 1); unlike `hint` there is no BatchNorm and no ReLU. Departure: none.
 """
 
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, same_size
+from distpro.losses._maps import full
+from distpro.losses._masks import MaskedLevels, mean_square, same_size_counted
 from distpro.losses.base import LOSSES, Shape
 from pathways.registry import UserError
 
@@ -33,7 +33,7 @@ def projection(student: Shape, teacher: Shape) -> nn.Module:
 
 
 @LOSSES.register("l2")
-class L2(PairedLevels):
+class L2(MaskedLevels):
     """Mean squared error between projected student features and the teacher's."""
 
     title = "L2 feature distillation"
@@ -49,7 +49,7 @@ class L2(PairedLevels):
         super().__init__(student_shapes, teacher_shapes)
         self.project = nn.ModuleList(projection(s, t) for s, t in self.shapes)
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         if student.dim() == 4:
-            student, teacher = same_size(student, teacher)
-        return F.mse_loss(full(self.project[i](student)), teacher)
+            student, teacher, mask = same_size_counted(student, teacher, mask)
+        return mean_square(full(self.project[i](student)), teacher, mask)

@@ -36,4 +36,4 @@ class LabelSmoothing(ResponseLoss):
         self.smoothing = smoothing
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        return F.cross_entropy(student, self.labels(target), label_smoothing=self.smoothing)
+        return F.cross_entropy(student, self.labels(target, student), label_smoothing=self.smoothing)

@@ -7,6 +7,8 @@ differ, G conv3x3, ReLU, conv3x3 at C_t channels. Each entry of the mask is 0 wi
 every call: per channel (``mask: channel``, the authors' classification form and the default, ratio 0.15, alpha 7e-5) or
 per position (``mask: position``, detection: ratio 0.65, alpha 2e-5; segmentation: 0.75, 2e-5).
 
+Where positions do not count (padding, void), they are zero to G and left out of the sum.
+
 Departure: the authors require equal sizes; here the student's map is resized to the teacher's (pooled, or bilinear).
 """
 
@@ -17,13 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, resized
+from distpro.losses._maps import full, resized
+from distpro.losses._masks import MaskedLevels, counted, fitted, resized_counted
 from distpro.losses.base import LOSSES, Shape, one_of
 from pathways.registry import UserError
 
 
 @LOSSES.register("mgd")
-class MaskedGeneration(PairedLevels):
+class MaskedGeneration(MaskedLevels):
     """Squared error between the teacher's map and one generated from the masked student map."""
 
     title = "Masked Generative Distillation"
@@ -51,11 +54,13 @@ class MaskedGeneration(PairedLevels):
         self.align = nn.ModuleList(nn.Identity() if s[0] == t[0] else nn.Conv2d(s[0], t[0], 1) for s, t in self.shapes)
         self.generation = nn.ModuleList(_generator(t[0]) for _, t in self.shapes)
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
-        x = self.align[i](resized(student, teacher.shape[2:]))
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        present = fitted(mask, teacher)
+        x = counted(self.align[i](resized_counted(student, mask, teacher.shape[2:], resized)), present)
         size = (*x.shape[:2], 1, 1) if self.mask == "channel" else (len(x), 1, *x.shape[2:])
         kept = torch.rand(size, device=x.device) >= self.ratio
-        return (full(self.generation[i](x * kept)) - teacher).square().sum() * (self.alpha / len(x))
+        error = counted(full(self.generation[i](x * kept)) - teacher, present)
+        return error.square().sum() * (self.alpha / len(x))
 
 
 def _generator(channels: int) -> nn.Sequential:

@@ -34,6 +34,7 @@ class MultiLevel(ResponseLoss):
     title = "Multi-Level Logit Distillation"
     paper = "Jin et al., Multi-Level Logit Distillation, CVPR 2023"
     year = 2023
+    largest_batch = 16384
     scalars = ("temperatures",)
     formula = "sum_T T^2 KL(p_t || p_s) + |P_s P_s^T - P_t P_t^T|^2 / N + |P_s^T P_s - P_t^T P_t|^2 / K"
 

@@ -5,7 +5,7 @@ Per level, with each channel's map flattened to HW and L2-normalised, k(a, b) = 
     loss = mean k(t, t) + mean k(s, s) - 2 mean k(s, t),   means over batch and channel pairs
 
 ``s`` (N, C_s, H, W), ``t`` (N, C_t, H, W); channels may differ; of different sizes the larger map is average-pooled
-first. No options; RepDistiller's weight is 50. Departure: none (RepDistiller's and mdistiller's values).
+first. With a mask a channel's map is that of the positions that count. No options; RepDistiller's weight is 50. Departure: none (RepDistiller's and mdistiller's values).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.losses._maps import PairedLevels, matmul, same_size
+from distpro.losses._maps import matmul
+from distpro.losses._masks import MaskedLevels, same_size_counted
 from distpro.losses.base import LOSSES
 
 
 @LOSSES.register("nst")
-class NeuronSelectivity(PairedLevels):
+class NeuronSelectivity(MaskedLevels):
     """Maximum mean discrepancy between the two sets of channel patterns."""
 
     title = "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer"
@@ -32,8 +33,9 @@ class NeuronSelectivity(PairedLevels):
     needs_shapes = False
     formula = "mean k(t,t) + mean k(s,s) - 2 mean k(s,t), k(a,b) = (a.b)^2 of normalised channels"
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = (F.normalize(f.flatten(2), dim=2) for f in same_size(student, teacher))
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        student, teacher, _ = same_size_counted(student, teacher, mask)
+        student, teacher = (F.normalize(f.flatten(2), dim=2) for f in (student, teacher))
         return _kernel(teacher, teacher) + _kernel(student, student) - 2 * _kernel(student, teacher)
 
 

@@ -5,9 +5,10 @@ t' = max(t, m) (margin ReLU) and r = BN(conv1x1(s)) (connector):
 
     loss_i = 2^-(L - i - 1) / N * sum of (r - t')^2 where r > t' or t' > 0 (partial L2),  i = 0 .. L-1, shallow first
 
-The maps are summed, so values are large: the usual weight is 1e-3. ``margins`` holds one vector (C_t,) per level;
-`margin` computes it from the BatchNorm in front of the teacher's ReLU. Without it the margin is what it stands for, the
-mean of the channel's negative responses, over the batch at hand (the paper allows both).
+The maps are summed, so values are large: the usual weight is 1e-3. ``margins`` holds one vector (C_t,) per level, or
+`margin` computes it from ``norms``, per level the BatchNorm in front of the teacher's ReLU or None. Where one of them
+is missing the margins are what they stand for, the mean of the channel's negative responses, over the batch at hand
+(the paper allows both). With a mask the sum is over the positions that count.
 
 Departure: mdistiller pools the teacher's map to the student's size whatever it is; here the larger one is pooled.
 """
@@ -20,7 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distpro.losses._maps import BatchNorm2d, PairedLevels, full, same_size
+from distpro.losses._maps import BatchNorm2d, full
+from distpro.losses._masks import MaskedLevels, same_size_counted
 from distpro.losses.base import LOSSES, Shape
 from pathways.registry import UserError
 
@@ -45,7 +47,7 @@ def partial_l2(student: Tensor, teacher: Tensor, margins: Tensor) -> Tensor:
 
 
 @LOSSES.register("ofd")
-class Overhaul(PairedLevels):
+class Overhaul(MaskedLevels):
     """Partial L2 between connected student maps and the teacher's after a margin ReLU."""
 
     title = "A Comprehensive Overhaul of Feature Distillation"
@@ -55,7 +57,7 @@ class Overhaul(PairedLevels):
     reads = "features of all stages before the ReLU"
     taps = ("stages",)
     before_relu = "both"
-    needs = ("margins",)
+    needs = ("norms",)
     formula = "sum_i 2^-(L-i-1) / N sum [r > t' or t' > 0] (r - t')^2, r = BN(conv1x1(s)), t' = max(t, margin)"
 
     def __init__(
@@ -63,8 +65,11 @@ class Overhaul(PairedLevels):
         student_shapes: Sequence[Shape] = (),
         teacher_shapes: Sequence[Shape] = (),
         margins: Sequence[Tensor | Sequence[float]] | None = None,
+        norms: Sequence[nn.Module | None] | None = None,
     ):
         super().__init__(student_shapes, teacher_shapes)
+        if margins is None and norms:
+            margins = _margins_of(norms)
         self.connectors = nn.ModuleList(_connector(s[0], t[0]) for s, t in self.shapes)
         self.has_margins = margins is not None
         needed, found = [t[0] for _, t in self.shapes], [len(m) for m in margins or ()]
@@ -73,10 +78,17 @@ class Overhaul(PairedLevels):
         for i, values in enumerate(margins or ()):
             self.register_buffer(f"margin{i}", torch.as_tensor(values).detach().float().view(1, -1, 1, 1))
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         margins = self.get_buffer(f"margin{i}") if self.has_margins else _batch_margin(teacher)
-        student, teacher = same_size(full(self.connectors[i](student)), teacher)
+        student, teacher, _ = same_size_counted(full(self.connectors[i](student)), teacher, mask)
         return partial_l2(student, teacher, margins) * (2.0 ** (i - len(self.connectors) + 1) / len(student))
+
+
+def _margins_of(norms: Sequence[nn.Module | None]) -> list[Tensor] | None:
+    """The `margin` of each BatchNorm; None unless all are there and have a weight and a bias."""
+    found = [(getattr(norm, "weight", None), getattr(norm, "bias", None)) for norm in norms]
+    margins = [margin(w, b) for w, b in found if isinstance(w, Tensor) and isinstance(b, Tensor)]
+    return margins if len(margins) == len(found) else None
 
 
 def _batch_margin(t: Tensor) -> Tensor:

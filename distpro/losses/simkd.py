@@ -34,6 +34,7 @@ class SimKD(DistillationLoss):
     reads = "last features before pooling"
     taps = ("last",)
     needs = ("classifier",)
+    deploys = True
     formula = "mean (P(s) - t)^2"
 
     classifier_weight: Tensor | None

@@ -37,6 +37,7 @@ class Streamlined(ResponseLoss):
     year = 2026
     formula = "w_i KL(softmax(t/T) || softmax(s/T)) + w_d mean_d sqrt(d^T (cov(D) + c I)^-1 d), D = G(s) - G(t)"
     smallest_batch = 2
+    largest_batch = 16384
     scalars = ("temperature", "tikhonov", "instance_weight", "direction_weight")
 
     def __init__(

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import full, matmul, same_shapes
-from distpro.losses._rows import kl_rows, softened_kl, two
+from distpro.losses._rows import checked_labels, kl_rows, softened_kl, two
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors
 from pathways.registry import UserError
 
@@ -43,7 +43,8 @@ class SelfSupervised(DistillationLoss):
     reads = "logits and embedding of each image and its three rotations"
     taps = ("logits", "embedding")
     pretrain_reads = "teacher"
-    views = 4
+    rows = "all"
+    expand = "rotations"
     formula = "w1 CE + w2 KL(plain) + w3 KL(rotated) + w4 KL(similarities)"
     stages = 2
     scalars = ("kd_t", "tf_t", "ss_t", "tf_ratio", "ss_ratio", "ce_weight", "kd_weight", "tf_weight", "ss_weight")
@@ -79,8 +80,7 @@ class SelfSupervised(DistillationLoss):
     def parts(self, student: Tensors, teacher: Tensors, target: Tensor | None) -> list[Tensor]:
         """The four scalars before their weights, in the order of the formula."""
         (logits_s, rep_s), (logits_t, rep_t) = (two(self.what, x, "logits, embedding") for x in (student, teacher))
-        self._check(logits_s, logits_t, target)
-        assert target is not None
+        target = self._checked(logits_s, logits_t, target)
         logits_s, logits_t = full(logits_s), full(logits_t.detach())
         with torch.no_grad():
             cos_t = _similarities(full(self.head_t(rep_t)))
@@ -102,14 +102,14 @@ class SelfSupervised(DistillationLoss):
         cos = _similarities(full(self.head_t(two(self.what, teacher, "logits, embedding")[1].detach())))
         return F.cross_entropy(cos, torch.arange(cos.shape[1], device=cos.device).repeat_interleave(3))
 
-    def _check(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    def _checked(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """The labels (B,), if they and the tensors are what the loss reads."""
         same_shapes(self.what, [student.shape], [teacher.shape])
-        if target is None:
-            raise UserError("loss 'sskd' needs the labels: pass target")
-        if len(student) != 4 * len(target):
+        if target is not None and len(student) != 4 * len(target):
             raise UserError(
                 f"loss 'sskd' reads images, each with three rotations: got {len(student)} rows for {len(target)} labels"
             )
+        return checked_labels(self.what, target, student[::4])
 
 
 def _head(shapes: Sequence[Shape], head: bool) -> nn.Module:

@@ -53,7 +53,7 @@ class TeacherFree(ResponseLoss):
         self.temperature, self.multiplier, self.correct = temperature, multiplier, correct
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        target = self.labels(target)
+        target = self.labels(target, student)
         if self.uses_teacher:
             soft = softened_kl(student, teacher, self.temperature)
         else:

@@ -6,6 +6,7 @@ Per level, with mu = regressor(s) and one variance per teacher channel, var = lo
 
 ``s`` (N, C_s, H_s, W_s), ``t`` (N, C_t, H_t, W_t). The regressor is three 1x1 convolutions without bias, ReLU between
 them, of ``mid_channels`` (default: the teacher's channels). Of different sizes the larger map is average-pooled first.
+With a mask the mean is over the positions that count.
 ``variance`` = 5 at the start, ``eps`` = 1e-5, as in RepDistiller, whose weight is 1. Departure: none; ``log_scale`` is
 a parameter of the loss and so reaches the optimiser with the regressor (forgotten in some reimplementations).
 """
@@ -19,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import PairedLevels, full, same_size
+from distpro.losses._maps import full
+from distpro.losses._masks import MaskedLevels, mean_counted, same_size_counted
 from distpro.losses.base import LOSSES, Shape
 
 
@@ -38,14 +40,14 @@ class _Gaussian(nn.Module):
         self.log_scale = nn.Parameter(torch.full((out_channels,), math.log(math.expm1(variance - eps))))
         self.eps = eps
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         variance = (F.softplus(self.log_scale) + self.eps).view(1, -1, 1, 1)
         error = (full(self.regressor(student)) - teacher).square()
-        return 0.5 * (error / variance + variance.log()).mean()
+        return 0.5 * mean_counted(error / variance + variance.log(), mask)
 
 
 @LOSSES.register("vid")
-class VariationalInformation(PairedLevels):
+class VariationalInformation(MaskedLevels):
     """Variational bound of the mutual information between student and teacher maps, one Gaussian per level."""
 
     title = "Variational Information Distillation for Knowledge Transfer"
@@ -69,5 +71,5 @@ class VariationalInformation(PairedLevels):
             _Gaussian(s[0], mid_channels or t[0], t[0], variance, eps) for s, t in self.shapes
         )
 
-    def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.gaussians[i](*same_size(student, teacher))
+    def level(self, i: int, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.gaussians[i](*same_size_counted(student, teacher, mask))

@@ -52,7 +52,7 @@ class Sample:
         self.loss: DistillationLoss = build_loss(name, *shapes, **example["params"] | params)
         if dtype != torch.float32:
             self.loss.to(dtype)
-        rows = batch * self.loss.views
+        rows = batch * rows_of(self.loss)
         self.student, self.teacher = ([torch.randn(rows, *s, dtype=dtype) for s in side] for side in shapes)
         self.target = torch.randint(3, (batch, *LABEL_SHAPES.get(name, ())))
         self.index = torch.arange(batch)
@@ -65,6 +65,11 @@ class Sample:
         for x in (*self.student, *self.teacher):
             x.requires_grad_()
         return self
+
+
+def rows_of(loss: DistillationLoss) -> int:
+    """Rows of a batch per sample."""
+    return {"": 1, "rotations": 4}[loss.expand]
 
 
 def _unwrap(tensors: list[Tensor]) -> Tensor | list[Tensor]:
@@ -97,7 +102,7 @@ def test_reads_its_default_taps(name):
         shapes = [(*shape, 4, 4) for shape in shapes]
     sample = Sample(name)
     loss = build_loss(name, shapes, shapes, **EXAMPLES[name]["params"])
-    student, teacher = ([torch.randn(BATCH * loss.views, *s, requires_grad=True) for s in shapes] for _ in range(2))
+    student, teacher = ([torch.randn(BATCH * rows_of(loss), *s, requires_grad=True) for s in shapes] for _ in range(2))
     loss(_unwrap(student), _unwrap(teacher), target=sample.target, index=sample.index).backward()
     assert all(s.grad is not None and s.grad.isfinite().all() for s in student)
 
