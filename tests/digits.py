@@ -16,6 +16,7 @@ def settings(teacher: str | Path | None = None, changes: dict[str, Any] | None =
     """A config, with a teacher of the given checkpoint."""
     config = {
         "threads": 1,
+        "precision": "float32",  # the same numbers on every machine
         "data": {
             "name": "digits",
             "samples": 100,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from distpro.config.schema import Config
+from distpro.console import note
 from distpro.train import distributed
 from pathways.registry import UserError
 
@@ -25,9 +28,34 @@ def device_of(config: Config) -> torch.device:
 def fastest_precision(device: torch.device, searching: bool = False) -> str:
     """bfloat16 where the device computes in it; else float16 on a GPU, but float32 for a search, which loss scaling would
     disturb; else float32."""
+    if _computes_in("bfloat16", device):
+        return "bfloat16"
+    return "float16" if device.type == "cuda" and not searching else "float32"
+
+
+def settle_precision(config: Config, searching: bool = False) -> Config:
+    """The config with ``precision: auto`` replaced by the device's fastest. Says so, once, if the device only emulates
+    the precision that a config names."""
+    device = device_of(config)
+    if config.precision == "auto":
+        return config.model_copy(update={"precision": fastest_precision(device, searching)})
+    if device.type in ("cpu", "cuda") and not _computes_in(config.precision, device) and not distributed.local_rank():
+        _say_emulated(config.precision, "CPU" if device.type == "cpu" else "GPU")
+    return config
+
+
+@cache
+def _say_emulated(precision: str, device: str) -> None:
+    note(
+        f"precision: {precision} is emulated on this {device}, several times slower than float32; auto takes the fastest"
+    )
+
+
+def _computes_in(precision: str, device: torch.device) -> bool:
+    """Whether the device has arithmetic for a precision. False for kinds of device that are not known."""
+    if precision == "float32":
+        return True
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16"
-        return "float32" if searching else "float16"
-    native = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-    return "bfloat16" if device.type == "cpu" and native else "float32"
+        return precision == "float16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    units = {"bfloat16": ("avx512_bf16", "amx_tile"), "float16": ("amx_fp16",)}[precision]
+    return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in units)

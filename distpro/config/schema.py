@@ -103,7 +103,8 @@ class TermConfig(Section):
 class OptimizerConfig(Section):
     """Optimiser of the student and the terms."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    name: str = Field("sgd", description="sgd, adam, adamw, or package.module:name")
+    params: Params = Field({}, description="of an optimiser of one's own; it gets lr and these")
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
@@ -116,10 +117,11 @@ class OptimizerConfig(Section):
 class LearningRateConfig(Section):
     """How the learning rate moves, see `distpro.train.rates.LearningRate`."""
 
-    name: Literal["constant", "cosine", "step"] = "step"
+    name: Literal["constant", "cosine", "step", "poly"] = "step"
     milestones: list[float] = [0.625, 0.75, 0.875]
     gamma: float = Field(0.1, gt=0)
     warmup_epochs: float = Field(0.0, ge=0)
+    power: float = Field(0.9, gt=0, description="of poly: (1 - progress)^power")
 
 
 class TrainingConfig(Section):
@@ -128,6 +130,7 @@ class TrainingConfig(Section):
     epochs: int = Field(240, gt=0)
     max_steps: int | None = Field(None, gt=0)
     batch_size: int = Field(128, gt=0)
+    accumulate: int = Field(1, gt=0, description="batches whose mean gradient makes one step")
     drop_last: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     learning_rate: LearningRateConfig = LearningRateConfig()
@@ -203,7 +206,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     device: str = "auto"
     precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="auto: the fastest that the device has, see distpro.build.device.fastest_precision"
+        "auto", description="auto: the fastest that the device has, see distpro.build.device.fastest_precision"
     )
     channels_last: bool = True
     sync_batch_norm: bool = Field(False, description="with several processes: the student's batch statistics over all")
@@ -212,6 +215,7 @@ class Config(Section):
     )
     threads: int | None = Field(None, gt=0)
     task: Spec = "classification"
+    metrics: list[Spec] = Field([], description="beside those of the task: names, or package.module:name")
     data: DataConfig = DataConfig()
     teacher: ModelConfig | None = None
     teachers: dict[str, ModelConfig] = Field({}, description="several, in place of one")

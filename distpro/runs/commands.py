@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from distpro import build
-from distpro.build.device import device_of, fastest_precision
+from distpro.build.device import settle_precision
 from distpro.build.models import build_network, place
 from distpro.config.reading import for_retrain, read_config
 from distpro.config.schema import Config
@@ -199,9 +199,7 @@ def _code_named_in(config: Config) -> list[tuple[str, str]]:
 
 def _checked(config: Source, overrides: Sequence[str], searching: bool = False) -> Config:
     checked = read_config(config.model_dump() if isinstance(config, Config) else config, overrides)
-    if checked.precision != "auto":
-        return checked
-    return checked.model_copy(update={"precision": fastest_precision(device_of(checked), searching)})
+    return settle_precision(checked, searching)
 
 
 def _schedule_of(config: Config, schedule: str | Path | Schedule | None) -> Schedule | None:
