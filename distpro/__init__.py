@@ -7,6 +7,8 @@ result = distpro.retrain(schedule=schedule)
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from distpro.schedule import Schedule
     from distpro.term import Term
     from pathways.registry import UserError
+
+    __version__: str
 
 # Imported when first used, so that `distpro --help` and small uses do not pay for everything.
 _HOMES = {
@@ -38,6 +42,7 @@ __all__ = [
     "Schedule",
     "Term",
     "UserError",
+    "__version__",
     "available_losses",
     "build_loss",
     "evaluate",
@@ -48,6 +53,30 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'distpro' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    """The installed version; of a source tree that is not installed, unknown."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("distpro")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+class _Package(ModuleType):
+    """`distpro.search` and `distpro.train` stay functions when the folders of these names are imported, which are read
+    by ``from distpro.search.searcher import Searcher``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
