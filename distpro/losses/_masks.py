@@ -99,8 +99,13 @@ def _at(mask: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x``, (N, C, H, W), (N, L, D) or (N, D), with zeros where its mask, ``x``'s shape without C or D, is False."""
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(1 if x.dim() == 4 else -1), 0)
+    """``x``, (N, C, H, W), (N, L, D) or (N, D), with zeros where its mask, ``x``'s shape without C or D, is False.
+
+    Values without channels, (N, HW), take a mask of their own shape.
+    """
+    if mask is None:
+        return x
+    return x.masked_fill(~(mask if mask.dim() == x.dim() else mask.unsqueeze(1 if x.dim() == 4 else -1)), 0)
 
 
 def resized_counted(

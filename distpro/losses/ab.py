@@ -4,9 +4,10 @@ Of pre-activation maps ``s`` and ``t`` (N, C, H, W), with the margin m and y = +
 
     loss_i = weight_i / N * sum of relu(m - y s)^2,   weight_i = 3/1000 * 2^(i - L + 1),  i = 0 .. L-1, shallow first
 
-With a mask the sum is over the positions that count. The sum of squares pushes the student's neurons to the teacher's side of zero. Where shapes differ, a connector brings
-``s`` to the teacher's shape: the FitNet regressor of `hint` without its ReLU. Default margin 1 and the weights of
-RepDistiller. Published as a first stage that trains the student's features alone (``pretrain``), before the task loss.
+With a mask the sum is over the positions that count. The sum of squares pushes the student's neurons to the teacher's
+side of zero. Where shapes differ, a connector brings ``s`` to the teacher's shape: the FitNet regressor of `hint`
+without its ReLU. Default margin 1 and the weights of RepDistiller. Published as a first stage that trains the student's
+features alone (``pretrain``), before the task loss.
 
 Departure: where RepDistiller's regressor cannot grow a map, `hint`'s rule holds (the teacher's map is average-pooled).
 `dab` is the same criterion without layer weights.

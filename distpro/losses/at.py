@@ -5,8 +5,8 @@ Per level, with the attention map a(f) = normalise(mean over channels of |f|^p) 
     form "code" (default, authors' code and RepDistiller):  mean over batch and positions of (a(s) - a(t))^2
     form "paper" (Eq. 2):                                   mean over batch of ||a(s) - a(t)||_2
 
-Channels may differ; of different sizes the larger map is average-pooled first. ``p`` is 2; RepDistiller's weight of
-the sum over levels is 1000. With a mask the attention maps are those of the positions that count, which alone are
+Channels may differ; of different sizes the larger map is average-pooled first. ``p`` is 2; RepDistiller's weight of the
+sum over levels is 1000. With a mask the attention maps are those of the positions that count, which alone are
 normalised and averaged. Departure: |f|^p as in the paper, where the code has f^p (the same for even p).
 """
 

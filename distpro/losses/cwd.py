@@ -4,8 +4,9 @@
 
 ``s`` (N, C_s, H_s, W_s), ``t`` (N, C, H_t, W_t), logits or features: each channel is a distribution over positions.
 Where channels differ (features), a 1x1 convolution brings the student's to C; where sizes differ, the student's map is
-resized to the teacher's (average-pooled, or bilinear). With a mask the distributions are over the positions that count. ``temperature`` 4, as published, with the weights 3 (logits) and
-50 (features). Departure: the authors require equal sizes.
+resized to the teacher's (average-pooled, or bilinear). With a mask the distributions are over the positions that count.
+``temperature`` 4, as published, with the weights 3 (logits) and 50 (features). Departure: the authors require equal
+sizes.
 """
 
 from __future__ import annotations

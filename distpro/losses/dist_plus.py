@@ -5,9 +5,9 @@
     spatial = 1 - mean over positions of rho over the samples, of maps summed over channels
 
 ``rho`` is the Pearson correlation of student and teacher. Reads [logits (N, K), map (N, C, H, W)] of each model; equal
-channel counts; of different sizes the larger map is average-pooled. ``beta``, ``gamma``, ``tau`` and ``eps`` as in
-`dist`; all weights 1 (torchdistill's example has ``beta`` = ``gamma`` = 2). The paper's adaptive teacher is another
-matter than this loss.
+channel counts; of different sizes the larger map is average-pooled. All positions count, of dense logits too. ``beta``,
+``gamma``, ``tau`` and ``eps`` as in `dist`; all weights 1 (torchdistill's example has ``beta`` = ``gamma`` = 2). The
+paper's adaptive teacher is another matter than this loss.
 
 Departures: torchdistill 1.1.5 *adds* the channels' correlation where a distance is meant, which drives the maps apart;
 ``form="torchdistill"`` reproduces that, without the ``1 -``. eps is added to the product of norms, as in `dist`.

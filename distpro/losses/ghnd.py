@@ -4,8 +4,8 @@
 
 The student is the teacher with its first layers replaced by a head with a bottleneck; the head is trained to reproduce
 what the teacher computes at several depths, the rest keeps the teacher's weights. Tensors of equal shape, usually maps
-(N, C, H, W); any number of levels. With a mask the sum is over what counts. The sum (not a mean) over elements and batch, each level with weight 1, is
-torchdistill's. Published with no task loss beside it. Departure: none.
+(N, C, H, W); any number of levels. With a mask the sum is over what counts. The sum (not a mean) over elements and
+batch, each level with weight 1, is torchdistill's. Published with no task loss beside it. Departure: none.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 ``s`` (N, C_s, H_s, W_s) and ``t`` (N, C_t, H_t, W_t), features after the ReLU; any number of levels. The regressor's
 convolution has a bias and depends on the sizes, as in RepDistiller: 3x3 stride 2 where the map halves, transposed 4x4
-stride 2 where it doubles, else a kernel of 1 + H_s - H_t, so 1x1 for equal sizes. With a mask the
-mean is over the positions that count; to the regressor the others are zero, as beyond the map's border.
+stride 2 where it doubles, else a kernel of 1 + H_s - H_t, so 1x1 for equal sizes. With a mask the mean is over the
+positions that count; to the regressor the others are zero, as beyond the map's border.
 
 Departures: the paper trains in two stages, the hint first; here, as in RepDistiller, the hint is one term of the loss
 (weight 100 there). RepDistiller refuses a student map that is smaller than the teacher's by another factor than two;

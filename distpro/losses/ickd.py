@@ -3,8 +3,8 @@
     loss_i = sum of (G(embed(s)) - G(t))^2 / (C N^2),   G(f) = f f^T (C x C per sample), rows L2-normalised
 
 ``s`` (N, C_s, H_s, W_s), ``t`` (N, C, H_t, W_t), flattened over positions; sizes may differ. ``embed`` is a 1x1
-convolution without bias and BatchNorm where channels differ, else the identity. With a mask G is over the positions that
-count. No options.
+convolution without bias and BatchNorm where channels differ, else the identity. With a mask G is over the positions
+that count. No options.
 
 The authors' ImageNet code (and torchdistill) divides by N twice, which is kept as the default that people have; their
 CIFAR code divides once, with a weight of 2.5: multiply the weight by the batch size for it. Departure: the authors'

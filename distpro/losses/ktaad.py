@@ -12,10 +12,11 @@ is MSE + 1e-7 * ||code||_1. Then it is frozen and gives the target c = encoder(t
 ``s`` (N, C_s, H_s, W_s), ``t`` (N, C_t, H_t, W_t): the features in front of the classifier, or the class scores of a
 dense task before they are resized, as in torchdistill's recipe (taps ``classifier.4`` of torchvision's DeepLabV3 as
 teacher, ``classifier.high_classifier`` of its LRASPP as student: 21 channels, a code of 10). Of different sizes the
-larger one is average-pooled. Defaults (``rate`` 0.5, ``p`` 1, the weights, encoder and decoder of three 3x3 convolutions
-with BatchNorm and LeakyReLU) are that recipe's: one epoch of the first stage, then cross-entropy plus this loss. With a
-mask all of this is of the positions that count; to the layers the others are zero. Departures: the HW x HW affinity matrices are never formed, their distance has a closed form in a
-and b; the paper's autoencoder shrinks the map to the student's size by strides, here its code is pooled.
+larger one is average-pooled. Defaults (``rate`` 0.5, ``p`` 1, the weights, encoder and decoder of three 3x3
+convolutions with BatchNorm and LeakyReLU) are that recipe's: one epoch of the first stage, then cross-entropy plus this
+loss. With a mask all of this is of the positions that count; to the layers the others are zero. Departures: the HW x HW
+affinity matrices are never formed, their distance has a closed form in a and b; the paper's autoencoder shrinks the map
+to the student's size by strides, here its code is pooled.
 """
 
 from __future__ import annotations

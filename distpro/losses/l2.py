@@ -4,8 +4,9 @@
 
 ``s`` and ``t`` are maps (N, C, H, W), embeddings (N, D) or tokens (N, L, D); any number of levels. ``project`` is a 1x1
 convolution or linear layer (with bias) where widths differ, else the identity. Of maps of different sizes the larger
-one is average-pooled first. With a mask the mean is over the positions or tokens that count. No options. This is the L2 baseline, and first stage, of PAD (Zhang et al., ECCV 2020,
-Eq. 1); unlike `hint` there is no BatchNorm and no ReLU. Departure: none.
+one is average-pooled first. With a mask the mean is over the positions or tokens that count. No options. This is the L2
+baseline, and first stage, of PAD (Zhang et al., ECCV 2020, Eq. 1); unlike `hint` there is no BatchNorm and no ReLU.
+Departure: none.
 """
 
 from __future__ import annotations

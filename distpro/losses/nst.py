@@ -5,7 +5,8 @@ Per level, with each channel's map flattened to HW and L2-normalised, k(a, b) = 
     loss = mean k(t, t) + mean k(s, s) - 2 mean k(s, t),   means over batch and channel pairs
 
 ``s`` (N, C_s, H, W), ``t`` (N, C_t, H, W); channels may differ; of different sizes the larger map is average-pooled
-first. With a mask a channel's map is that of the positions that count. No options; RepDistiller's weight is 50. Departure: none (RepDistiller's and mdistiller's values).
+first. With a mask a channel's map is that of the positions that count. No options; RepDistiller's weight is 50.
+Departure: none (RepDistiller's and mdistiller's values).
 """
 
 from __future__ import annotations

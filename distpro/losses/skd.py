@@ -6,8 +6,9 @@
 
 G(x) (N, N) holds the cosine similarities of the samples' logits, cov(D) is the unbiased covariance of D's columns over
 its rows, so a row's length is Mahalanobis'. Logits (N, K), or (N, K, H, W) with every position a sample; at least two
-samples. A zero weight leaves that part out. The paper gives no numbers for ``temperature`` = 4 and ``tikhonov`` = 0.1;
-they are the authors' code's, which weighs both parts with 0.9 beside a cross-entropy of 0.1. Departure: none.
+samples and, as all pairs of them are compared, at most 16384. A zero weight leaves that part out. The paper gives no
+numbers for ``temperature`` = 4 and ``tikhonov`` = 0.1; they are the authors' code's, which weighs both parts with 0.9
+beside a cross-entropy of 0.1. Departure: none.
 
 ``form="code"`` is torchdistill's reading of that code: the instance part times T^2, over the samples whose largest
 teacher probability is at most the batch's median (the others count as zero); G divided by K; and the direction part

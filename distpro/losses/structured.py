@@ -4,9 +4,9 @@
 
 with G(f)_ab the cosine similarity of the feature vectors at two positions. ``s`` (N, C_s, H, W), ``t`` (N, C_t, H, W);
 channels may differ; of different sizes the larger map is average-pooled first. Both are then max-pooled to nodes of
-``scale`` times the map's height and width: 0.5, the authors' default, leaves 2 x 2 nodes; small scales cost (HW)^2.
-A node is the maximum of its window, void pixels or not, so there is no mask. The pixel-wise
-term is `kd` at temperature 1, whose positions are rows. The authors' weight is 1 (and 10 for their pixel-wise term, 0.1 for the adversarial one).
+``scale`` times the map's height and width: 0.5, the authors' default, leaves 2 x 2 nodes; small scales cost (HW)^2. A
+node is the maximum of its window, void pixels or not, so there is no mask. The pixel-wise term is `kd` at temperature
+1, whose positions are rows. The authors' weight is 1 (and 10 for their pixel-wise term, 0.1 for the adversarial one).
 
 Departure: the authors' code holds the norms of the feature vectors constant in the gradient; here the gradient is that
 of the formula. Values agree.

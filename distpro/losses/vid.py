@@ -6,9 +6,9 @@ Per level, with mu = regressor(s) and one variance per teacher channel, var = lo
 
 ``s`` (N, C_s, H_s, W_s), ``t`` (N, C_t, H_t, W_t). The regressor is three 1x1 convolutions without bias, ReLU between
 them, of ``mid_channels`` (default: the teacher's channels). Of different sizes the larger map is average-pooled first.
-With a mask the mean is over the positions that count.
-``variance`` = 5 at the start, ``eps`` = 1e-5, as in RepDistiller, whose weight is 1. Departure: none; ``log_scale`` is
-a parameter of the loss and so reaches the optimiser with the regressor (forgotten in some reimplementations).
+With a mask the mean is over the positions that count. ``variance`` = 5 at the start, ``eps`` = 1e-5, as in
+RepDistiller, whose weight is 1. Departure: none; ``log_scale`` is a parameter of the loss and so reaches the optimiser
+with the regressor (forgotten in some reimplementations).
 """
 
 from __future__ import annotations

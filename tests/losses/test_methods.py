@@ -155,7 +155,7 @@ class Watched:
                     p.copy_(self.first[name])
             torch.manual_seed(0)
             objective.at(0)
-            found = objective.evaluate(batch.x, batch.y, batch.index, [1.0] * len(objective.entries))
+            found = objective.training_pass(batch, [1.0] * len(objective.entries))
             for name, p in self.parameters().items():
                 p.copy_(trained[name])
         return dict(zip(objective.keys, found.terms.tolist(), strict=True)) or {"task": found.task.item()}
@@ -300,7 +300,7 @@ def test_fitnet_s_soft_targets_fade_as_published():
 
 def test_two_teachers_are_averaged_by_their_weights(trained):
     (training,) = trained("two_teachers")
-    teacher, x = training.trainer.objective.teacher.model, training.batch.x
+    teacher, x = training.trainer.objective.teacher.model, training.batch.inputs
     with torch.no_grad():
         first, second = (teacher.get_submodule(name)(x) for name in ("resnet56", "resnet110"))
         torch.testing.assert_close(teacher(x), (first + 2 * second) / 3)
