@@ -1,7 +1,8 @@
 """Augmentations of whole batches on the device, by name.
 
-A geometric augmentation does not move pixels: it says, for each output pixel, which input pixel it shows. The maps of
-a list of augmentations are composed from last to first, and the images are read once at the end.
+A geometric augmentation does not move pixels: it says, for each output pixel, which input pixel it shows. These maps
+are composed from last to first over a list of augmentations, and images, and label maps with them, are read once at
+the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathways.registry import Registry, UserError
 
 AUGMENTATIONS = Registry("augmentation")
 
+VOID = 255  # in a label map: a pixel that has no class
+
 AugmentSpec = Sequence[str | Mapping[str, Mapping[str, Any] | None]]
 """Names, or {name: parameters}, in the order of application: ``[{"crop": {"padding": 4}}, "flip"]``."""
 
@@ -26,7 +29,8 @@ AugmentSpec = Sequence[str | Mapping[str, Mapping[str, Any] | None]]
 @dataclass
 class Grid:
     """The input pixel that each output pixel shows. ``row`` and ``col`` are int64, masks are bool, all broadcastable
-    to (B, H, W). Pixels that are not ``inside`` are black; those that are not ``kept`` are 0 after normalisation."""
+    to (B, H, W) of the output. Pixels that are not ``inside`` are black, and void in a label map; those that are not
+    ``kept`` are 0 after normalisation. ``height`` and ``width``: of the images that the augmentation at hand reads."""
 
     height: int
     width: int
@@ -51,24 +55,70 @@ class Augmentation:
         """Compose this augmentation's map into ``grid``. ``drawn``: ``draws`` tensors of shape (B, 1, 1)."""
         raise NotImplementedError
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of its images where it reads images of ``height`` x ``width``."""
+        return height, width
+
 
 @AUGMENTATIONS.register("crop")
 class Crop(Augmentation):
-    """Pad with ``padding`` black pixels on each side, then crop at random to the original size."""
+    """Pad with ``padding`` black pixels on each side, then crop at random to ``size`` [height, width], or to the
+    original size. ``padding`` is 4 by default, and 0 where ``size`` is given."""
 
     draws = 2
 
-    def __init__(self, padding: int = 4):
-        check_value(
-            "crop", "padding", padding, isinstance(padding, int) and padding >= 0, "a whole number of at least 0"
+    def __init__(self, padding: int | None = None, size: Sequence[int] | None = None):
+        padding = (4 if size is None else 0) if padding is None else padding
+        check_value("crop", "padding", padding, whole_number(padding, 0), "a whole number of at least 0")
+        holds = size is None or (
+            isinstance(size, Sequence) and len(size) == 2 and all(whole_number(n, 1) for n in size)
         )
-        self.padding = padding
+        check_value("crop", "size", size, holds, "[height, width], whole numbers of at least 1")
+        self.padding, self.size = padding, None if size is None else (size[0], size[1])
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        size, most = self.size or (height, width), (height + 2 * self.padding, width + 2 * self.padding)
+        if size[0] > most[0] or size[1] > most[1]:
+            raise UserError(
+                f"augmentation 'crop': size {size[0]}x{size[1]} is larger than the images, "
+                f"{most[0]}x{most[1]} with padding {self.padding}"
+            )
+        return size
 
     def __call__(self, grid: Grid, *drawn: Tensor) -> None:
-        top, left = (below(d, 2 * self.padding + 1) - self.padding for d in drawn)
+        sizes = self.output_size(grid.height, grid.width)
+        top, left = (
+            below(d, whole + 2 * self.padding - part + 1) - self.padding
+            for d, whole, part in zip(drawn, (grid.height, grid.width), sizes, strict=True)
+        )
         grid.row, grid.col = grid.row + top, grid.col + left
-        inside = _within(grid.row, grid.height) & _within(grid.col, grid.width)
-        grid.inside = inside if grid.inside is None else grid.inside & inside
+        _leave_out(grid)
+
+
+@AUGMENTATIONS.register("scale")
+class Scale(Augmentation):
+    """Enlarge or shrink by a factor drawn evenly from ``range`` [low, high] about a random pixel, to the nearest
+    neighbour; the frame stays. So a larger factor than 1 shows a random part of the image, and a smaller one the whole
+    image at a random place of a black frame. For segmentation, as in DeepLab (Chen et al., 2018), with a ``crop``."""
+
+    draws = 3
+    unit = 1 << 16  # of the factor: whole numbers, so that every device finds the same pixels
+
+    def __init__(self, range: Sequence[float] = (0.5, 2.0)):
+        holds = len(range) == 2 and 0.01 <= range[0] <= range[1] <= 100
+        check_value("scale", "range", range, holds, "[low, high] with 0.01 <= low <= high <= 100")
+        self.low, self.high = (round(factor * self.unit) for factor in range)
+
+    def __call__(self, grid: Grid, *drawn: Tensor) -> None:
+        factor = self.low + below(drawn[0], self.high - self.low + 1)
+        row, col = below(drawn[1], grid.height), below(drawn[2], grid.width)
+        grid.row, grid.col = self._source(grid.row, row, factor), self._source(grid.col, col, factor)
+        _leave_out(grid)
+
+    def _source(self, place: Tensor, about: Tensor, factor: Tensor) -> Tensor:
+        """about + (place - about) / factor, to the nearest whole number, in whole numbers."""
+        away = 2 * self.unit * (place - about) + factor
+        return about + torch.div(away, 2 * factor, rounding_mode="floor")
 
 
 @AUGMENTATIONS.register("flip")
@@ -110,7 +160,7 @@ class Cutout(Augmentation):
     draws = 2
 
     def __init__(self, size: int = 16):
-        check_value("cutout", "size", size, isinstance(size, int) and size >= 1, "a whole number of at least 1")
+        check_value("cutout", "size", size, whole_number(size, 1), "a whole number of at least 1")
         self.size = size
 
     def __call__(self, grid: Grid, *drawn: Tensor) -> None:
@@ -157,6 +207,17 @@ def _within(value: Tensor, size: int) -> Tensor:
     return (value >= 0) & (value < size)
 
 
+def _leave_out(grid: Grid) -> None:
+    """Mark the pixels that show nothing of the image."""
+    inside = _within(grid.row, grid.height) & _within(grid.col, grid.width)
+    grid.inside = inside if grid.inside is None else grid.inside & inside
+
+
+def whole_number(value: Any, least: int) -> bool:
+    """Whether a parameter is a whole number of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_value(augmentation: str, name: str, value: Any, holds: bool, rule: str) -> None:
     """Raise UserError unless a parameter ``holds`` to its rule."""
     if not holds:
@@ -194,23 +255,42 @@ def draw_for(name: str, augmentation: Augmentation, index: Tensor, seed: int, ep
     return torch.stack([draw(key, index) for key in keys], dim=1)
 
 
+def output_size(augmentations: Sequence[Augmentation], height: int, width: int) -> tuple[int, int]:
+    """(height, width) of what ``augmentations`` make of images of ``height`` x ``width``."""
+    for augmentation in augmentations:
+        height, width = augmentation.output_size(height, width)
+    return height, width
+
+
 def apply(
-    augmentations: Sequence[Augmentation], images: Tensor, drawn: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Augment uint8 ``images`` (B, C, H, W). ``drawn``: per augmentation (B, draws). Returns the images and the mask
-    of the pixels to be kept (bool, broadcastable to (B, H, W)), None if all are."""
+    augmentations: Sequence[Augmentation], images: Tensor, drawn: Sequence[Tensor], maps: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Augment uint8 ``images`` (B, C, H, W), and label ``maps`` (B, H, W) by the same movements. ``drawn``: per
+    augmentation (B, draws).
+
+    Returns the images, the mask of their pixels to be kept (bool, broadcastable to (B, H, W), None if all are), and
+    the maps, `VOID` where a pixel shows nothing of the image. A pixel that is not kept still has its label.
+    """
     if not augmentations:
-        return images, None
-    height, width = images.shape[-2:]
-    grid = Grid.identity(height, width, images.device)
-    for augmentation, numbers in zip(reversed(augmentations), reversed(drawn), strict=True):
+        return images, None, maps
+    sizes = [(images.shape[-2], images.shape[-1])]
+    for augmentation in augmentations:
+        sizes.append(augmentation.output_size(*sizes[-1]))
+    grid = Grid.identity(*sizes[-1], images.device)
+    for augmentation, numbers, size in zip(reversed(augmentations), reversed(drawn), sizes[-2::-1], strict=True):
+        grid.height, grid.width = size
         augmentation(grid, *numbers[:, :, None, None].unbind(1))
-    return _read(images, grid), grid.kept
+    read = _read(images, grid, sizes[-1], outside=0)
+    return read, grid.kept, None if maps is None else _read(maps.unsqueeze(1), grid, sizes[-1], VOID).squeeze(1)
 
 
-def _read(images: Tensor, grid: Grid) -> Tensor:
+def _read(images: Tensor, grid: Grid, size: tuple[int, int], outside: int) -> Tensor:
+    """The pixels of (B, C, H, W) that the grid says, (B, C, *size)."""
     batch, channels, height, width = images.shape
     pixel = grid.row.clamp(0, height - 1) * width + grid.col.clamp(0, width - 1)
-    pixel = pixel.expand(batch, height, width).reshape(batch, 1, -1).expand(-1, channels, -1)
-    out = images.flatten(2).gather(2, pixel).view_as(images)
-    return out if grid.inside is None else out.mul_(grid.inside.unsqueeze(1))
+    pixel = pixel.expand(batch, *size).reshape(batch, 1, -1).expand(-1, channels, -1)
+    out = images.flatten(2).gather(2, pixel).view(batch, channels, *size)
+    if grid.inside is None:
+        return out
+    inside = grid.inside.unsqueeze(1)
+    return out.mul_(inside) if outside == 0 else out.masked_fill_(~inside, outside)

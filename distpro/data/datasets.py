@@ -5,29 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distpro.data.files import SUFFIXES, ImageFiles, Store, open_store
-from distpro.data.splits import Split, class_numbers, keep_classes, sample, split
-from pathways.registry import Registry, UserError, nearest
+from distpro.batch import Batch
+from distpro.data.foreign import ForeignDataset, adopt, take
+from distpro.data.loader import Loader
+from distpro.data.splits import Split, class_numbers, keep_classes, sample
+from pathways.registry import Registry, UserError
 
-DATASETS = Registry("dataset")
+DATASETS = Registry("dataset", takes_code=True)
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded images; larger folders are streamed
-CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)  # of the field's CIFAR protocol, for CIFAR-10 and CIFAR-100
-CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
 class Source(NamedTuple):
     """What a builder of ``DATASETS`` returns. ``mean`` and ``std`` are computed where they are None. ``stream``: keep
-    image files encoded (True), decode them all (False), or decide by ``MEMORY_LIMIT`` (None)."""
+    image files encoded (True), decode them all (False), or decide by ``MEMORY_LIMIT`` (None). ``validation``: where the
+    data set has such a part of its own."""
 
     train: Split
     test: Split
@@ -35,12 +35,14 @@ class Source(NamedTuple):
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     stream: bool | None = False
+    validation: Split | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A loaded data set. ``mean`` and ``std``: per channel, for images in 0-1. ``signature``: plain values that state
-    what was loaded: name, sizes, and the sha256 of ``fingerprint``."""
+    what was loaded: name, sizes, and the sha256 of ``fingerprint``. ``validation``: None where the data set has no such
+    part, so that a search takes a fraction of the training set."""
 
     train: Split
     test: Split
@@ -48,6 +50,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     signature: dict[str, Any]
+    validation: Split | None = None
 
     @property
     def num_classes(self) -> int:
@@ -57,6 +60,50 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
         return self.train.image_shape
+
+    @property
+    def dense(self) -> bool:
+        """Whether each pixel has a label."""
+        return self.train.dense
+
+    def example(self, n: int = 2, device: str | torch.device = "cpu", channels_last: bool = False) -> Batch:
+        """``n`` training images, evenly spaced, normalised and not augmented; fewer if there are fewer."""
+        few = self.train.select(self.train.spaced(n))
+        loader = Loader(
+            few,
+            len(few),
+            mean=self.mean,
+            std=self.std,
+            shuffle=False,
+            drop_last=False,
+            device=device,
+            channels_last=channels_last,
+        )
+        return next(loader.epoch(0))
+
+
+@dataclass(frozen=True)
+class Blank:
+    """The facts of a data set that is not there, for a dry run: black images (C, H, W) of class 0, or with label maps
+    of it."""
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    dense: bool = False
+
+    mean: ClassVar[tuple[float, ...]] = ()
+    std: ClassVar[tuple[float, ...]] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [str(label) for label in range(self.num_classes)]
+
+    def example(self, n: int = 2, device: str | torch.device = "cpu", channels_last: bool = False) -> Batch:
+        """``n`` of its images."""
+        images = torch.zeros(n, *self.image_shape, device=device)
+        labels = torch.zeros(n, *(self.image_shape[1:] if self.dense else ()), dtype=torch.int64, device=device)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return Batch(images.contiguous(memory_format=layout), labels, n, torch.arange(n, device=device))
 
 
 def load_data(
@@ -68,12 +115,12 @@ def load_data(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     **params: Any,
-) -> Dataset:
-    """A data set of ``DATASETS``.
+) -> Dataset | ForeignDataset:
+    """A data set of ``DATASETS``, or what ``package.module:function`` returns: a `Source`, or what `adopt` takes.
 
     root: file or folder; a relative one is looked for as given, then under ``$DISTPRO_DATA``.
     classes: the first so many classes, or a list of labels or names, which become labels 0, 1, ... in that order.
-    samples: so many training images, stratified, drawn with ``seed``.
+    samples: so many training samples, drawn with ``seed``, stratified where each has one label.
     mean, std: per channel, for images in 0-1; default: of the data set's protocol, else computed from the training
     images (at most 1000 of them if they are streamed).
     params: options of the data set.
@@ -82,29 +129,48 @@ def load_data(
     """
     if root is not None:
         params["root"] = root
-    source: Source = DATASETS.build(name, **params)
+    source = DATASETS.build(name, **params)
+    if isinstance(source, Dataset):
+        source = Source(source.train, source.test, source.names, source.mean, source.std, None, source.validation)
+    if not isinstance(source, Source):
+        for key, value in (("classes", classes), ("mean", mean), ("std", std)):
+            if value is not None:
+                raise UserError(f"{key}: dataset '{name}' brings its own samples as they are, this cannot change them")
+        data = adopt(source, f"dataset '{name}'")
+        return data if samples is None else replace(data, train=take(data.train, samples, seed))
     source = source if classes is None else _with_classes(source, classes)
     source = source if samples is None else source._replace(train=sample(source.train, samples, seed))
-    train, test = _decoded(source)
+    source = _decoded(source)
     if mean is None or std is None:
-        found = (source.mean, source.std) if source.mean and source.std else statistics(train)
+        found = (source.mean, source.std) if source.mean and source.std else statistics(source.train)
         mean, std = mean or found[0], std or found[1]
-    signature = _signature(name, train, test, source.names)
-    return Dataset(train, test, source.names, tuple(mean), tuple(std), signature)
+    signature = _signature(name, source)
+    return Dataset(source.train, source.test, source.names, tuple(mean), tuple(std), signature, source.validation)
 
 
 def _with_classes(source: Source, classes: int | Sequence[int | str]) -> Source:
     chosen = class_numbers(classes, source.names)
-    train, test = keep_classes(source.train, chosen), keep_classes(source.test, chosen)
-    return source._replace(train=train, test=test, names=[source.names[c] for c in chosen])
+    source = _each(source, lambda part: keep_classes(part, chosen))
+    return source._replace(names=[source.names[c] for c in chosen])
 
 
-def _decoded(source: Source) -> tuple[Split, Split]:
-    train, test, stream = source.train, source.test, source.stream
+def _parts(source: Source) -> dict[str, Split]:
+    """The parts that there are, by name."""
+    parts = {"train": source.train, "validation": source.validation, "test": source.test}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _each(source: Source, change: Callable[[Split], Split]) -> Source:
+    validation = None if source.validation is None else change(source.validation)
+    return source._replace(train=change(source.train), test=change(source.test), validation=validation)
+
+
+def _decoded(source: Source) -> Source:
+    parts, stream = _parts(source), source.stream
     if stream is None:
-        size = (len(train) + len(test)) * math.prod(train.image_shape)
+        size = sum(len(part) for part in parts.values()) * math.prod(source.train.image_shape)
         stream = size > MEMORY_LIMIT
-    return (train, test) if stream else (train.decoded(), test.decoded())
+    return source if stream else _each(source, Split.decoded)
 
 
 def statistics(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -118,21 +184,21 @@ def statistics(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
 
 
-def _signature(name: str, train: Split, test: Split, names: Sequence[str]) -> dict[str, Any]:
+def _signature(name: str, source: Source) -> dict[str, Any]:
+    parts = _parts(source)
     return {
         "name": name,
-        "train": len(train),
-        "test": len(test),
-        "classes": len(names),
-        "image_shape": list(train.image_shape),
-        "sha256": fingerprint(train, test, names),
+        **{part: len(samples) for part, samples in parts.items()},
+        "classes": len(source.names),
+        "image_shape": list(source.train.image_shape),
+        "sha256": fingerprint(parts.values(), source.names),
     }
 
 
-def fingerprint(train: Split, test: Split, names: Sequence[str]) -> str:
+def fingerprint(parts: Iterable[Split], names: Sequence[str]) -> str:
     """sha256 over the class names and, for each split, all labels, all sample numbers, and 64 images evenly spaced."""
     digest = hashlib.sha256("\n".join(names).encode())
-    for part in (train, test):
+    for part in parts:
         for tensor in (part.labels, part.index, part.peek(64)):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -153,148 +219,3 @@ def locate(what: str, root: str | os.PathLike[str] | None, below: str = "", hint
             return place
     aside = "" if path.is_absolute() or len(tried) > 1 else "; $DISTPRO_DATA is not set"
     raise UserError(f"{what}: nothing at {' or at '.join(map(str, tried))}{aside}{hint}")
-
-
-@DATASETS.register("cifar10")
-def cifar10(root: str | None = None, download: bool = False) -> Source:
-    """CIFAR-10 (Krizhevsky 2009), from ``root/cifar-10-batches-py`` as torchvision lays it out."""
-    return _cifar("cifar10", "CIFAR10", root, download)
-
-
-@DATASETS.register("cifar100")
-def cifar100(root: str | None = None, download: bool = False) -> Source:
-    """CIFAR-100 (Krizhevsky 2009), from ``root/cifar-100-python`` as torchvision lays it out."""
-    return _cifar("cifar100", "CIFAR100", root, download)
-
-
-def _cifar(dataset: str, kind: str, root: str | None, download: bool) -> Source:
-    import torchvision.datasets
-
-    build = getattr(torchvision.datasets, kind)
-    if download:
-        folder = Path(root or ".").expanduser()
-    else:
-        hint = "; unpack the official python version there, or set download: true"
-        folder = locate(f"dataset '{dataset}'", root, build.base_folder, hint).parent
-    try:
-        train, test = (build(folder, train=train, download=download) for train in (True, False))
-    except (RuntimeError, OSError) as error:
-        place = folder / build.base_folder
-        raise UserError(f"dataset '{dataset}': {place} is incomplete or damaged ({error})") from None
-    parts = [_from_arrays(s.data, np.asarray(s.targets)) for s in (train, test)]
-    return Source(parts[0], parts[1], list(train.classes), CIFAR_MEAN, CIFAR_STD)
-
-
-@DATASETS.register("npz")
-def npz(root: str | None = None) -> Source:
-    """A numpy archive: ``x_train`` and ``x_test`` uint8 (N, H, W, C), ``y_train`` and ``y_test`` whole numbers (N,),
-    ``names`` of the classes (optional)."""
-    path = locate("dataset 'npz'", root)
-    arrays = _read_npz(path)
-    _check_arrays(path, arrays)
-    count = 1 + max(int(arrays["y_train"].max()), int(arrays["y_test"].max()))
-    names = [str(n) for n in arrays.get("names", range(count))]
-    if len(names) < count:
-        raise UserError(f"{path}: 'names' holds {len(names)} names, but the labels go up to {count - 1}")
-    train, test = (_from_arrays(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test"))
-    return Source(train, test, names)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive}
-    except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them trip over
-        raise UserError(f"{path}: not a readable .npz of plain arrays ({error})") from None
-
-
-def _check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)} (it holds {', '.join(arrays) or 'nothing'})")
-    for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.size == 0:
-            raise UserError(f"{path}: x_{part} must be uint8 (N, H, W, C), got {x.dtype} {x.shape}")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
-            raise UserError(f"{path}: y_{part} must be {len(x)} labels from 0, got {y.dtype} {y.shape}")
-    shapes = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"{path}: the images of x_train are {shapes[0]}, those of x_test {shapes[1]}")
-
-
-def _from_arrays(images: np.ndarray, labels: np.ndarray) -> Split:
-    channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    return Split.of(torch.from_numpy(channels_first), torch.from_numpy(labels.astype(np.int64)))
-
-
-@DATASETS.register("digits")
-def digits(image_size: int = 16) -> Source:
-    """The 1797 handwritten digits that come with scikit-learn (Alpaydin, Kaynak 1998): 8x8 grey pixels repeated to
-    ``image_size`` and to three channels; 1438 to train, 359 to test, the same always."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("dataset 'digits' needs scikit-learn: pip install 'distpro[demo]'") from None
-    if image_size < 8 or image_size % 8:
-        raise UserError(f"dataset 'digits': image_size must be a multiple of 8, got {image_size}")
-    bunch = load_digits()
-    grey = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))
-    larger = grey.repeat_interleave(image_size // 8, 1).repeat_interleave(image_size // 8, 2)
-    whole = Split.of(larger.unsqueeze(1).repeat(1, 3, 1, 1), torch.from_numpy(bunch.target.astype(np.int64)))
-    train, test = (Split.of(part.images, part.labels) for part in split(whole, 0.8, seed=0))
-    return Source(train, test, [str(digit) for digit in range(10)])
-
-
-@DATASETS.register("folder")
-def folder(
-    root: str | None = None, image_size: int | None = None, resize: int | None = None, stream: bool | None = None
-) -> Source:
-    """Image files ``train/<class>/...`` and ``test/<class>/...`` (or ``val``) in a folder, a .zip or a .tar, or in one
-    folder inside it.
-
-    image_size: side of the square images; by default the files must be of one size. resize: length to which the short
-    side is scaled before the centre crop, default ``image_size``; ImageNet's protocol is 224 and 256. stream: decode
-    at each use (true), once (false), or by size: beyond 2 GiB of decoded images at each use.
-    """
-    store = open_store(locate("dataset 'folder'", root))
-    tree = _image_tree(store)
-    train, test = tree["train"], tree.get("test") or tree["val"]
-    names = sorted({label for label, _ in train})
-    unknown = sorted({label for label, _ in test}.difference(names))
-    if unknown:
-        raise UserError(f"{store.path}: test class '{unknown[0]}' is not a training class{nearest(unknown[0], names)}")
-    size = _image_size(store, train[0][1], image_size, resize)
-    number = {name: i for i, name in enumerate(names)}
-
-    def as_split(files: list[tuple[str, str]]) -> Split:
-        images = ImageFiles(store, [name for _, name in files], size, image_size and (resize or image_size))
-        return Split.of(images, torch.tensor([number[label] for label, _ in files]))
-
-    return Source(as_split(train), as_split(test), names, stream=stream)
-
-
-def _image_tree(store: Store) -> dict[str, list[tuple[str, str]]]:
-    """(class, file) of each image by part of the set, sorted."""
-    tree: dict[str, list[tuple[str, str]]] = {}
-    for name in sorted(store.names()):
-        parts = PurePosixPath(name).parts
-        start = next((i for i in (0, 1) if parts[i : i + 1] and parts[i] in ("train", "test", "val")), None)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
-        if start is not None and len(parts) >= start + 3 and name.lower().endswith(SUFFIXES) and not hidden:
-            tree.setdefault(parts[start], []).append((parts[start + 1], name))
-    for wanted in (("train",), ("test", "val")):
-        if not any(part in tree for part in wanted):
-            raise UserError(f"{store.path}: no image files in {' or '.join(f'{part}/<class>/' for part in wanted)}")
-    return tree
-
-
-def _image_size(store: Store, first: str, image_size: int | None, resize: int | None) -> tuple[int, int]:
-    if image_size is None:
-        if resize is not None:
-            raise UserError("dataset 'folder': resize needs image_size")
-        width, height = ImageFiles(store, [first], (0, 0), None).open(0).size
-        return height, width
-    if image_size < 1 or (resize is not None and resize < image_size):
-        raise UserError(f"dataset 'folder': need 1 <= image_size <= resize, got {image_size} and {resize}")
-    return image_size, image_size

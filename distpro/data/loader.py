@@ -12,29 +12,32 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from distpro.batch import Batch
-from distpro.data.augment import Augmentation, AugmentSpec, ResizedCrop, apply, build_augment, draw_for
+from distpro.data.augment import Augmentation, AugmentSpec, ResizedCrop, apply, build_augment, draw_for, output_size
 from distpro.data.counter import make_generator
 from distpro.data.files import Box, ImageFiles
 from distpro.data.mixing import Mixing
+from distpro.data.order import BatchLoader, Plan
 from distpro.data.splits import Split
 from pathways.registry import UserError
 
+EXPANSIONS = {"": 1, "rotations": 4}  # rows per sample
 
-class Loader:
+
+class Loader(BatchLoader):
     """Batches of ``batch_size`` samples of ``split``.
 
     There is no state: the order of epoch e depends on (seed, e), the augmentation of sample n on (seed, e, n), and
     PyTorch's global random numbers are neither read nor changed. So a run that continues at (epoch, step) sees what
     it would have seen, and a sample looks the same whatever the batch size, the rank or the device.
 
+    The target is int64: labels (N,), or label maps (N, H, W) that move with their images, 255 where they show nothing.
+
     mean, std: per channel, for images in 0-1.
     augment: names, or {name: parameters}, in the order of application (``distpro.data.AUGMENTATIONS``).
-    rank, world_size: each step's batch of ``batch_size * world_size`` samples is cut into parts of ``batch_size``;
-    a smaller last batch into parts that differ by at most one sample (shuffled: equal parts, up to world_size - 1
-    samples of an epoch are left out).
-    rotations: follow every image by itself turned by 90, 180 and 270 degrees: x has 4 rows per label.
+    rank, world_size: whose part of each step's batch this is, see `Plan`.
+    expand: ``"rotations"`` follows every image by itself turned by 90, 180 and 270 degrees: 4 rows per sample.
     augment_epochs: draw the augmentations of epoch e as those of epoch e modulo this number; None: each epoch its own.
-    num_classes: K, for augmentations that mix samples: y is then (N, K) float32 probabilities.
+    num_classes: K, for augmentations that mix samples: the target is then (N, K) float32 probabilities.
     workers: processes that decode the files of a streamed split; without use for images in memory.
 
     Raises UserError for an augmentation that does not exist or does not fit, and for a split without a full batch.
@@ -56,22 +59,14 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        rotations: bool = False,
+        expand: str = "",
         augment_epochs: int | None = None,
         num_classes: int | None = None,
     ):
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise UserError(f"need batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank}, {world_size}")
         self.device = torch.device(device)
-        self.shuffle, self.seed = shuffle, seed
-        self.rotations, self.augment_epochs = rotations, augment_epochs
-        if rotations and split.image_shape[1] != split.image_shape[2]:
-            raise UserError(f"rotations need square images, got {split.image_shape}")
-        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.seed, self.augment_epochs, self.workers = seed, augment_epochs, workers
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.global_batch = batch_size * world_size
-        whole = len(split) - len(split) % world_size if shuffle else len(split)  # training: parts of one size
-        self._ends = _batch_ends(whole, self.global_batch, drop_last)
+        self._plan = Plan(len(split), batch_size, shuffle, seed, drop_last, rank, world_size)
         self._scale, self._shift = _affine(mean, std, split.image_shape[0], self.device)
         augmentations = build_augment(augment)
         self._crop = _decoding_crop(augmentations, split)
@@ -79,21 +74,38 @@ class Loader:
         self._augmentations = {
             name: a for name, a in augmentations.items() if a is not self._crop and name not in self._mixing
         }
-        self._num_classes = num_classes
-        if self._mixing and (num_classes is None or rotations):
-            why = "does not go with losses that read rotations" if rotations else "needs the number of classes"
-            raise UserError(f"augmentation '{next(iter(self._mixing))}' {why}")
+        self._num_classes, self.expand = num_classes, expand
+        self._check(split)
         self._stored_index = split.index
         self._images = split.images if isinstance(split.images, ImageFiles) else split.images.to(self.device)
         self._labels, self._index = split.labels.to(self.device), split.index.to(self.device)
 
+    def _check(self, split: Split) -> None:
+        if self.expand not in EXPANSIONS:
+            raise UserError(f"expand must be '' or 'rotations', got {self.expand!r}")
+        height, width = output_size(list(self._augmentations.values()), *split.image_shape[1:])
+        if self.expand and height != width:
+            raise UserError(f"rotations need square images, got {(split.image_shape[0], height, width)}")
+        mixing = next(iter(self._mixing), None)
+        if split.dense:
+            if split.streamed:
+                raise UserError("label maps need their images in memory: a streamed set has one label per image")
+            if tuple(split.labels.shape[1:]) != split.image_shape[1:]:
+                raise UserError(f"label maps {tuple(split.labels.shape)} do not fit images of {split.image_shape}")
+            if mixing or self.expand:
+                what = f"augmentation '{mixing}'" if mixing else "a loss that reads rotations"
+                raise UserError(f"{what} needs one label per image, but the data set has label maps")
+        if mixing and (self._num_classes is None or self.expand):
+            why = "does not go with losses that read rotations" if self.expand else "needs the number of classes"
+            raise UserError(f"augmentation '{mixing}' {why}")
+
     def __len__(self) -> int:
         """Batches per epoch, the same on each rank."""
-        return len(self._ends)
+        return len(self._plan)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step ``start`` on."""
-        order = self._order(epoch)
+        order = self._plan.order(epoch)
         rows = order.to(self.device)
         index = self._index[rows]
         drawing = epoch % self.augment_epochs if self.augment_epochs else epoch
@@ -101,36 +113,19 @@ class Loader:
             [draw_for(name, a, index, self.seed, drawing) for name, a in kind.items()]
             for kind in (self._augmentations, self._mixing)
         )
-        parts = [self._part(step) for step in range(start, len(self))]
+        parts = [self._plan.part(step) for step in range(start, len(self))]
         if isinstance(self._images, ImageFiles):
             read = self._stream(self._images, [order[part].tolist() for part in parts], drawing)
         else:
             read = (self._images.index_select(0, rows[part]) for part in parts)
         for part, images in zip(parts, read, strict=True):
-            x, y = self._finish(images, [numbers[part] for numbers in drawn]), self._labels[rows[part]]
+            x, y = self._finish(images, self._labels[rows[part]], [numbers[part] for numbers in drawn])
             if self._mixing:
                 y = F.one_hot(y, self._num_classes or -1).float()
             for augmentation, numbers in zip(self._mixing.values(), mixing, strict=True):
                 x, y = augmentation.mix(x, y, numbers[part])  # type: ignore[attr-defined]
-            yield Batch(x.contiguous(memory_format=self.memory_format), y, index[part])
-
-    def endless(self, start: int = 0) -> Iterator[Batch]:
-        """The batches of all epochs one after the other, from step ``start`` on."""
-        epoch, step = divmod(start, len(self))
-        while True:
-            yield from self.epoch(epoch, step)
-            epoch, step = epoch + 1, 0
-
-    def _order(self, epoch: int) -> Tensor:
-        if not self.shuffle:
-            return torch.arange(len(self._labels))
-        # always drawn on the CPU: the generators of other devices give other permutations
-        return torch.randperm(len(self._labels), generator=make_generator(self.seed, epoch, "order"))
-
-    def _part(self, step: int) -> slice:
-        """Where this rank's part of a step's batch lies in the order of the epoch."""
-        first, size = step * self.global_batch, self._ends[step] - step * self.global_batch
-        return slice(first + size * self.rank // self.world_size, first + size * (self.rank + 1) // self.world_size)
+            x = x.contiguous(memory_format=self.memory_format)
+            yield Batch(x, y, len(y), index[part], EXPANSIONS[self.expand])
 
     def _stream(self, files: ImageFiles, batches: list[list[int]], epoch: int) -> Iterator[Tensor]:
         """The images of each batch of positions, uint8 (B, 3, H, W)."""
@@ -148,14 +143,16 @@ class Loader:
                 raise images
             yield images.to(self.device, non_blocking=True)
 
-    def _finish(self, images: Tensor, drawn: list[Tensor]) -> Tensor:
-        images, kept = apply(list(self._augmentations.values()), images, drawn)
+    def _finish(self, images: Tensor, labels: Tensor, drawn: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Normalised float32 images and int64 labels or label maps of uint8 images."""
+        maps = labels if labels.ndim > 1 else None
+        images, kept, maps = apply(list(self._augmentations.values()), images, drawn, maps)
         x = images.float().mul_(self._scale).add_(self._shift)
         if kept is not None:
             x.masked_fill_(~kept.unsqueeze(1), 0)
-        if self.rotations:
+        if self.expand:
             x = torch.stack([torch.rot90(x, turns, (2, 3)) for turns in range(4)], dim=1).flatten(0, 1)
-        return x
+        return x, labels if maps is None else maps.long()
 
 
 class _Decoder(TorchDataset):
@@ -175,14 +172,6 @@ class _Decoder(TorchDataset):
             return None
         drawn = draw_for("resized_crop", self.crop, self.index[rows], self.seed, self.epoch)
         return [partial(self.crop.box, drawn=numbers) for numbers in drawn.tolist()]
-
-
-def _batch_ends(samples: int, batch: int, drop_last: bool) -> list[int]:
-    """For each step of an epoch, the number of samples up to its end."""
-    if samples < (batch if drop_last else 1):
-        raise UserError(f"the split has {samples} samples, fewer than one batch of {batch}")
-    ends = list(range(batch, samples + 1, batch))
-    return ends if drop_last or samples % batch == 0 else [*ends, samples]
 
 
 def _affine(mean: Sequence[float], std: Sequence[float], channels: int, device: torch.device) -> tuple[Tensor, Tensor]:

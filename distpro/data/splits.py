@@ -16,7 +16,8 @@ from pathways.registry import UserError, nearest
 @dataclass(frozen=True, eq=False)
 class Split:
     """Samples: ``images`` uint8 (N, C, H, W) contiguous, or files that are decoded batch by batch; ``labels`` (N,)
-    int64; ``index`` (N,) int64, the samples' numbers in the set as stored, which a choice of samples keeps."""
+    int64, or label maps (N, H, W) uint8 in which 255 is void; ``index`` (N,) int64, the samples' numbers in the set as
+    stored, which a choice of samples keeps."""
 
     images: Tensor | ImageFiles
     labels: Tensor
@@ -35,6 +36,11 @@ class Split:
         return isinstance(self.images, ImageFiles)
 
     @property
+    def dense(self) -> bool:
+        """Whether the labels are maps, one label per pixel."""
+        return self.labels.ndim > 1
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
@@ -48,32 +54,45 @@ class Split:
         """The same samples with their images in memory."""
         return replace(self, images=self.peek(len(self))) if self.streamed else self
 
+    def spaced(self, count: int) -> Tensor:
+        """At most ``count`` positions, evenly spaced over the split, (K,) int64."""
+        count = min(count, len(self))
+        return torch.arange(count) * len(self) // count if count else torch.arange(0)
+
     def peek(self, count: int) -> Tensor:
         """At most ``count`` images, evenly spaced over the split, uint8 (K, C, H, W)."""
-        count = min(count, len(self))
-        rows = torch.arange(count) * len(self) // count if count else torch.arange(0)
+        rows = self.spaced(count)
         return self.images.decode(rows.tolist()) if isinstance(self.images, ImageFiles) else self.images[rows]
 
 
 def split(whole: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Two parts, ``fraction`` and the rest, stratified and seeded; the order of the samples is kept.
 
-    Each class is cut in the same proportion, up to the rounding of one sample. Raises UserError if ``fraction`` is
-    not between 0 and 1 or leaves a part empty.
+    Each class is cut in the same proportion, up to the rounding of one sample; label maps are cut at random. Raises
+    UserError if ``fraction`` is not between 0 and 1 or leaves a part empty.
     """
+    first, rest = parted(whole.labels, fraction, seed)
+    return whole.select(first), whole.select(rest)
+
+
+def parted(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The positions of the two parts of `split`, each ascending."""
     if not 0 < fraction < 1:
         raise UserError(f"the fraction of a split must be between 0 and 1, got {fraction}")
-    count = round(fraction * len(whole))
-    if count in (0, len(whole)):
-        raise UserError(f"a fraction of {fraction} of {len(whole)} samples leaves one part of the split empty")
-    first = stratified(whole.labels, count, seed)
-    rest = torch.ones(len(whole), dtype=torch.bool)
+    count = round(fraction * len(labels))
+    if count in (0, len(labels)):
+        raise UserError(f"a fraction of {fraction} of {len(labels)} samples leaves one part of the split empty")
+    first = stratified(labels, count, seed)
+    rest = torch.ones(len(labels), dtype=torch.bool)
     rest[first] = False
-    return whole.select(first), whole.select(rest.nonzero().flatten())
+    return first, rest.nonzero().flatten()
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
-    """``count`` positions in ``labels`` (N,), ascending, drawn at random with each class in its proportion."""
+    """``count`` positions in ``labels``, ascending, drawn at random: of (N,) with each class in its proportion, of
+    label maps (N, H, W) each sample as likely."""
+    if labels.ndim > 1:
+        return torch.randperm(len(labels), generator=make_generator(seed, "stratified"))[:count].sort().values
     sizes = torch.bincount(labels)
     quota = _apportion(sizes, count)
     shuffled = torch.randperm(len(labels), generator=make_generator(seed, "stratified"))
@@ -94,9 +113,14 @@ def _apportion(sizes: Tensor, count: int) -> Tensor:
 
 def sample(whole: Split, count: int, seed: int) -> Split:
     """``count`` samples, stratified and seeded. Raises UserError if there are fewer."""
-    if not 1 <= count <= len(whole):
-        raise UserError(f"samples must be between 1 and the {len(whole)} training images, got {count}")
+    check_count(count, len(whole))
     return whole.select(stratified(whole.labels, count, seed))
+
+
+def check_count(count: int, most: int) -> None:
+    """Raise UserError unless so many samples can be taken from ``most``."""
+    if not 1 <= count <= most:
+        raise UserError(f"samples must be between 1 and the {most} training images, got {count}")
 
 
 def class_numbers(classes: int | Sequence[int | str], names: Sequence[str]) -> list[int]:
@@ -121,7 +145,10 @@ def _class_number(wanted: int | str, names: Sequence[str]) -> int:
 
 
 def keep_classes(whole: Split, chosen: Sequence[int]) -> Split:
-    """The samples of the labels ``chosen``, whose labels become their places in that list."""
+    """The samples of the labels ``chosen``, whose labels become their places in that list. Raises UserError for label
+    maps, of which every sample may hold every class."""
+    if whole.dense:
+        raise UserError("classes: a data set of label maps cannot be cut down to some of its classes")
     kept = whole.select(torch.isin(whole.labels, torch.tensor(chosen)).nonzero().flatten())
     new_label = torch.zeros(int(whole.labels.max()) + max(chosen) + 1, dtype=torch.int64)
     new_label[torch.tensor(chosen)] = torch.arange(len(chosen))

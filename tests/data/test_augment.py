@@ -48,7 +48,7 @@ def test_batch_equals_image_by_image(spec, size):
     images = torch.randint(1, 256, (200, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     augment = build_augment(spec)
     drawn = [draw_for(name, a, torch.arange(200), seed=1, epoch=2) for name, a in augment.items()]
-    found, kept = apply(list(augment.values()), images, drawn)
+    found, kept, _ = apply(list(augment.values()), images, drawn)
     kept = torch.ones(200, *size, dtype=torch.bool) if kept is None else kept
     for n in range(200):
         image, mask = images[n], torch.ones(size, dtype=torch.bool)
@@ -70,7 +70,7 @@ def test_all_outcomes_occur():
 def test_flip_probability(p, mirrored):
     images = torch.arange(48, dtype=torch.uint8).view(4, 1, 3, 4)
     flip = build_augment([{"flip": {"p": p}}])["flip"]
-    found, _ = apply([flip], images, [draw_for("flip", flip, torch.arange(4), 0, 0)])
+    found, _, _ = apply([flip], images, [draw_for("flip", flip, torch.arange(4), 0, 0)])
     assert torch.equal(found, images.flip(-1) if mirrored else images)
 
 

@@ -250,6 +250,6 @@ def test_real_cifar_images(tmp_path):
     batches = list(loader.epoch(0))
     index = torch.cat([b.index for b in batches])
     assert torch.equal(index.sort().values, search.index)
-    assert torch.equal(torch.cat([b.y for b in batches]), torch.from_numpy(y[train])[index])
-    pixels = torch.cat([b.x for b in batches]).transpose(0, 1).flatten(1)
+    assert torch.equal(torch.cat([b.target for b in batches]), torch.from_numpy(y[train])[index])
+    pixels = torch.cat([b.inputs for b in batches]).transpose(0, 1).flatten(1)
     assert pixels.mean(1).abs().max() < 0.5 and (pixels.std(1) - 1).abs().max() < 0.3  # black borders move them

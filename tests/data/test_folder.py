@@ -64,7 +64,8 @@ def loader(data, part="train", batch_size=4, **options):
 def assert_same(found, expected):
     found, expected = list(found), list(expected)
     assert len(found) == len(expected) > 0
-    assert all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(getattr(ours, p), getattr(theirs, p)) for p in ("inputs", "target", "index"))
 
 
 def test_labels_are_the_sorted_folder_names(tree):
@@ -139,7 +140,7 @@ def test_streaming_has_no_state(tree, workers):
 
 
 def by_sample(batches):
-    return {int(n): x for batch in batches for n, x in zip(batch.index, batch.x, strict=True)}
+    return {int(n): x for batch in batches for n, x in zip(batch.index, batch.inputs, strict=True)}
 
 
 def test_a_streamed_sample_looks_the_same_in_any_batch_and_split(tree):
@@ -152,7 +153,7 @@ def test_a_streamed_sample_looks_the_same_in_any_batch_and_split(tree):
 
 
 def first_batch(data, augment, epoch=0):
-    return next(loader(data, augment=augment, shuffle=False).epoch(epoch)).x
+    return next(loader(data, augment=augment, shuffle=False).epoch(epoch)).inputs
 
 
 def test_the_largest_part_of_a_square_image_is_the_image(tree):

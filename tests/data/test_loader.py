@@ -5,10 +5,11 @@ from itertools import islice
 import pytest
 import torch
 
-from distpro.data import Loader, Split, split
+from distpro.data import Batch, Loader, Split, split
 from pathways.registry import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+PARTS = ("inputs", "target", "index")
 AUGMENT = ["crop", "flip", {"cutout": {"size": 4}}]
 
 
@@ -33,26 +34,29 @@ def assert_same(found, expected):
     found, expected = list(found), list(expected)
     assert len(found) == len(expected) > 0
     for ours, theirs in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert ours.samples == theirs.samples == len(ours.target)
+        assert all(torch.equal(getattr(ours, part), getattr(theirs, part)) for part in PARTS)
 
 
 def by_sample(batches):
-    return {int(n): x for batch in batches for n, x in zip(batch.index, batch.x, strict=True)}
+    return {int(n): x for batch in batches for n, x in zip(batch.index, batch.inputs, strict=True)}
 
 
 def test_values_are_normalised(whole):
     batch = next(evaluation(whole, 103).epoch(0))
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
     expected = (whole.images.double() / 255 - mean) / std
-    torch.testing.assert_close(batch.x.double(), expected, rtol=1e-6, atol=1e-6)
-    assert batch.x.dtype == torch.float32
-    assert torch.equal(batch.y, whole.labels)
+    torch.testing.assert_close(batch.inputs.double(), expected, rtol=1e-6, atol=1e-6)
+    assert batch.inputs.dtype == torch.float32
+    assert torch.equal(batch.target, whole.labels)
 
 
 def test_padding_is_black_and_cutout_is_the_mean(whole):
     black = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])
     white = Split.of(torch.full_like(whole.images, 255), whole.labels)
-    colours = next(training(white, 103, drop_last=False).epoch(0)).x.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0)
+    colours = (
+        next(training(white, 103, drop_last=False).epoch(0)).inputs.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0)
+    )
     expected = torch.stack([black, torch.zeros(3), torch.tensor([2.5, 2.4, 7 / 3])])
     torch.testing.assert_close(colours, expected)
 
@@ -60,7 +64,7 @@ def test_padding_is_black_and_cutout_is_the_mean(whole):
 def test_evaluation_passes_once_in_order(whole):
     loader = evaluation(whole)
     batches = list(loader.epoch(0))
-    assert [len(b.y) for b in batches] == [10] * 10 + [3]
+    assert [len(b.target) for b in batches] == [10] * 10 + [3]
     assert len(loader) == 11
     assert torch.equal(torch.cat([b.index for b in batches]), torch.arange(103))
 
@@ -77,8 +81,8 @@ def test_labels_and_numbers_belong_to_the_images(whole):
     part = split(whole, 0.5, seed=0)[1]
     scale, shift = (torch.tensor(v).view(3, 1, 1) for v in (STD, MEAN))
     for batch in training(part, 7, augment=()).epoch(3):
-        assert torch.equal(whole.labels[batch.index], batch.y)
-        pixels = ((batch.x * scale + shift) * 255).round().to(torch.uint8)
+        assert torch.equal(whole.labels[batch.index], batch.target)
+        pixels = ((batch.inputs * scale + shift) * 255).round().to(torch.uint8)
         assert torch.equal(pixels, whole.images[batch.index])
 
 
@@ -136,36 +140,43 @@ def test_a_sample_looks_the_same_in_any_split(whole):
 def test_ranks_share_the_batches_of_one_process(whole, world_size):
     ranks = [list(training(whole, 6, rank=r, world_size=world_size).epoch(1)) for r in range(world_size)]
     parts = zip(*ranks, strict=True)
-    joined = [tuple(torch.cat([part[i] for part in step]) for i in range(3)) for step in parts]
+    joined = [
+        Batch(
+            *(torch.cat([getattr(part, p) for part in step]) for p in PARTS[:2]),
+            6 * world_size,
+            torch.cat([b.index for b in step]),
+        )
+        for step in parts
+    ]
     assert_same(joined, training(whole, 6 * world_size).epoch(1))
 
 
 def test_ranks_share_the_last_small_batch(whole):
     last = [list(evaluation(whole, 10, rank=r, world_size=4).epoch(0))[-1] for r in range(4)]
-    assert [len(b.y) for b in last] == [5, 6, 6, 6]  # 103 - 2 * 40
+    assert [len(b.target) for b in last] == [5, 6, 6, 6]  # 103 - 2 * 40
     assert torch.equal(torch.cat([b.index for b in last]), torch.arange(80, 103))
 
 
 def test_channels_last_changes_the_layout_alone(whole):
     plain, other = (list(training(whole, channels_last=flag).epoch(0)) for flag in (False, True))
     assert_same(other, plain)
-    assert other[0].x.is_contiguous(memory_format=torch.channels_last)
-    assert plain[0].x.is_contiguous()
+    assert other[0].inputs.is_contiguous(memory_format=torch.channels_last)
+    assert plain[0].inputs.is_contiguous()
 
 
 def test_batches_do_not_share_memory_with_the_split(whole):
     stored = whole.images.clone()
     for batch in evaluation(whole).epoch(0):
-        batch.x.zero_()
+        batch.inputs.zero_()
     assert torch.equal(whole.images, stored)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_devices_agree(whole):
     for ours, theirs in zip(training(whole, device="cuda").epoch(1), training(whole).epoch(1), strict=True):
-        assert ours.x.is_cuda and ours.y.is_cuda and ours.index.is_cuda
+        assert ours.inputs.is_cuda and ours.target.is_cuda and ours.index.is_cuda
         assert torch.equal(ours.index.cpu(), theirs.index)
-        torch.testing.assert_close(ours.x.cpu(), theirs.x, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours.inputs.cpu(), theirs.inputs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

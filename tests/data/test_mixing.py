@@ -52,12 +52,12 @@ def test_labels_say_what_the_images_show(name):
         for one, other in zip(
             loader([{name: {"p": 0.7, "alpha": 0.5}}], colours).epoch(epoch), plain.epoch(epoch), strict=True
         ):
-            own, before = other.x.mean((1, 2, 3)), other.x.roll(1, 0).mean((1, 2, 3))
-            share = (one.x.mean((1, 2, 3)) - before) / (own - before)
-            labels = F.one_hot(other.y, 5).float()
+            own, before = other.inputs.mean((1, 2, 3)), other.inputs.roll(1, 0).mean((1, 2, 3))
+            share = (one.inputs.mean((1, 2, 3)) - before) / (own - before)
+            labels = F.one_hot(other.target, 5).float()
             expected = share[:, None] * labels + (1 - share[:, None]) * labels.roll(1, 0)
-            torch.testing.assert_close(one.y, expected, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(one.y.sum(1), torch.ones(16))
+            torch.testing.assert_close(one.target, expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(one.target.sum(1), torch.ones(16))
             assert torch.equal(one.index, other.index)
             shares.append(share)
     shares = torch.cat(shares)
@@ -88,15 +88,17 @@ def test_epochs_repeat_and_nothing_global_is_drawn():
     before = torch.get_rng_state()
     first, again, later = (list(loader(augment).epoch(e)) for e in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
-    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0].x, later[0].x)
+    assert all(
+        torch.equal(a.inputs, b.inputs) and torch.equal(a.target, b.target) for a, b in zip(first, again, strict=True)
+    )
+    assert not torch.equal(first[0].inputs, later[0].inputs)
     resumed = next(loader(augment).epoch(1, start=2))
-    assert torch.equal(resumed.x, first[2].x) and torch.equal(resumed.y, first[2].y)
+    assert torch.equal(resumed.inputs, first[2].inputs) and torch.equal(resumed.target, first[2].target)
 
 
 def test_never_mixed_is_the_plain_batch():
     mixed, plain = (next(loader(a).epoch(0)) for a in ([{"mixup": {"p": 0}}, {"cutmix": {"p": 0}}], []))
-    assert torch.equal(mixed.x, plain.x) and torch.equal(mixed.y.argmax(1), plain.y)
+    assert torch.equal(mixed.inputs, plain.inputs) and torch.equal(mixed.target.argmax(1), plain.target)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_mistakes(augment, message):
 
 
 def test_what_does_not_go_together(tmp_path):
-    for options, message in (({"rotations": True}, "rotations"), ({"num_classes": None}, "number of classes")):
+    for options, message in (({"expand": "rotations"}, "rotations"), ({"num_classes": None}, "number of classes")):
         with pytest.raises(UserError, match=message):
             loader(["mixup"], **options)
     torch.manual_seed(5)

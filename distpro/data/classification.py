@@ -1,0 +1,161 @@
+"""Data sets of images with one class each: CIFAR, arrays, scikit-learn's digits, image folders."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+
+from distpro.data.datasets import DATASETS, Source, locate
+from distpro.data.files import SUFFIXES, ImageFiles, Store, open_store
+from distpro.data.splits import Split, split
+from pathways.registry import UserError, nearest
+
+CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)  # of the field's CIFAR protocol, for CIFAR-10 and CIFAR-100
+CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+
+
+@DATASETS.register("cifar10")
+def cifar10(root: str | None = None, download: bool = False) -> Source:
+    """CIFAR-10 (Krizhevsky 2009), from ``root/cifar-10-batches-py`` as torchvision lays it out."""
+    return _cifar("cifar10", "CIFAR10", root, download)
+
+
+@DATASETS.register("cifar100")
+def cifar100(root: str | None = None, download: bool = False) -> Source:
+    """CIFAR-100 (Krizhevsky 2009), from ``root/cifar-100-python`` as torchvision lays it out."""
+    return _cifar("cifar100", "CIFAR100", root, download)
+
+
+def _cifar(dataset: str, kind: str, root: str | None, download: bool) -> Source:
+    import torchvision.datasets
+
+    build = getattr(torchvision.datasets, kind)
+    if download:
+        folder = Path(root or ".").expanduser()
+    else:
+        hint = "; unpack the official python version there, or set download: true"
+        folder = locate(f"dataset '{dataset}'", root, build.base_folder, hint).parent
+    try:
+        train, test = (build(folder, train=train, download=download) for train in (True, False))
+    except (RuntimeError, OSError) as error:
+        place = folder / build.base_folder
+        raise UserError(f"dataset '{dataset}': {place} is incomplete or damaged ({error})") from None
+    parts = [_from_arrays(s.data, np.asarray(s.targets)) for s in (train, test)]
+    return Source(parts[0], parts[1], list(train.classes), CIFAR_MEAN, CIFAR_STD)
+
+
+@DATASETS.register("npz")
+def npz(root: str | None = None) -> Source:
+    """A numpy archive: ``x_train`` and ``x_test`` uint8 (N, H, W, C), ``y_train`` and ``y_test`` whole numbers (N,),
+    ``names`` of the classes (optional)."""
+    path = locate("dataset 'npz'", root)
+    arrays = _read_npz(path)
+    _check_arrays(path, arrays)
+    count = 1 + max(int(arrays["y_train"].max()), int(arrays["y_test"].max()))
+    names = [str(n) for n in arrays.get("names", range(count))]
+    if len(names) < count:
+        raise UserError(f"{path}: 'names' holds {len(names)} names, but the labels go up to {count - 1}")
+    train, test = (_from_arrays(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test"))
+    return Source(train, test, names)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive}
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them trip over
+        raise UserError(f"{path}: not a readable .npz of plain arrays ({error})") from None
+
+
+def _check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)} (it holds {', '.join(arrays) or 'nothing'})")
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.size == 0:
+            raise UserError(f"{path}: x_{part} must be uint8 (N, H, W, C), got {x.dtype} {x.shape}")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
+            raise UserError(f"{path}: y_{part} must be {len(x)} labels from 0, got {y.dtype} {y.shape}")
+    shapes = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{path}: the images of x_train are {shapes[0]}, those of x_test {shapes[1]}")
+
+
+def _from_arrays(images: np.ndarray, labels: np.ndarray) -> Split:
+    channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return Split.of(torch.from_numpy(channels_first), torch.from_numpy(labels.astype(np.int64)))
+
+
+@DATASETS.register("digits")
+def digits(image_size: int = 16) -> Source:
+    """The 1797 handwritten digits that come with scikit-learn (Alpaydin, Kaynak 1998): 8x8 grey pixels repeated to
+    ``image_size`` and to three channels; 1438 to train, 359 to test, the same always."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("dataset 'digits' needs scikit-learn: pip install 'distpro[demo]'") from None
+    if image_size < 8 or image_size % 8:
+        raise UserError(f"dataset 'digits': image_size must be a multiple of 8, got {image_size}")
+    bunch = load_digits()
+    grey = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))
+    larger = grey.repeat_interleave(image_size // 8, 1).repeat_interleave(image_size // 8, 2)
+    whole = Split.of(larger.unsqueeze(1).repeat(1, 3, 1, 1), torch.from_numpy(bunch.target.astype(np.int64)))
+    train, test = (Split.of(part.images, part.labels) for part in split(whole, 0.8, seed=0))
+    return Source(train, test, [str(digit) for digit in range(10)])
+
+
+@DATASETS.register("folder")
+def folder(
+    root: str | None = None, image_size: int | None = None, resize: int | None = None, stream: bool | None = None
+) -> Source:
+    """Image files ``train/<class>/...`` and ``test/<class>/...`` (or ``val``) in a folder, a .zip or a .tar, or in one
+    folder inside it.
+
+    image_size: side of the square images; by default the files must be of one size. resize: length to which the short
+    side is scaled before the centre crop, default ``image_size``; ImageNet's protocol is 224 and 256. stream: decode
+    at each use (true), once (false), or by size: beyond 2 GiB of decoded images at each use.
+    """
+    store = open_store(locate("dataset 'folder'", root))
+    tree = _image_tree(store)
+    train, test = tree["train"], tree.get("test") or tree["val"]
+    names = sorted({label for label, _ in train})
+    unknown = sorted({label for label, _ in test}.difference(names))
+    if unknown:
+        raise UserError(f"{store.path}: test class '{unknown[0]}' is not a training class{nearest(unknown[0], names)}")
+    size = _image_size(store, train[0][1], image_size, resize)
+    number = {name: i for i, name in enumerate(names)}
+
+    def as_split(files: list[tuple[str, str]]) -> Split:
+        images = ImageFiles(store, [name for _, name in files], size, image_size and (resize or image_size))
+        return Split.of(images, torch.tensor([number[label] for label, _ in files]))
+
+    return Source(as_split(train), as_split(test), names, stream=stream)
+
+
+def _image_tree(store: Store) -> dict[str, list[tuple[str, str]]]:
+    """(class, file) of each image by part of the set, sorted."""
+    tree: dict[str, list[tuple[str, str]]] = {}
+    for name in sorted(store.names()):
+        parts = PurePosixPath(name).parts
+        start = next((i for i in (0, 1) if parts[i : i + 1] and parts[i] in ("train", "test", "val")), None)
+        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
+        if start is not None and len(parts) >= start + 3 and name.lower().endswith(SUFFIXES) and not hidden:
+            tree.setdefault(parts[start], []).append((parts[start + 1], name))
+    for wanted in (("train",), ("test", "val")):
+        if not any(part in tree for part in wanted):
+            raise UserError(f"{store.path}: no image files in {' or '.join(f'{part}/<class>/' for part in wanted)}")
+    return tree
+
+
+def _image_size(store: Store, first: str, image_size: int | None, resize: int | None) -> tuple[int, int]:
+    if image_size is None:
+        if resize is not None:
+            raise UserError("dataset 'folder': resize needs image_size")
+        width, height = ImageFiles(store, [first], (0, 0), None).open(0).size
+        return height, width
+    if image_size < 1 or (resize is not None and resize < image_size):
+        raise UserError(f"dataset 'folder': need 1 <= image_size <= resize, got {image_size} and {resize}")
+    return image_size, image_size

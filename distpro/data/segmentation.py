@@ -1,0 +1,210 @@
+"""Data sets of images with a class for each pixel."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from distpro.data.augment import VOID, whole_number
+from distpro.data.datasets import DATASETS, Source, locate
+from distpro.data.files import SUFFIXES, THREADS, ImageFiles, Store, open_store
+from distpro.data.splits import Split
+from pathways.registry import UserError, nearest
+
+CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()
+SPLITS = {"train": "train", "validation": "val", "test": "test"}
+
+
+@DATASETS.register("segmentation")
+def segmentation(
+    root: str | None = None,
+    names: Sequence[str] = (),
+    ignore: int | None = None,
+    images: str = "{split}",
+    annotations: str = "{split}annot",
+    lists: str | None = "{split}.txt",
+    splits: Mapping[str, str | None] | None = None,
+    image_size: int | Sequence[int] | None = None,
+) -> Source:
+    """Images and, of the same name and size, annotations: 8-bit image files whose pixels are class numbers, in a
+    folder, a .zip or a .tar, or in one folder inside it. All are held in memory.
+
+    names: of the classes 0, 1, ... ignore: the number of the pixels that have no class; 255 is such a number always.
+    images, annotations: their folders, where ``{split}`` stands for a name of ``splits``.
+    lists: files with one image per line, or null: all images of the folder.
+    splits: what the parts are called, by default ``{train: train, validation: val, test: test}``; null for a
+    validation part: there is none.
+    image_size: side, or [height, width], to which the images are scaled (bilinear) with their annotations (nearest
+    neighbour); by default the files must be of one size.
+
+    Raises UserError for what is missing or damaged, for sizes that differ, and for pixels that are no class.
+    """
+    what = "dataset 'segmentation'"
+    if isinstance(names, str) or not names or len(names) > VOID:
+        raise UserError(f"{what}: names must be a list of 1 to {VOID} class names, got {names!r}")
+    if ignore is not None and not (whole_number(ignore, 0) and ignore <= VOID):
+        raise UserError(f"{what}: ignore must be null or a whole number from 0 to {VOID}, got {ignore!r}")
+    if lists is None and "{split}" not in images:
+        raise UserError(f"{what}: with lists null, images needs '{{split}}' to tell the parts apart, got {images!r}")
+    parts = _split_names(what, splits)
+    tree = _Tree(open_store(locate(what, root)), images, annotations, lists)
+    pairs = {part: tree.pairs(name) for part, name in parts.items() if name is not None}
+    size = _size(what, image_size) or _first_size(tree.store, pairs["train"][0][0])
+    reader = _Reader(tree.store, size, image_size is not None, len(names), ignore)
+    read = {part: reader.read(found) for part, found in pairs.items()}
+    return Source(read["train"], read["test"], [str(n) for n in names], validation=read.get("validation"))
+
+
+@DATASETS.register("camvid")
+def camvid(root: str | None = None, image_size: int | Sequence[int] | None = None) -> Source:
+    """CamVid (Brostow, Fauqueur, Cipolla 2009) with the 11 classes of SegNet, as its authors lay it out: ``train``,
+    ``trainannot``, ``train.txt`` and likewise for ``val`` and ``test``. ``image_size``: as of ``segmentation``."""
+    return segmentation(str(locate("dataset 'camvid'", root)), CAMVID, ignore=11, image_size=image_size)
+
+
+def _split_names(what: str, splits: Mapping[str, str | None] | None) -> dict[str, str | None]:
+    if splits is not None and not isinstance(splits, Mapping):
+        raise UserError(f"{what}: splits must be a mapping such as {SPLITS}, got {splits!r}")
+    for part, name in (splits or {}).items():
+        if part not in SPLITS:
+            raise UserError(
+                f"{what}: splits has no part '{part}'{nearest(part, SPLITS)} (allowed: {', '.join(SPLITS)})"
+            )
+        if not isinstance(name, str) and not (name is None and part == "validation"):
+            raise UserError(f"{what}: splits.{part} must be a name, got {name!r}")
+    return {**SPLITS, **(splits or {})}
+
+
+def _size(what: str, image_size: Any) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(whole_number(side, 1) for side in sides):
+        raise UserError(f"{what}: image_size must be a side or [height, width] of at least 1, got {image_size!r}")
+    return sides[0], sides[1]
+
+
+def _first_size(store: Store, image: str) -> tuple[int, int]:
+    width, height = ImageFiles(store, [image], (0, 0), None).open(0).size
+    return height, width
+
+
+@dataclass
+class _Tree:
+    """Where the files of each part lie."""
+
+    store: Store
+    images: str
+    annotations: str
+    lists: str | None
+    trees: tuple[dict[PurePosixPath, str], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        files = {PurePosixPath(name): name for name in self.store.names()}
+        files = {f: n for f, n in files.items() if not any(part.startswith((".", "__MACOSX")) for part in f.parts)}
+        inner = {PurePosixPath(*file.parts[1:]): name for file, name in files.items()}
+        in_one_folder = len({file.parts[0] for file in files}) == 1
+        self.trees = (files, inner) if in_one_folder else (files,)
+
+    def pairs(self, split: str) -> list[tuple[str, str]]:
+        """(image, annotation) files of a part, in the order of its list, else sorted."""
+        images, annotations = (
+            self._by_stem(pattern.format(split=split)) for pattern in (self.images, self.annotations)
+        )
+        stems = sorted(images) if self.lists is None else self._listed(self.lists.format(split=split))
+        if not stems:
+            raise UserError(f"{self.store.path}: split '{split}' is empty")
+        for stem in stems:
+            for kind, found in ((self.images, images), (self.annotations, annotations)):
+                if stem not in found:
+                    place = kind.format(split=split)
+                    raise UserError(f"{self.store.path}: no file {place}/{stem}.* for '{stem}' of split '{split}'")
+        return [(images[stem], annotations[stem]) for stem in stems]
+
+    def _by_stem(self, folder: str) -> dict[str, str]:
+        """The image files below a folder by their name without suffix."""
+        parts = PurePosixPath(folder).parts
+        for tree in self.trees:
+            found: dict[str, str] = {}
+            for file, name in tree.items():
+                if file.parts[: len(parts)] == parts and file.suffix.lower() in SUFFIXES:
+                    if file.stem in found:
+                        raise UserError(f"{self.store.path}: {found[file.stem]} and {name} are of one name")
+                    found[file.stem] = name
+            if found:
+                return found
+        raise UserError(f"{self.store.path}: no image files in {folder}/")
+
+    def _listed(self, listing: str) -> list[str]:
+        """The names in a list, without folder and suffix: of each line the first word."""
+        name = next((tree[PurePosixPath(listing)] for tree in self.trees if PurePosixPath(listing) in tree), None)
+        if name is None:
+            raise UserError(f"{self.store.path}: no list {listing} (lists: null takes all images of a folder)")
+        words = [line.split()[0] for line in self.store.read(name).decode("utf-8").splitlines() if line.strip()]
+        files = [PurePosixPath(word) for word in words]
+        return [file.stem if file.suffix.lower() in SUFFIXES else file.name for file in files]
+
+
+class _Reader:
+    """Reads pairs of files into memory."""
+
+    def __init__(self, store: Store, size: tuple[int, int], resize: bool, classes: int, ignore: int | None):
+        self.store, self.size, self.resize, self.classes = store, size, resize, classes
+        self.label = np.arange(VOID + 1, dtype=np.uint8)  # of each value of an annotation
+        if ignore is not None:
+            self.label[ignore] = VOID
+
+    def read(self, pairs: Sequence[tuple[str, str]]) -> Split:
+        """The images (N, 3, H, W) and label maps (N, H, W) of files."""
+        images = np.empty((len(pairs), 3, *self.size), np.uint8)
+        maps = np.empty((len(pairs), *self.size), np.uint8)
+        files = ImageFiles(self.store, [image for image, _ in pairs], self.size, None)
+
+        def fill(row: int) -> None:
+            image = files.open(row)
+            annotation = self._annotation(pairs[row][1], image.size, pairs[row][0])
+            if self.resize:
+                image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+                annotation = annotation.resize(self.size[::-1], Image.Resampling.NEAREST)
+            elif image.size[::-1] != self.size:
+                found, first = (f"{height}x{width}" for height, width in (image.size[::-1], self.size))
+                raise UserError(
+                    f"{self.store.path}: {pairs[row][0]} is {found}, but others are {first}: give image_size"
+                )
+            images[row], maps[row] = np.asarray(image).transpose(2, 0, 1), self.label[np.asarray(annotation)]
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(fill, range(len(pairs))))
+        return Split.of(torch.from_numpy(images), torch.from_numpy(maps))
+
+    def _annotation(self, name: str, size: tuple[int, int], image: str) -> Image.Image:
+        """An annotation as stored, its values checked, palettes left aside. ``size``: (width, height) of its image."""
+        place = f"{self.store.path}: {name}"
+        try:
+            annotation = Image.open(io.BytesIO(self.store.read(name)))
+            annotation.load()
+        except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
+            raise UserError(f"{place} is not a readable image ({error})") from None
+        if annotation.mode not in ("L", "P"):
+            raise UserError(f"{place} has pixels of mode {annotation.mode}; an annotation is 8-bit grey or palette")
+        if annotation.size != size:
+            found, other = (f"{height}x{width}" for width, height in (annotation.size, size))
+            raise UserError(f"{place} is {found}, but its image {image} is {other}")
+        values = np.unique(np.asarray(annotation))
+        wrong = values[(values >= self.classes) & (self.label[values] != VOID)]
+        if wrong.size:
+            allowed = f"0 to {self.classes - 1}, {VOID}" + "".join(
+                f", {value}" for value in np.flatnonzero(self.label == VOID) if value != VOID
+            )
+            raise UserError(
+                f"{place} holds the value {wrong[0]}, which is no class and not ignored (allowed: {allowed})"
+            )
+        return annotation
