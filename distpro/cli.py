@@ -1,4 +1,7 @@
-"""The command line: distpro search | retrain | train | evaluate | inspect | plot | export | list."""
+"""The command line: distpro search | retrain | train | evaluate | inspect | plot | export | list | init.
+
+What a command needs is imported when it runs, so that --help and --version answer at once.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pathways.registry import UserError, nearest
+import distpro
 
 KINDS = (
     "losses",
@@ -27,40 +30,51 @@ KINDS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message} (see '{self.prog} --help')")
+    def error(self, message: str) -> NoReturn:
+        raise _wrong(f"{message} (see '{self.prog} --help')")
+
+
+def _wrong(message: str, name: str = "", allowed: Sequence[str] = ()) -> Exception:
+    """A UserError; where something else is allowed, with all of it and what is nearest to ``name``."""
+    from pathways.registry import UserError, nearest
+
+    return UserError(f"{message}{nearest(name, allowed)} (allowed: {', '.join(allowed)})" if allowed else message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 2 after bad input, or a file that cannot be read or written; 128 + n
     after signal n, checkpoint written."""
-    from distpro.console import fail
-
     try:
         options = _parse(list(sys.argv[1:] if arguments is None else arguments))
         return options.run(options) or 0
-    except UserError as error:
-        fail(str(error))
-        return 2
     except KeyboardInterrupt:
-        fail("stopped; everything up to the last checkpoint is kept")
-        return 130
+        return _failed("stopped; everything up to the last checkpoint is kept", 130)
     except BrokenPipeError:
         return 0
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        return 2
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
+        from pathways.registry import UserError
+
+        if isinstance(error, UserError):
+            return _failed(str(error))
         from distpro.train.trainer import Interrupted
 
-        if not isinstance(error, Interrupted):
-            raise
-        fail(str(error))
-        return 128 + error.signal_number
+        if isinstance(error, Interrupted):
+            return _failed(str(error), 128 + error.signal_number)
+        raise
+
+
+def _failed(message: str, status: int = 2) -> int:
+    from distpro.console import fail
+
+    fail(message)
+    return status
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="distpro", description="Learn when a student should listen to which part of its teacher.")
+    parser.add_argument("--version", action="version", version=f"distpro {distpro.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -107,20 +121,21 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     export.add_argument("--out", metavar="FILE")
     listing = add("list", _list, "what there is: " + ", ".join(KINDS))
     listing.add_argument("kind", metavar="KIND")
+    init = add("init", _init, "write a config to begin with, and its teacher's")
+    init.add_argument("name", metavar="EXAMPLE", help="digits")
+    init.add_argument("--out", metavar="FILE", help="default: EXAMPLE.yaml here; the teacher's goes beside it")
 
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
-        raise UserError(
-            f"unknown command '{arguments[0]}'{nearest(arguments[0], commands.choices)} (allowed: {', '.join(commands.choices)})"
-        )
+        raise _wrong(f"unknown command '{arguments[0]}'", arguments[0], list(commands.choices))
     options, rest = parser.parse_known_args(arguments)
     takes_overrides = options.command in ("search", "retrain", "train", "evaluate", "inspect")
     unknown = [r for r in rest if not takes_overrides or r.startswith("-") or "=" not in r]
     if getattr(options, "config", None) and "=" in str(options.config) and not Path(options.config).exists():
         rest, options.config = [options.config, *rest], None  # `retrain --schedule a.pt key=value`: no CFG
         if options.command in ("search", "train"):
-            raise UserError(f"{options.command}: the config file is missing")
+            raise _wrong(f"{options.command}: the config file is missing")
     if unknown:
-        raise UserError(f"{options.command}: what is '{unknown[0]}'? (overrides are key=value, for instance seed=1)")
+        raise _wrong(f"{options.command}: what is '{unknown[0]}'? (overrides are key=value, for instance seed=1)")
     options.overrides = rest
     if getattr(options, "device", None):
         options.overrides.append(f"device={options.device}")
@@ -148,7 +163,7 @@ def _run_seeds(options: argparse.Namespace, run: Any, folder: Path, first: int) 
         _finish(run(folder, options.overrides, options.resume).metrics, folder)
         return
     if options.seeds < 1:
-        raise UserError(f"--seeds {options.seeds}: expected 1 or more")
+        raise _wrong(f"--seeds {options.seeds}: expected 1 or more")
     found = {}
     for seed in range(first, first + options.seeds):
         inner = folder / f"seed{seed}"
@@ -266,7 +281,7 @@ def _list(options: argparse.Namespace) -> None:
         )
     )
     if options.kind not in found:
-        raise UserError(f"unknown kind '{options.kind}'{nearest(options.kind, KINDS)} (allowed: {', '.join(KINDS)})")
+        raise _wrong(f"unknown kind '{options.kind}'", options.kind, KINDS)
     if options.kind == "losses":
         from distpro.console import table
 
@@ -274,6 +289,16 @@ def _list(options: argparse.Namespace) -> None:
         table("losses", ["name", "method", "year", "family", "reads", "stages", "paper"], rows)
     else:
         print("\n".join(found[options.kind]))
+
+
+def _init(options: argparse.Namespace) -> None:
+    from distpro.config.starters import write_starter
+
+    search, teacher = write_starter(options.name, options.out)
+    print(f"wrote {search} and {teacher}; next:")
+    print(f"  distpro train {teacher} --out runs/quickstart/teacher")
+    print(f"  distpro search {search} --out runs/{search.stem}")
+    print(f"  distpro retrain --schedule runs/{search.stem}/alpha.pt")
 
 
 if __name__ == "__main__":
