@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pathways.call import Call, map_tensors
+from pathways.call import Call, map_tensors, tensors_in
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,12 @@ class Batch:
             None if self.index is None else place(self.index),
             self.rows_per_sample,
         )
+
+
+def batch_of(inputs: Any, target: Any = None, index: Tensor | None = None) -> Batch:
+    """A batch with one row per sample: as many samples as the first tensor of the inputs has rows, or a list items."""
+    first = Call.of(inputs)
+    values = [*first.args, *first.kwargs.values()]
+    listed = bool(values) and isinstance(values[0], list)
+    samples = len(values[0]) if listed else len(next(tensors_in(values)))
+    return Batch(inputs, target, samples, index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Schedule:
     steps_per_epoch: float = 1.0
     meta: Mapping[str, Any] = field(default_factory=dict)
     scales: Tensor = field(default_factory=lambda: torch.ones(0))
+    path: ClassVar[str | None] = None  # of one that `load` has read as it is: the file
 
     def __post_init__(self) -> None:
         n = len(self.keys)
@@ -97,7 +98,7 @@ class Schedule:
         if not isinstance(version, int) or version > VERSION:
             raise UserError(f"{path}: schedule version {version}; this distpro reads up to {VERSION}")
         try:
-            return cls(
+            schedule = cls(
                 keys=tuple(content["keys"]),
                 levels=content["levels"],
                 transforms=tuple(content["transforms"]),
@@ -107,6 +108,8 @@ class Schedule:
                 steps_per_epoch=content["steps_per_epoch"],
                 meta=content["meta"],
             )
+            object.__setattr__(schedule, "path", str(path))
+            return schedule
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (KeyError, AttributeError, TypeError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pathways.registry import UserError
 from pathways.taps import LOGITS
 
 Moving = float | Callable[[int], float]
@@ -32,9 +33,14 @@ class Term(nn.Module):
         scalars: processes of other scalars of the loss, attribute → ``step → value``, for instance its temperature;
             ``level_weights.1`` is an item of a list.
         pretrain: compute the loss of the recipe's first stage, `DistillationLoss.pretrain`, in place of the loss.
-        rows: stored sample number → row of what the loss keeps per sample, (largest number + 1,) int64; None hands
-            the numbers on as they are.
+        positions: stored sample number → place in what the loss keeps per sample, (largest number + 1,) int64; None
+            hands the numbers on as they are.
+
+    What a loss declares on its class (`distpro.losses.base.DistillationLoss`) is read from here: `rows`, `by_position`,
+    `masked`, `deploys`.
     """
+
+    transform_name = ""
 
     def __init__(
         self,
@@ -48,7 +54,7 @@ class Term(nn.Module):
         reduction: str | None = None,
         scalars: Mapping[str, Callable[[int], float]] | None = None,
         pretrain: bool = False,
-        rows: Tensor | None = None,
+        positions: Tensor | None = None,
     ):
         super().__init__()
         self.loss = loss
@@ -59,9 +65,12 @@ class Term(nn.Module):
         self.per_level = per_level
         self.reduction = reduction
         self.scalars = dict(scalars or {})
-        self.transform_name = ""
         self.pretrain = pretrain
-        self.register_buffer("rows", rows, persistent=False)
+        self.rows: str = getattr(loss, "rows", "first")
+        self.by_position = bool(getattr(loss, "by_position", False)) and not per_level
+        self.masked = bool(getattr(loss, "masked", False)) and not (per_level or pretrain)
+        self.deploys = bool(getattr(loss, "deploys", False))
+        self.register_buffer("positions", positions, persistent=False)
         if pretrain and getattr(loss, "pretrain_reads", "both") == "teacher":
             self.student_taps = ()
 
@@ -76,12 +85,45 @@ class Term(nn.Module):
             else:
                 setattr(self.loss, name, process(step))
 
-    def forward(self, student: Any, teacher: Any, target: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        """Scalar loss, or the losses (L,) of a ``per_level`` term."""
+    def forward(
+        self,
+        student: Any,
+        teacher: Any,
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+        mask: Tensor | list[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Scalar loss, or the losses (L,) of a ``per_level`` term. ``mask``: see `DistillationLoss.masked`."""
         compare = self.loss.levels if self.per_level else self.loss.pretrain if self.pretrain else self.loss
-        if self.rows is not None and index is not None:
-            index = self.rows[index]  # type: ignore[index]
-        return compare(student, teacher, target=target, index=index)  # type: ignore[operator]
+        if self.positions is not None and index is not None:
+            index = self.positions[index]  # type: ignore[index]
+        more = {"mask": mask} if self.masked else {}
+        return compare(student, teacher, target=target, index=index, **more)  # type: ignore[operator]
+
+
+_DEFAULTS: dict[str, Any] = {
+    "level": None,
+    "transform_name": "",
+    "weight": None,
+    "per_level": False,
+    "reduction": None,
+    "rows": "first",
+    "by_position": False,
+    "masked": False,
+    "deploys": False,
+}
+
+
+def as_term(module: nn.Module) -> nn.Module:
+    """The module itself, with the attributes of a term that it does not have at their defaults: a pathway, a `Term`, or
+    somebody's own module with ``key``, ``student_taps`` and ``teacher_taps``. Raises UserError for any other."""
+    for name in ("key", "student_taps", "teacher_taps"):
+        if not hasattr(module, name):
+            raise UserError(f"objective: {type(module).__name__} is no term, it has no '{name}'")
+    for name, default in _DEFAULTS.items():
+        if not hasattr(module, name):
+            setattr(module, name, default)
+    return module
 
 
 @dataclass(frozen=True)
@@ -97,4 +139,4 @@ def entries_of(term: Any) -> list[Entry]:
     """The entries that a term adds to the vector of losses: one, or one per teacher level."""
     if getattr(term, "per_level", False):
         return [Entry(f"{term.key}.{i}", (i, 0, 0)) for i in range(1, len(term.teacher_taps) + 1)]
-    return [Entry(term.key, term.level, getattr(term, "transform_name", ""))]
+    return [Entry(term.key, getattr(term, "level", None), getattr(term, "transform_name", ""))]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from distpro.objective import Evaluation, Objective
+from distpro.batch import Batch
+from distpro.features import TrainingPass
 from distpro.schedule import Schedule
+from distpro.term import Entry, entries_of
 from pathways.registry import UserError
 
 
@@ -26,7 +28,7 @@ class Weights(Protocol):
     repeats: bool
     """Whether a step is taken again after the weights have moved (a literal Algorithm 1)."""
 
-    def before_update(self, step: int, batch: Any, state: dict[str, Tensor], evaluation: Evaluation) -> None:
+    def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], done: TrainingPass) -> None:
         """After the backward pass of a watched step; ``state`` is the random state before it."""
 
     def after_update(self, step: int) -> bool:
@@ -41,6 +43,27 @@ class Weights(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Followed(Protocol):
+    """What a replay needs of an objective."""
+
+    def weights_at(self, step: int) -> Sequence[float]: ...
+
+    def keep(self, terms: Sequence[nn.Module]) -> None: ...
+
+    def follow(
+        self,
+        schedule: Schedule,
+        total_steps: int,
+        threshold: float | None = None,
+        scale: float | Callable[[int], float] = 1.0,
+        mapping: Mapping[str, str] | None = None,
+    ) -> None: ...
+
+    def follow_equal(
+        self, scale: float | Callable[[int], float] = 1.0, scales: Mapping[str, float] | None = None
+    ) -> None: ...
 
 
 CONTROLS: dict[str, Callable[[Schedule, int], Schedule]] = {
@@ -59,7 +82,7 @@ class Replay:
 
     needs_views = repeats = False
 
-    def __init__(self, objective: Objective):
+    def __init__(self, objective: Followed):
         self.objective = objective
 
     def weights(self, step: int) -> Sequence[float]:
@@ -71,7 +94,7 @@ class Replay:
     def resumable(self, steps: int) -> bool:
         return True
 
-    def before_update(self, step: int, batch: Any, state: dict[str, Tensor], evaluation: Evaluation) -> None:
+    def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], done: TrainingPass) -> None:
         raise AssertionError("a replay watches no step")
 
     def after_update(self, step: int) -> bool:
@@ -88,7 +111,7 @@ class Replay:
 
 
 def replay(
-    objective: Objective,
+    objective: Followed,
     how: str,
     total_steps: int,
     schedule: Schedule | None = None,
@@ -122,3 +145,55 @@ def replay(
             raise UserError(f"retrain.weights is '{how}', which needs a schedule: give --schedule alpha.pt")
         objective.follow(CONTROLS[how](schedule.after(start), seed), total_steps, threshold, scale, mapping)
     return Replay(objective)
+
+
+def constants_of(terms: Iterable[Any], step: int) -> list[float | None]:
+    """Weight of each entry of the terms that is fixed, a process at its step; None for the others."""
+    weights: list[float | None] = []
+    for term in terms:
+        fixed = term.weight
+        value = None if fixed is None else float(fixed(step) if callable(fixed) else fixed)
+        weights += [value] * len(entries_of(term))
+    return weights
+
+
+def weights_of(
+    terms: Sequence[Any],
+    columns: Mapping[str, Tensor],
+    total_steps: int = 1,
+    scale: float | Callable[[int], float] = 1.0,
+) -> Callable[[int], list[float]]:
+    """step → weight of each entry of the terms: ``scale`` times its row of ``columns`` (T,), else its constant, else 1.
+    The last row stands for all later steps."""
+    keys = [entry.key for term in terms for entry in entries_of(term)]
+    factor = scale if callable(scale) else lambda step: scale
+
+    def weights_at(step: int) -> list[float]:
+        row, by = min(step, total_steps - 1), factor(step)
+        constants = [1.0 if weight is None else weight for weight in constants_of(terms, step)]
+        return [by * columns[k][row].item() if k in columns else c for k, c in zip(keys, constants, strict=True)]
+
+    return weights_at
+
+
+def columns_of(schedule: Schedule, terms: Sequence[Any], mapping: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """The schedule's scaled weights per step (T,) of each entry of the terms, by key: matched by key or level
+    (`Schedule.columns`), reduced first for terms with a ``reduction``. Raises UserError where they do not fit."""
+    columns: dict[str, Tensor] = {}
+    for reduction in dict.fromkeys(term.reduction for term in terms):
+        members = [term for term in terms if term.reduction == reduction]
+        entries = [_reduced(entry, reduction) for term in members for entry in entries_of(term)]
+        joined = {entry.key: "total" for entry in entries} if reduction == "total" else mapping
+        fitting = (schedule.reduce(reduction) if reduction else schedule).columns(entries, joined)
+        scaled = fitting.weights * fitting.scales
+        columns |= {entry.key: scaled[:, n] for n, entry in enumerate(entries)}
+    return columns
+
+
+def _reduced(entry: Entry, reduction: str | None) -> Entry:
+    """The entry as it looks to a reduced schedule: with the levels that are left there, and without a transform."""
+    sides = {"teacher_level": (0,), "student_level": (1,), "connection": (0, 1)}.get(reduction or "")
+    if sides is None or entry.level is None:
+        return entry
+    i, j, _ = (level if side in sides else 0 for side, level in enumerate(entry.level))
+    return Entry(entry.key, (i, j, 0))

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import distpro
+from distpro.batch import batch_of
 from distpro.losses import build_loss
 from distpro.models import build_model
 from distpro.objective import Objective, Term
@@ -42,7 +43,7 @@ def test_a_step_has_no_graph_breaks_and_the_same_numbers(captured, precision):
     weights = torch.linspace(0.1, 1, 8)
     results = []
     for of in (compiled, plain):
-        result = of.evaluate(x, y, None, weights if captured else weights.tolist(), captured)
+        result = of.training_pass(batch_of(x, y), weights if captured else weights.tolist(), captured)
         result.loss.backward()
         results.append(result)
     assert counters["graph_break"] == {} and counters["stats"]["unique_graphs"] == 3  # teacher, student, pathways
@@ -67,7 +68,7 @@ def test_later_steps_compile_nothing_again():
     for step in range(4):
         weights = [0.1 * (step + n + 1) for n in range(8)]
         compiled.at(step)
-        compiled.evaluate(x, y, None, weights).loss.backward()
+        compiled.training_pass(batch_of(x, y), weights).loss.backward()
     assert counters["stats"]["unique_graphs"] == 3
 
 
@@ -76,8 +77,8 @@ def test_a_copy_compiles_its_own_models():
     twin, y = copy.deepcopy(compiled), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
         twin.student.model.fc.bias.add_(torch.arange(10.0))
-        assert not torch.allclose(twin.evaluate(x, y).task, compiled.evaluate(x, y).task)
-        torch.testing.assert_close(twin.evaluate(x, y).output, twin.student.model(x))
+        assert not torch.allclose(twin.training_pass(batch_of(x, y)).task, compiled.training_pass(batch_of(x, y)).task)
+        torch.testing.assert_close(twin.training_pass(batch_of(x, y)).output, twin.student.model(x))
 
 
 def test_from_a_config(tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distpro
+from distpro.batch import batch_of
 from distpro.objective import Objective, Term
 from pathways import UserError, build_pathways
 from tests.pairs import Distance, Levels, batch, free, network, pooled, schedule
@@ -98,16 +99,16 @@ def test_bfloat16_is_autocast_of_models_and_terms_with_the_task_loss_in_full(tas
     x, y = batch()
     objective = two_terms(torch.float32, precision=torch.bfloat16, task_loss=task_loss)
     student, teacher = (copy.deepcopy(t.model) for t in (objective.student, objective.teacher))
-    evaluation = objective.evaluate(x, y, weights=objective.weights_at(0))
-    evaluation.loss.backward()
+    done = objective.training_pass(batch_of(x, y), weights=objective.weights_at(0))
+    done.loss.backward()
 
     with torch.autocast("cpu", torch.bfloat16):
         output = student(x)
         kd = distpro.build_loss("kd")(output, teacher.eval()(x))
-    assert evaluation.output.dtype is output.dtype is torch.bfloat16
-    assert evaluation.loss.dtype is torch.float32
-    assert torch.equal(evaluation.task, task_loss(output.float(), y))
-    assert torch.equal(evaluation.terms[1], kd.float())
+    assert done.output.dtype is output.dtype is torch.bfloat16
+    assert done.loss.dtype is torch.float32
+    assert torch.equal(done.task, task_loss(output.float(), y))
+    assert torch.equal(done.terms[1], kd.float())
     assert all(p.grad.dtype is torch.float32 for p in objective.trainable_parameters())
 
 
@@ -152,7 +153,7 @@ def test_batchnorm_statistics_are_updated_once_a_step(kind, capture):
     objective = Objective(network(0), student, build_pathways(network(0), student, x, ["2", "5"], ["2", "5"]))
     assert objective.student.traced is (kind is nn.Sequential)
     for _ in range(2):
-        objective.evaluate(x, y, weights=objective.weights_at(0), capture=capture).loss.backward()
+        objective.training_pass(batch_of(x, y), weights=objective.weights_at(0), capture=capture).loss.backward()
         plain(x)
     for (name, found), truth in zip(student.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(found, truth), name
@@ -193,9 +194,9 @@ def test_the_teacher_does_not_run_without_an_active_term(weights):
     assert loss == parts["task"]
 
 
-def test_an_evaluation_without_active_terms_still_has_views_for_each():
+def test_an_done_without_active_terms_still_has_views_for_each():
     objective, _, _ = counted([0.0, 0.0])
-    assert objective.evaluate(*batch(), weights=[0.0, 0.0], capture=True).views == [{}, {}]
+    assert objective.training_pass(batch_of(*batch()), weights=[0.0, 0.0], capture=True).views == [{}, {}]
 
 
 def test_a_tap_that_needs_no_gradient_can_be_captured():
@@ -203,10 +204,10 @@ def test_a_tap_that_needs_no_gradient_can_be_captured():
     student = network(1)
     student[0].requires_grad_(False)
     terms = [Term(Distance(), "frozen", ["0:input"], ["0:input"], 1.0), Term(Distance(), "free", ["5"], ["5"], 1.0)]
-    evaluation = Objective(network(0), student, terms).evaluate(*batch(), weights=[1.0, 1.0], capture=True)
-    evaluation.loss.backward()
-    assert evaluation.views[0]["0:input"].grad is None
-    assert evaluation.views[1]["5"].grad is not None
+    done = Objective(network(0), student, terms).training_pass(batch_of(*batch()), weights=[1.0, 1.0], capture=True)
+    done.loss.backward()
+    assert done.views[0]["0:input"].grad is None
+    assert done.views[1]["5"].grad is not None
 
 
 def test_terms_that_a_schedule_never_uses_are_taken_out():

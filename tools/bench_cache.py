@@ -26,6 +26,7 @@ import tempfile
 import torch
 from benchmark import measure, medians, parser, save
 
+from distpro.batch import batch_of
 from distpro.build.reading import Reading
 from distpro.data import Loader, Split
 from distpro.losses import LOSSES, build_loss
@@ -63,7 +64,7 @@ class Setup:
         self.epochs = options.rounds + 1  # and the one that warms up
         example = next(self.loader.epoch(0)).x[:2]
         self.term = self._term(loss, example)
-        self.taps = self.objective().teach(example)
+        self.taps = self.objective().run_teacher(batch_of(example))
 
     def _term(self, loss: str, x: torch.Tensor) -> Term:
         kind = LOSSES[loss]
@@ -107,12 +108,12 @@ class Training:
             self.objective.at(len(self.losses))
             known = self.takes.pop(0) if self.takes is not None else None
             self.optimizer.zero_grad(set_to_none=True)
-            evaluation = self.objective.evaluate(*batch, self.objective.weights_at(len(self.losses)), teacher=known)
-            evaluation.loss.backward()
+            done = self.objective.training_pass(batch, self.objective.weights_at(len(self.losses)), teacher=known)
+            done.loss.backward()
             self.optimizer.step()
-            self.losses.append(evaluation.loss.item())
+            self.losses.append(done.loss.item())
             if self.gives is not None:
-                self.gives.append(evaluation.teacher)
+                self.gives.append(done.teacher)
 
     def agrees(self, other: Training) -> bool:
         """Whether all losses and the parameters are the same bits."""

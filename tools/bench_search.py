@@ -34,7 +34,7 @@ from bench_train import hcl
 from benchmark import measure, medians, parser, repeated, save
 from torch import nn
 
-from distpro.batch import Batch
+from distpro.batch import batch_of
 from distpro.losses import build_loss
 from distpro.models import build_model
 from distpro.objective import Objective, Term
@@ -79,7 +79,7 @@ class Setup:
         batch, size = options.batch, getattr(options, "size", 32)
         self.every = every
         self.train, self.validation = (
-            Batch(
+            batch_of(
                 torch.randn(batch, 3, size, size, device=self.device).contiguous(memory_format=layout),
                 torch.randint(100, (batch,), device=self.device),
             )
@@ -89,9 +89,9 @@ class Setup:
         if blocks:
             taps = [f"{stage}.{n}" for stage in taps for n in range(len(self.student.get_submodule(stage)))]
         space = build_pathways(
-            self.teacher, self.student, self.train.x, self.teacher.stage_taps.pre, taps, transforms=TRANSFORMS[:transforms]
+            self.teacher, self.student, self.train.inputs, self.teacher.stage_taps.pre, taps, transforms=TRANSFORMS[:transforms]
         )  # fmt: skip
-        self.objective = Objective(self.teacher, self.student, space, self.train.x, precision=precision)
+        self.objective = Objective(self.teacher, self.student, space, self.train.inputs, precision=precision)
         self.optimizer = self._sgd(self.objective.trainable_parameters())
         searcher = Searcher(
             self.objective, ESTIMATORS.build(estimator, self.objective, self.optimizer, **params), BiasedSoftmax(),
@@ -112,31 +112,31 @@ class Setup:
     # The floor's passes
 
     def teacher_pass(self) -> None:
-        self.objective.teach(self.train.x)
+        self.objective.run_teacher(self.train)
 
     def training_pass(self) -> Callable[[], None]:
-        teacher = self.objective.teach(self.train.x)
+        teacher = self.objective.run_teacher(self.train)
 
         def run() -> None:
             self.optimizer.zero_grad(set_to_none=True)
             with self.objective.autocast():
-                output, features = self.objective.student(self.train.x)
+                output, features = self.objective.student(self.train.inputs)
                 losses = [p(features[p.student_taps[0]], teacher[p.teacher_taps[0]]) for p in self.objective.terms]
-            loss = F.cross_entropy(output.float(), self.train.y) + (self.weights * torch.stack(losses)).sum()
+            loss = F.cross_entropy(output.float(), self.train.target) + (self.weights * torch.stack(losses)).sum()
             loss.backward()
 
         return run
 
     def validation_pass(self) -> None:
         with self.objective.autocast():
-            output = self.student(self.validation.x)
-        loss = F.cross_entropy(output.float(), self.validation.y)
+            output = self.student(self.validation.inputs)
+        loss = F.cross_entropy(output.float(), self.validation.target)
         torch.autograd.grad(loss, list(self.student.parameters()))
 
     def tangent_pass(self) -> Callable[[], None]:
         values = {name: p.detach() for name, p in self.student.named_parameters()}
         direction = {name: torch.randn_like(p) for name, p in values.items()}
-        return lambda: forward_mode(self.student, values, direction, self.train.x, self.objective.precision)
+        return lambda: forward_mode(self.student, values, direction, self.train.inputs, self.objective.precision)
 
     def optimizer_step(self) -> Callable[[], None]:
         self.training_pass()()
@@ -148,11 +148,11 @@ class Setup:
         """Our own step of plain knowledge distillation: teacher, student, KL at T = 4."""
         optimizer = self._sgd(list(self.student.parameters()))
         kd = Term(build_loss("kd", [(100,)], [(100,)]), "kd")
-        objective = Objective(self.teacher, self.student, [kd], self.train.x, precision=self.objective.precision)
+        objective = Objective(self.teacher, self.student, [kd], self.train.inputs, precision=self.objective.precision)
 
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
-            objective.evaluate(*self.train, weights=[1.0]).loss.backward()
+            objective.training_pass(self.train, [1.0]).loss.backward()
             optimizer.step()
 
         return run
@@ -172,11 +172,11 @@ class Setup:
         def training_loss() -> torch.Tensor:
             student, pathways = model
             with torch.no_grad(), tap(self.teacher, self.teacher.stage_taps.pre) as theirs:
-                self.teacher(self.train.x)
+                self.teacher(self.train.inputs)
             with tap(student, self.student.stage_taps.post) as ours:
-                output = student(self.train.x)
+                output = student(self.train.inputs)
             losses = [hcl([p.transform(ours[p.student_taps[0]])], [theirs[p.teacher_taps[0]]]) for p in pathways]
-            return F.cross_entropy(output, self.train.y) + (weighting(alpha) * torch.stack(losses)).sum()
+            return F.cross_entropy(output, self.train.target) + (weighting(alpha) * torch.stack(losses)).sum()
 
         def run() -> None:
             virtual = copy.deepcopy(model)
@@ -184,7 +184,7 @@ class Setup:
             with torch.no_grad():
                 for p, g in zip(virtual.parameters(), gradients, strict=True):
                     p -= 0.01 * (g + 5e-4 * p)
-            validation_loss = F.cross_entropy(virtual[0](self.validation.x), self.validation.y)
+            validation_loss = F.cross_entropy(virtual[0](self.validation.inputs), self.validation.target)
             v = torch.autograd.grad(validation_loss, list(virtual.parameters()), allow_unused=True)
             epsilon = 0.01 / torch.cat([g.flatten() for g in v if g is not None]).norm()
             at = []

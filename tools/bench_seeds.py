@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from benchmark import measure, medians, parser, save
 from torch.func import functional_call, stack_module_state, vmap
 
+from distpro.batch import batch_of
 from distpro.losses import build_loss
 from distpro.models import build_model
 from distpro.objective import Objective, Term
 
 
-def batch_of(options: argparse.Namespace, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(options: argparse.Namespace, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(count, 3, 32, 32, device=options.device).contiguous(memory_format=torch.channels_last)
     return x, torch.randint(100, (count,), device=options.device)
 
@@ -42,7 +43,7 @@ def sgd(params: Any) -> torch.optim.SGD:
 
 def alone(options: argparse.Namespace) -> Callable[[], None]:
     """``--steps`` steps of one seed."""
-    x, y = batch_of(options, options.batch)
+    x, y = random_batch(options, options.batch)
     kd = Term(build_loss("kd", [(100,)], [(100,)]), "kd")
     teacher, student = network(options, options.teacher).eval(), network(options, options.student)
     objective = Objective(teacher, student, [kd], x[:2], precision=torch.bfloat16)
@@ -51,7 +52,7 @@ def alone(options: argparse.Namespace) -> Callable[[], None]:
     def run() -> None:
         for _ in range(options.steps):
             optimizer.zero_grad(set_to_none=True)
-            objective.evaluate(x, y, weights=[1.0]).loss.backward()
+            objective.training_pass(batch_of(x, y), [1.0]).loss.backward()
             optimizer.step()
 
     return run
@@ -102,7 +103,7 @@ def ensemble(options: argparse.Namespace) -> Callable[[], None]:
     optimizer = sgd(list(parameters.values()))
     teacher = Objective(network(options, options.teacher).eval(), students[0], [Term(build_loss("kd", [(100,)], [(100,)]), "kd")],
                         torch.zeros(2, 3, 32, 32, device=options.device), precision=torch.bfloat16)  # fmt: skip
-    x, y = batch_of(options, options.seeds * options.batch)
+    x, y = random_batch(options, options.seeds * options.batch)
     xs, ys = x.unflatten(0, (options.seeds, -1)), y.unflatten(0, (options.seeds, -1))
 
     def forward(values: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
@@ -111,7 +112,7 @@ def ensemble(options: argparse.Namespace) -> Callable[[], None]:
     def run() -> None:
         for _ in range(options.steps):
             optimizer.zero_grad(set_to_none=True)
-            taught = teacher.teach(x)["logits"].float().unflatten(0, (options.seeds, -1))
+            taught = teacher.run_teacher(batch_of(x))["logits"].float().unflatten(0, (options.seeds, -1))
             with torch.autocast(x.device.type, torch.bfloat16):
                 outputs = vmap(forward)(parameters, xs).float()
             kd = F.kl_div((outputs / 4).log_softmax(-1), (taught / 4).softmax(-1), reduction="sum") * 16 / options.batch

@@ -3,15 +3,21 @@
 Never imports report or runs.
 """
 
+from distpro.build.cache import versions_of
 from distpro.build.checks import check_names
-from distpro.build.data import IMAGE_SETS, build_data, build_loader
+from distpro.build.data import blank_data, build_data, build_loader
+from distpro.build.given import Given
 from distpro.build.models import build_pair
-from distpro.build.objective import PRECISIONS, build_deployed, build_objective, build_task, versions_of
-from distpro.build.runs import build_optimizer, build_retrain, build_search
+from distpro.build.objective import PRECISIONS, build_deployed, build_objective, compose
+from distpro.build.optimizer import OPTIMIZERS, build_optimizer
+from distpro.build.runs import build_retrain, build_search
+from distpro.build.task import build_task, metrics_of
 from distpro.build.terms import build_terms
 
 __all__ = [
-    "IMAGE_SETS",
+    "Given",
+    "OPTIMIZERS",
+    "blank_data",
     "PRECISIONS",
     "build_data",
     "build_deployed",
@@ -24,5 +30,7 @@ __all__ = [
     "build_task",
     "build_terms",
     "check_names",
+    "compose",
+    "metrics_of",
     "versions_of",
 ]

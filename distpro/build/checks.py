@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from distpro.build.given import OBJECT
+from distpro.build.optimizer import OPTIMIZERS
 from distpro.build.terms import split_processes
 from distpro.config.schema import Config
 from distpro.data import DATASETS, build_augment
@@ -12,7 +14,7 @@ from distpro.models import MODELS
 from distpro.process import Clock
 from distpro.search.estimators.base import ESTIMATORS
 from distpro.search.weighting import WEIGHTINGS
-from distpro.tasks import TASKS
+from distpro.tasks import METRICS, TASKS
 from pathways import DISTANCES, TRANSFORMS
 from pathways.registry import Registry, check_parameters
 from pathways.space import parse_spec
@@ -20,7 +22,8 @@ from pathways.space import parse_spec
 
 def check_names(config: Config) -> None:
     """Look up every name and parameter that the config says. Raises UserError before anything is loaded."""
-    DATASETS[config.data.name]
+    if not config.data.name.startswith(OBJECT):
+        DATASETS[config.data.name]
     build_augment(config.data.augment)
     models = [config.student, *([config.teacher] if config.teacher else []), *config.teachers.values()]
     specs: list[tuple[Registry, Any, str]] = [
@@ -32,9 +35,13 @@ def check_names(config: Config) -> None:
     if config.pathways is not None:
         specs.append((DISTANCES, config.pathways.distance, "pathways.distance"))
         specs += [(TRANSFORMS, transform, "pathways.transforms") for transform in config.pathways.transforms]
+    specs += [(METRICS, metric, "metrics") for metric in config.metrics]
+    OPTIMIZERS[config.training.optimizer.name]
     for model in models:
         if ":" not in model.model:
             specs.append((MODELS, {"name": model.model, **model.params}, "model"))
     for registry, spec, what in specs:
         name, params = parse_spec(spec, what)
+        if name.startswith(OBJECT):
+            continue
         check_parameters(f"{what} '{name}'", registry[name], params)

@@ -5,17 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from distpro.build.device import device_of
+from distpro.build.given import Given, refuse_object
 from distpro.config.schema import Config
-from distpro.data import Dataset, Loader, load_data
+from distpro.data import Blank, load_data, split
+from distpro.data.loading import make_loader
 from distpro.losses import LOSSES
 from distpro.train import distributed
+from pathways.registry import UserError
 
-IMAGE_SETS = {"cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32))}
+IMAGE_SETS = {"cifar10": (10, (3, 32, 32), 50000), "cifar100": (100, (3, 32, 32), 50000)}
+"""Classes, image shape and training samples of sets that need not be there for a dry run."""
 
 
-def build_data(config: Config) -> Dataset:
-    """The config's data set."""
+def build_data(config: Config, given: Given | None = None) -> Any:
+    """The config's data set, or the one that was handed over."""
+    if given is not None and given.data is not None:
+        return given.data
     data = config.data
+    refuse_object("data", data.name)
     root = {} if data.root is None else {"root": data.root}
     return load_data(
         data.name,
@@ -29,24 +36,50 @@ def build_data(config: Config) -> Dataset:
     )
 
 
-def build_loader(config: Config, data: Dataset, part: Any, *, training: bool, batch_size: int | None = None) -> Loader:
-    """Batches of a split: shuffled and augmented for training, in order and plain for evaluation. Training images are
-    followed by their rotations where a term reads them."""
-    return Loader(
+def blank_data(config: Config, given: Given | None = None) -> tuple[Any, int | None]:
+    """A stand-in with the shapes of the config's data and the number of training samples (None if unknown); the data
+    themselves only where nothing else says how many classes there are and how large the images are."""
+    classes, shape, samples = IMAGE_SETS.get(config.data.name, (None, None, None))
+    kept = config.data.classes
+    classes = config.data.num_classes or (len(kept) if isinstance(kept, list) else kept) or classes
+    shape = config.data.image_shape or shape
+    if classes is None or shape is None or (given is not None and given.data is not None):
+        data = build_data(config, given)
+        try:
+            return data, len(data.train)
+        except TypeError:  # an iterable data set
+            return data, None
+    dense = str(config.task).find("segmentation") >= 0
+    return Blank(classes, shape, dense=dense), config.data.samples or samples
+
+
+def build_loader(config: Config, data: Any, part: Any, *, training: bool, batch_size: int | None = None) -> Any:
+    """Batches of a part of the data: shuffled and augmented for training, in order and plain for evaluation. Training
+    samples are followed by more rows where a loss asks for them (`DistillationLoss.expand`)."""
+    asked = {LOSSES[term.loss].expand for term in config.terms} - {""} if training else set()  # type: ignore[attr-defined]
+    if len(asked) > 1:
+        raise UserError(f"terms: their losses want different rows of each sample ({', '.join(sorted(asked))})")
+    return make_loader(
+        data,
         part,
         distributed.share(batch_size or config.training.batch_size),
-        mean=data.mean,
-        std=data.std,
-        augment=config.data.augment if training else (),
-        shuffle=training,
+        training=training,
         seed=config.seed,
+        augment=config.data.augment if training else (),
         drop_last=training and config.training.drop_last,
         device=device_of(config),
         channels_last=config.channels_last,
         workers=config.data.workers,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        rotations=training and any(LOSSES[term.loss].views > 1 for term in config.terms),  # type: ignore[attr-defined]
+        expand=next(iter(asked), ""),
         augment_epochs=config.data.augment_epochs if training else None,
-        num_classes=data.num_classes,
     )
+
+
+def search_parts(config: Config, data: Any) -> tuple[Any, Any]:
+    """(validation, training) parts of a search: the data set's own validation part if it has one, else a fraction of
+    the training part."""
+    if data.validation is not None:
+        return data.validation, data.train
+    return split(data.train, config.search.validation_fraction, config.seed)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distpro.batch import Batch
 from distpro.build.device import device_of
+from distpro.build.given import Given, refuse_object
 from distpro.build.reading import Reading, reading_of
+from distpro.build.task import build_task
 from distpro.config.schema import Config, ModelConfig
 from distpro.data.datasets import locate
-from distpro.models import build_model, load_checkpoint
+from distpro.models import accepted, build_model, load_checkpoint
 from distpro.models.ensemble import Ensemble, InputAdapter
+from distpro.task import Task
 from distpro.train import distributed
+from pathways.call import Call
+from pathways.probing import probe_shapes
 from pathways.registry import UserError
 
 
@@ -24,16 +32,19 @@ class Pair:
 
     Attributes:
         teacher: None where no term needs one; several teachers are one `Ensemble`.
+        example: a batch of two samples on the device.
+        call: how it meets a model.
         teachers: the places of each teacher by its name; a single one has the name "".
         student_reading: the student's places; None where no term needs them.
-        example_input: (2, C, H, W).
     """
 
     teacher: nn.Module | None
     student: nn.Module
-    example_input: Tensor
+    example: Batch
+    call: Call
     teachers: Mapping[str, Reading] = field(default_factory=dict)
     student_reading: Reading | None = None
+    _shapes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
     def teacher_reading(self, name: str | None) -> Reading:
         """The places of a teacher by its name, which only one of several needs. Raises UserError for a wrong one."""
@@ -46,18 +57,29 @@ class Pair:
     @property
     def teacher_taps(self) -> list[str]:
         """Where pathways read the teachers: their stages before the last ReLU."""
-        return [tap for reading in self.teachers.values() for tap in reading.before_relu]
+        return [tap for reading in self.teachers.values() for tap in reading.taps(["stages"], before_relu=True)]
 
     @property
     def student_taps(self) -> list[str]:
         """Where pathways read the student: its stages."""
-        return list(self.student_reading.stages) if self.student_reading is not None else []
+        return self.student_reading.taps(["stages"], before_relu=False) if self.student_reading is not None else []
+
+    def shapes(self, side: str, taps: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Per-sample shape of each tap of ``teacher`` or ``student``. What has been probed once is known."""
+        model = self.teacher if side == "teacher" else self.student
+        unknown = [tap for tap in dict.fromkeys(taps) if (side, tap) not in self._shapes]
+        if unknown and model is not None:
+            found = probe_shapes(model, unknown, self.call)
+            self._shapes |= {(side, tap): shape for tap, shape in found.items()}
+        return {tap: self._shapes[side, tap] for tap in taps}
 
 
-def build_network(model: ModelConfig, num_classes: int, load: bool = True) -> nn.Module:
-    """A model with its checkpoint, if the config names one."""
-    classes = {} if "num_classes" in model.params else {"num_classes": num_classes}
-    network = build_model(model.model, **classes, **model.params)
+def build_network(model: ModelConfig, facts: Mapping[str, Any], load: bool = True) -> nn.Module:
+    """A model with its checkpoint, if the config names one. ``facts``: what the task says that a model needs to fit the
+    data, for instance its number of classes; a model of the user's own is given what it takes of them."""
+    refuse_object("model", model.model)
+    wanted = {name: value for name, value in facts.items() if name not in model.params}
+    network = build_model(model.model, **accepted(model.model, wanted), **model.params)
     if model.checkpoint and load:
         load_checkpoint(network, locate("checkpoint", model.checkpoint))
     return network
@@ -76,51 +98,50 @@ def needs_teacher(config: Config) -> bool:
 
 def build_pair(
     config: Config,
-    num_classes: int,
-    image_shape: tuple[int, ...],
+    data: Any,
+    task: Task | None = None,
     load: bool = True,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
     student_state: Mapping[str, Tensor] | None = None,
     teacher_state: Mapping[str, Tensor] | None = None,
+    given: Given | None = None,
 ) -> Pair:
     """Teachers (if any term needs one) and student, on the device, the student initialised from the seed.
 
     Args:
+        data: a data set, or a stand-in with its shapes.
+        task: the config's task by default.
         load: read the checkpoints.
-        mean, std: of the student's images, for teachers with an ``input`` of their own.
         student_state, teacher_state: weights that are known already, in place of a checkpoint.
+        given: models that were handed over.
 
     Raises UserError if a teacher has no weights.
     """
+    task, given = task or build_task(config), given or Given()
     torch.manual_seed(config.seed)
-    student = build_network(config.student, num_classes, load)
+    student = given.student or build_network(config.student, task.model_arguments(data), load)
     if student_state is not None:
         student.load_state_dict(student_state)
     if config.sync_batch_norm and distributed.world_size() > 1:
         distributed.synchronise_batch_norm(student)
     student = place(student, config)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    x = torch.zeros(2, *image_shape, device=device_of(config)).contiguous(memory_format=memory_format)
-    pair = Pair(None, student, x)
+    example = data.example(2, device_of(config), config.channels_last)
+    pair = Pair(None, student, example, task.call(example, training=False))
     if not needs_teacher(config):
         return pair
-    pair.student_reading = reading_of(config.student, student, x)
+    pair.student_reading = reading_of(config.student, student, pair.call)
     models, readings = {}, {}
     for name, member in ({"": config.teacher} if config.teacher else config.teachers).items():
         assert member is not None
-        if load and teacher_state is None and member.checkpoint is None and not member.params.get("weights"):
-            path = f"teachers.{name}" if name else "teacher"
-            raise UserError(f"{path}.checkpoint is missing: a teacher with random weights teaches nothing")
-        network = build_network(member, num_classes, load and teacher_state is None)
+        network = given.teacher if given.teacher is not None and not name else None
+        if network is None:
+            _check_weights(name, member, load and teacher_state is None)
+            network = build_network(member, task.model_arguments(data), load and teacher_state is None)
         if teacher_state is not None:
             network.load_state_dict(teacher_state)
         network = place(network, config).eval()
-        readings[name] = reading_of(member, network, _resized(x, member))
+        readings[name] = reading_of(member, network, _resized(pair.call, member))
         if member.input is not None:
-            plain = mean or [0.0] * image_shape[0], std or [1.0] * image_shape[0]
-            size = member.input.size
-            network = InputAdapter(network, *plain, member.input.mean, member.input.std, size)
+            network = _adapted(network, member, data)
             readings[name] = readings[name].within("model")
         models[name] = network
     if config.teachers:
@@ -135,9 +156,24 @@ def build_pair(
     return pair
 
 
-def _resized(x: Tensor, member: ModelConfig) -> Tensor:
+def _check_weights(name: str, member: ModelConfig, load: bool) -> None:
+    if load and member.checkpoint is None and not member.params.get("weights"):
+        path = f"teachers.{name}" if name else "teacher"
+        raise UserError(f"{path}.checkpoint is missing: a teacher with random weights teaches nothing")
+
+
+def _adapted(network: nn.Module, member: ModelConfig, data: Any) -> InputAdapter:
+    """The network on images as the student gets them."""
+    assert member.input is not None
+    if data.image_shape is None:
+        raise UserError("teacher.input: for images, whose normalisation the data state")
+    mean, std = data.mean or [0.0] * data.image_shape[0], data.std or [1.0] * data.image_shape[0]
+    return InputAdapter(network, mean, std, member.input.mean, member.input.std, member.input.size)
+
+
+def _resized(call: Call, member: ModelConfig) -> Call:
     if member.input is None or member.input.size is None:
-        return x
-    size = member.input.size
-    height, width = (size, size) if isinstance(size, int) else size
-    return x.new_zeros(*x.shape[:2], height, width)
+        return call
+    if call.sole is None or call.sole.dim() != 4:
+        raise UserError("teacher.input.size: for images, one tensor (N, C, H, W)")
+    return Call((F.interpolate(call.sole, member.input.size, mode="bilinear", align_corners=False),))

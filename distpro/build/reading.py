@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from distpro.config.schema import ModelConfig
 from distpro.models import stage_taps
-from pathways import find_stages, probe_shapes
+from pathways.call import Call
+from pathways.probing import find_stages, probe_shapes, untouched
 from pathways.registry import UserError
-from pathways.taps import LOGITS, check_taps
+from pathways.taps import LOGITS, check_taps, parse_tap, response_of
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class Reading:
         stages: taps after its stages, shallow to deep.
         before_relu: the same before their last ReLU, where they end in one.
         embedding: tap of what enters the classifier, if it was found.
-        classifier: the last linear layer, if there is one.
+        classifier: the linear layer whose output is the model's response, if there is one.
         logits: tap of the model's own output.
         path: where the model is a child of another, its path there.
+        problem: why no stages were found; raised where a config needs them.
     """
 
     stages: Sequence[str]
@@ -34,6 +36,7 @@ class Reading:
     classifier: nn.Linear | None = None
     logits: str = LOGITS
     path: str = ""
+    problem: str = ""
 
     def within(self, path: str) -> Reading:
         """The same places of a model that is the child ``path`` of another."""
@@ -53,6 +56,8 @@ class Reading:
     def taps(self, kinds: Sequence[str], before_relu: bool) -> list[str]:
         """Taps of the kinds that a loss reads: of ``stages``, ``last``, ``embedding``, ``logits``.
         Raises UserError where the model has no such place that is known."""
+        if self.problem and {"stages", "last"} & set(kinds):
+            raise UserError(self.problem)
         stages = list(self.before_relu if before_relu else self.stages)
         found: list[str] = []
         for kind in kinds:
@@ -68,44 +73,82 @@ class Reading:
         return found
 
 
-def reading_of(config: ModelConfig, model: nn.Module, x: Tensor) -> Reading:
+def reading_of(config: ModelConfig, model: nn.Module, call: Call) -> Reading:
     """The places that the config names; else those that the model states; else its stages as found by a probe."""
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     stated = stage_taps(model)
-    last, classifier = linear[-1] if linear else (None, None)
-    embedding = stated.embedding if stated is not None else f"{last}:input" if last else None
+    found = _classifier(model, call)
+    embedding = stated.embedding if stated is not None else f"{found}:input" if found else None
+    classifier = model.get_submodule(found) if found else None
+    assert classifier is None or isinstance(classifier, nn.Linear)
     if config.taps is not None:
         check_taps(model, config.taps, config.model)
         return Reading(config.taps, config.taps, embedding, classifier)
     if stated is not None:
         return Reading(stated.post, stated.pre, embedding, classifier)
-    stages = find_stages(model, x)
-    return Reading(stages, [_before_relu(model, tap, x) for tap in stages], embedding, classifier)
-
-
-def _before_relu(model: nn.Module, tap: str, x: Tensor) -> str:
     try:
-        probe_shapes(model, [f"{tap}:pre_relu"], x)
-        return f"{tap}:pre_relu"
+        stages = find_stages(model, call)
+    except UserError as error:  # terms that name their taps, or read the response, do not need any
+        return Reading([], [], embedding, classifier, problem=str(error))
+    return Reading(stages, before_relu(model, stages, call), embedding, classifier)
+
+
+def _classifier(model: nn.Module, call: Call) -> str | None:
+    """Name of the linear layer whose output is the model's response: not just any last one, which in a detector is a
+    box's head."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Any:
+        return lambda _module, _args, output: outputs.append((name, output))
+
+    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    try:
+        with untouched(model):
+            model.eval()
+            response = response_of(call.run(model))
+    except UserError:  # a response that only the task can name
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((n for n, out in reversed(outputs) if out is response or _same(out, response)), None)
+
+
+def _same(output: Tensor, response: Tensor) -> bool:
+    return output.shape == response.shape and output.data_ptr() == response.data_ptr()
+
+
+def before_relu(model: nn.Module, taps: Sequence[str], call: Call) -> list[str]:
+    """Each tap before its last ReLU, where it ends in one."""
+    wanted = [f"{tap}:pre_relu" for tap in taps]
+    if not wanted or _can_be_read(model, wanted, call):
+        return wanted
+    return [before if _can_be_read(model, [before], call) else tap for tap, before in zip(taps, wanted, strict=True)]
+
+
+def _can_be_read(model: nn.Module, taps: Sequence[str], call: Call) -> bool:
+    try:
+        probe_shapes(model, taps, call)
     except UserError:
-        return tap
+        return False
+    return True
 
 
-def norm_before(model: nn.Module, tap: str, x: Tensor) -> nn.BatchNorm2d | None:
-    """The BatchNorm whose output a tap before a ReLU is, or is the sum of with a shortcut: the tapped module itself, or
-    the last one of the tapped module that runs."""
-    path = tap.partition(":")[0]
-    module = model.get_submodule(path)
+def norms_before(model: nn.Module, taps: Sequence[str], call: Call) -> list[nn.BatchNorm2d | None]:
+    """For each tap before a ReLU, the BatchNorm whose output it is, or is the sum of with a shortcut: the tapped module
+    itself, or the last one of the tapped module that runs. None where there is none."""
     ran: list[nn.BatchNorm2d] = []
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
     def note(norm: nn.BatchNorm2d, *_: Any) -> None:
         ran.append(norm)
 
-    handles = [m.register_forward_hook(note) for m in norms]
+    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     try:
-        probe_shapes(model, [tap], x)
+        probe_shapes(model, taps, call)
     finally:
         for handle in handles:
             handle.remove()
-    return ran[-1] if ran else None
+    found = []
+    for tap in taps:
+        inside = set(model.get_submodule(parse_tap(tap)[0]).modules())
+        found.append(next((norm for norm in reversed(ran) if norm in inside), None))
+    return found

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from distpro.build.cache import build_cache
 from distpro.build.carry import Carry
-from distpro.build.data import build_loader
-from distpro.build.objective import build_cache, build_objective, build_task
+from distpro.build.data import build_loader, search_parts
+from distpro.build.given import Given
+from distpro.build.objective import build_objective
+from distpro.build.optimizer import build_optimizer
+from distpro.build.task import metrics_of
 from distpro.config.schema import Config
-from distpro.data import Dataset, Loader, split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Schedule
@@ -30,27 +33,17 @@ from pathways.registry import UserError
 from pathways.space import parse_spec
 
 
-def build_optimizer(config: Config, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The config's optimiser, in its fused form where there is one that serves."""
-    o = config.training.optimizer
-    if o.name == "sgd":
-        nesterov = o.nesterov and o.momentum > 0 and o.dampening == 0
-        fused = (
-            o.dampening == 0
-        )  # dampening treats a first step apart, and a fused step cannot mix first and later ones
-        sgd = torch.optim.SGD(params, o.lr, o.momentum, o.dampening, o.weight_decay, nesterov=nesterov, fused=fused)
-        if fused and o.momentum:
-            for p in params:  # of a term that is dropped at first, the first gradient comes late
-                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return sgd
-    kind = torch.optim.AdamW if o.name == "adamw" else torch.optim.Adam
-    return kind(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
-
-
 def distill_scale(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
     """λ as a function of the step: `distill_weight`, after ReviewKD's warm-up min(epoch / W, 1), epochs from 1."""
     weight, warmup = config.training.distill_weight, config.training.distill_warmup
     return lambda step: weight * (min(1.0, (step // steps_per_epoch + 1) / warmup) if warmup else 1.0)
+
+
+def clock_of(config: Config, loader: Any) -> Clock:
+    """How long a training on the loader's batches is, in steps."""
+    per_epoch = math.ceil(len(loader) / config.training.accumulate)
+    total = config.training.epochs * per_epoch
+    return Clock(min(total, config.training.max_steps or total), per_epoch)
 
 
 def _trainer(
@@ -58,25 +51,27 @@ def _trainer(
     objective: Objective,
     optimizer: Any,
     weights: Weights,
-    train: Loader,
-    test: Loader,
+    train: Any,
+    test: Any,
     folder: Path | None,
     name: str,
 ) -> Trainer:
     rate = config.training.learning_rate
     return Trainer(
         objective,
-        build_task(config),
+        objective.task,
         optimizer,
         weights,
         train,
         test,
         epochs=config.training.epochs,
-        learning_rate=LearningRate(rate.name, rate.milestones, rate.gamma, rate.warmup_epochs),
+        learning_rate=LearningRate(rate.name, rate.milestones, rate.gamma, rate.warmup_epochs, rate.power),
         folder=folder,
         max_steps=config.training.max_steps,
         clip_norm=config.training.clip_norm,
         clip_by=config.training.clip_by,
+        accumulate=config.training.accumulate,
+        metrics=metrics_of(config, objective.task),
         log_every=config.tracking.log_every,
         evaluate_every=config.tracking.evaluate_every,
         checkpoint_every=config.tracking.checkpoint_every,
@@ -84,7 +79,7 @@ def _trainer(
     )
 
 
-def build_search(config: Config, data: Dataset, folder: Path | None = None) -> Trainer:
+def build_search(config: Config, data: Any, folder: Path | None = None, given: Given | None = None) -> Trainer:
     """A trainer whose weights are searched (Algorithm 1, lines 1-7). Its `weights` is the `Searcher`."""
     if config.precision == "float16":
         raise UserError(
@@ -92,6 +87,8 @@ def build_search(config: Config, data: Dataset, folder: Path | None = None) -> T
         )
     if not config.has_teacher:
         raise UserError("a search needs a teacher")
+    if config.training.accumulate > 1:
+        raise UserError("training.accumulate: a search's step is one batch; choose a larger training.batch_size")
     if config.stages:
         raise UserError("stages: a search is one training; stages are for a retrain")
     for n, term in enumerate(config.terms):
@@ -102,12 +99,12 @@ def build_search(config: Config, data: Dataset, folder: Path | None = None) -> T
     if config.task_weight == 0:
         raise UserError("task_weight: a search learns from the task loss, it cannot be 0")
     search = config.search
-    validation_part, train_part = split(data.train, search.validation_fraction, config.seed)
+    validation_part, train_part = search_parts(config, data)
     train = build_loader(config, data, train_part, training=True)
     validation = build_loader(config, data, validation_part, training=True, batch_size=search.validation_batch_size)
-    total = config.training.epochs * len(train)
-    total = min(total, config.training.max_steps or total)
-    objective = build_objective(config, data, train_part, Clock(total, len(train)))
+    clock = clock_of(config, train)
+    total = clock.total_steps
+    objective = build_objective(config, data, train_part, clock, given=given)
     optimizer = build_optimizer(config, objective.trainable_parameters())
     estimator_name, estimator_params = parse_spec(search.estimator, "search.estimator")
     if distributed.world_size() > 1:
@@ -145,17 +142,18 @@ def build_search(config: Config, data: Dataset, folder: Path | None = None) -> T
         if search.per_rate
         else lambda: 1.0,
     )
-    objective.cache = build_cache(config, data, objective)
+    objective.cache = build_cache(config, data, objective, data.example(2, objective.device, config.channels_last))
     test = build_loader(config, data, data.test, training=False)
     return _trainer(config, objective, optimizer, searcher, train, test, folder, "search")
 
 
 def build_retrain(
     config: Config,
-    data: Dataset,
+    data: Any,
     schedule: Schedule | None,
     folder: Path | None = None,
     carry: Carry | None = None,
+    given: Given | None = None,
 ) -> Trainer:
     """A trainer whose weights replay a schedule or a control (lines 8-14), on the whole training set.
 
@@ -163,23 +161,22 @@ def build_retrain(
     """
     retrain = config.retrain
     train = build_loader(config, data, data.train, training=True)
-    total = config.training.epochs * len(train)
-    total = min(total, config.training.max_steps or total)
-    objective = build_objective(config, data, data.train, Clock(total, len(train)), carry)
+    clock = clock_of(config, train)
+    objective = build_objective(config, data, data.train, clock, carry, given)
     weights = replay(
         objective,
         retrain.weights,
-        total,
+        clock.total_steps,
         schedule,
         retrain.threshold,
-        distill_scale(config, len(train)),
+        distill_scale(config, int(clock.steps_per_epoch)),
         retrain.mapping,
         retrain.start,
         config.seed,
     )
     if not objective.computes_task and not objective.entries:
         raise UserError("task_weight is 0 and there is no term: nothing to train")
-    objective.cache = build_cache(config, data, objective)
+    objective.cache = build_cache(config, data, objective, data.example(2, objective.device, config.channels_last))
     optimizer = build_optimizer(config, objective.trainable_parameters())
     test = build_loader(config, data, data.test, training=False)
     return _trainer(config, objective, optimizer, weights, train, test, folder, f"retrain ({retrain.weights})")

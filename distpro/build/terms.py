@@ -9,24 +9,23 @@ import torch
 from torch import nn
 
 from distpro.build.models import Pair, needs_teacher
-from distpro.build.reading import norm_before
+from distpro.build.reading import norms_before
 from distpro.config.schema import Config, TermConfig
-from distpro.data import Split
 from distpro.losses import LOSSES, DistillationLoss, build_loss
-from distpro.losses.ofd import margin
 from distpro.objective import Term
 from distpro.process import Clock, is_process, parse_process, reduction_of
-from pathways import build_pathways, connect, probe_shapes
+from pathways import build_pathways, connect
 from pathways.registry import UserError
 
 
 def build_terms(
-    config: Config, pair: Pair, num_classes: int | None = None, train: Split | None = None, clock: Clock | None = None
+    config: Config, pair: Pair, data: Any = None, train: Any = None, clock: Clock | None = None
 ) -> list[nn.Module]:
     """Pathways and other terms of the config, new parameters initialised from the seed (but not from the student's).
 
     Args:
-        num_classes, train: what losses may have to know of the data; ``train`` is None where there are no data.
+        data, train: the data set and its training part, of which losses may have to know something; None where there
+            are none.
         clock: the training's length, for weights and scalars that move.
 
     Raises UserError, naming the term, for whatever a loss refuses.
@@ -39,19 +38,22 @@ def build_terms(
         if pair.teacher is None:
             raise UserError("pathways need a teacher")
         space = config.pathways
+        theirs = pair.teacher_reading(space.teacher).taps(["stages"], before_relu=True)
         for pathway in build_pathways(
             pair.teacher,
             pair.student,
-            pair.example_input,
-            list(pair.teacher_reading(space.teacher).before_relu),
+            pair.call,
+            theirs,
             pair.student_taps,
             space.connect,
             space.transforms,
             space.distance,
+            teacher_shapes=pair.shapes("teacher", theirs),
+            student_shapes=pair.shapes("student", pair.student_taps),
         ):
             pathway.weight = space.weight  # type: ignore[assignment]
             terms.append(pathway)
-    facts = _Facts(config, pair, num_classes, train)
+    facts = _Facts(config, pair, data, train)
     for n, term in enumerate(config.terms):
         try:
             terms += _build_term(term, pair, facts, clock or Clock(1))
@@ -74,8 +76,7 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
         teacher_taps = ["logits"]  # of several teachers: what they say together
     else:
         teacher_taps = pair.teacher_reading(config.teacher).taps(kind.taps, kind.before_relu != "neither")
-    student_shapes = probe_shapes(pair.student, student_taps, pair.example_input)
-    teacher_shapes = probe_shapes(pair.teacher, teacher_taps, pair.example_input) if pair.teacher is not None else {}
+    student_shapes, teacher_shapes = pair.shapes("student", student_taps), pair.shapes("teacher", teacher_taps)
     params, moving = split_processes(config.params, clock)
     key = config.key or (config.loss if config.teacher is None else f"{config.loss}@{config.teacher}")
     groups: list[tuple[str, list[str], list[str], tuple[int, int, int] | None]]
@@ -96,7 +97,7 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
             [teacher_shapes[t] for t in theirs] if pair.teacher is not None else [student_shapes[t] for t in ours],
             **params,
             **{need: value for need, value in needs.items() if value is not None},
-        ).to(pair.example_input.device)
+        ).to(next(pair.student.parameters()).device)
         _check_moving(config.loss, loss, moving)
         if not getattr(loss, "uses_teacher", True):
             theirs = []
@@ -106,8 +107,8 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
             raise UserError("has no stage before its own: pretrain is for losses that list two stages")
         per_level = reduction == "teacher_level" and level is None
         weight = weight_of(config.weight, clock)
-        rows = facts.rows() if loss.needs_index else None
-        term = Term(loss, name, ours, theirs, weight, level, per_level, reduction, moving, config.pretrain, rows)
+        positions = facts.positions() if loss.needs_index else None
+        term = Term(loss, name, ours, theirs, weight, level, per_level, reduction, moving, config.pretrain, positions)
         if level is not None:  # of two losses at one place, a schedule of another pair has to know which is which
             term.transform_name = key
         terms.append(term)
@@ -149,31 +150,33 @@ def _check_moving(name: str, loss: DistillationLoss, moving: Mapping[str, Any]) 
 
 
 class _Facts:
-    """What a loss may have to know and no config should have to say."""
+    """What a loss may have to know and no config should have to say, by the names in `DistillationLoss.needs`."""
 
-    def __init__(self, config: Config, pair: Pair, num_classes: int | None, train: Split | None):
-        self.config, self.pair, self.num_classes, self.train = config, pair, num_classes, train
+    def __init__(self, config: Config, pair: Pair, data: Any, train: Any):
+        self.config, self.pair, self.data, self.train = config, pair, data, train
 
     def give(self, need: str, teacher_taps: list[str], teacher: str | None) -> Any:
-        """The value of a parameter named in `DistillationLoss.needs`; None where it is not known."""
+        """The value of a fact; None where it is not known."""
         return getattr(self, f"_{need}")(teacher_taps, teacher)
 
-    def rows(self) -> torch.Tensor | None:
+    def positions(self) -> torch.Tensor | None:
         """Stored sample number → position in the training set, for losses that keep something per sample."""
-        if self.train is None:
+        index = getattr(self.train, "index", None)
+        if index is None:
             return None
-        rows = torch.full((int(self.train.index.max()) + 1,), -1, dtype=torch.int64)
-        rows[self.train.index] = torch.arange(len(self.train))
-        return rows
+        positions = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
+        positions[index] = torch.arange(len(index))
+        return positions
 
     def _num_classes(self, teacher_taps: list[str], teacher: str | None) -> int | None:
-        return self.num_classes
+        return None if self.data is None else self.data.num_classes
 
     def _n_data(self, teacher_taps: list[str], teacher: str | None) -> int:
-        return len(self.train) if self.train is not None else self.config.data.samples or len(self.pair.example_input)
+        return len(self.train) if self.train is not None else self.config.data.samples or self.pair.example.samples
 
     def _labels(self, teacher_taps: list[str], teacher: str | None) -> Any:
-        return self.train.labels if self.train is not None else None
+        labels = getattr(self.train, "labels", None)
+        return labels if isinstance(labels, torch.Tensor) and labels.dim() == 1 else None
 
     def _batch_size(self, teacher_taps: list[str], teacher: str | None) -> int:
         return self.config.training.batch_size
@@ -181,9 +184,6 @@ class _Facts:
     def _classifier(self, teacher_taps: list[str], teacher: str | None) -> nn.Linear | None:
         return self.pair.teacher_reading(teacher).classifier
 
-    def _margins(self, teacher_taps: list[str], teacher: str | None) -> list[torch.Tensor] | None:
-        """Of OFD: from the BatchNorm in front of each tap, or from the batch where there is none."""
+    def _norms(self, teacher_taps: list[str], teacher: str | None) -> list[nn.BatchNorm2d | None]:
         assert self.pair.teacher is not None
-        norms = [norm_before(self.pair.teacher, tap, self.pair.example_input) for tap in teacher_taps]
-        found = [margin(n.weight, n.bias) for n in norms if n is not None]
-        return found if len(found) == len(norms) else None
+        return norms_before(self.pair.teacher, teacher_taps, self.pair.call)

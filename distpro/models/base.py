@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from pathways.registry import Registry, UserError, check_parameters, import_entry, nearest
+from pathways.registry import Registry, UserError, check_parameters, import_entry, is_code, nearest
 
 MODELS = Registry("model")
 
@@ -80,6 +80,17 @@ def build_model(name: str, num_classes: int | None = None, **params: Any) -> nn.
     if not isinstance(model, nn.Module):
         raise UserError(f"{what} gives {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def accepted(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of some facts those that a model takes: all, but of the user's own code (``package.module:callable``) what its
+    parameters name."""
+    if not is_code(name) or name.partition(":")[0] in _LIBRARIES:
+        return dict(facts)
+    taken = inspect.signature(import_entry(f"model '{name}'", name)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return dict(facts)
+    return {fact: value for fact, value in facts.items() if fact in taken}
 
 
 def _call(what: str, entry: Callable[..., Any], params: dict[str, Any]) -> Any:

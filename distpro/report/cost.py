@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distpro import build
-from distpro.build.terms import build_terms, weight_of
+from distpro.batch import Batch
+from distpro.build.cache import rows_per_sample
+from distpro.build.models import Pair
 from distpro.config.schema import Config
 from distpro.objective import Objective, entries_of
-from distpro.process import Clock
-from pathways import probe_shapes
+from pathways.call import map_tensors
 from pathways.probing import untouched
 from pathways.registry import UserError
 from pathways.space import parse_spec
@@ -61,18 +62,9 @@ def describe(config: Config, searching: bool) -> Description:
     build.check_names(config)
     if searching and not config.has_teacher:
         raise UserError("a search needs a teacher")
-    num_classes, image_shape, samples = _data_facts(config)
-    pair = build.build_pair(config, num_classes, image_shape, load=False)
-    objective = Objective(
-        pair.teacher,
-        pair.student,
-        build_terms(config, pair, num_classes),
-        pair.example_input,
-        precision=build.PRECISIONS[config.precision],
-        task_weight=weight_of(config.task_weight, Clock(1)),  # type: ignore[arg-type]
-        prune=config.prune,
-    )
-    terms = _term_costs(objective, pair.example_input)
+    data, samples = build.blank_data(config)
+    pair, objective = build.compose(config, data, load=False)
+    terms = _term_costs(objective, pair.example)
     steps = None
     if samples is not None:
         share = 1 - config.search.validation_fraction if searching else 1
@@ -84,30 +76,37 @@ def describe(config: Config, searching: bool) -> Description:
         teacher_parameters=_parameters(pair.teacher),
         student_parameters=_parameters(pair.student),
         term_parameters=_parameters(objective.terms),
-        teacher_shapes=probe_shapes(pair.teacher, pair.teacher_taps, pair.example_input) if pair.teacher else {},
-        student_shapes=probe_shapes(pair.student, pair.student_taps, pair.example_input),
+        teacher_shapes=_shapes(pair, "teacher"),
+        student_shapes=_shapes(pair, "student"),
         terms=terms,
-        teacher_macs=_macs(pair.teacher, pair.example_input) if pair.teacher is not None and objective.entries else 0.0,
-        student_macs=_macs(pair.student, pair.example_input),
+        teacher_macs=_macs(pair.teacher, pair) if pair.teacher is not None and objective.entries else 0.0,
+        student_macs=_macs(pair.student, pair),
         run_macs={
-            "teacher": _macs(objective.teacher, pair.example_input) if objective.teacher is not None else 0.0,
-            "student": _macs(objective.student, pair.example_input),
+            "teacher": _macs(objective.teacher, pair) if objective.teacher is not None else 0.0,
+            "student": _macs(objective.student, pair),
         },
         term_macs=sum(cost for *_, cost in terms),
         passes=_passes(config, searching),
         steps=steps,
         batch_size=config.training.batch_size,
-        cache_bytes=_cache_bytes(config, objective, samples) if config.cache and samples else None,
+        cache_bytes=_cache_bytes(config, objective, pair, samples) if config.cache and samples else None,
     )
 
 
-def _cache_bytes(config: Config, objective: Objective, samples: int) -> int:
+def _shapes(pair: Pair, side: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of one side's stages; none where none were found, which matters only to terms that read them."""
+    readings = pair.teachers.values() if side == "teacher" else [pair.student_reading]
+    if any(reading is None or reading.problem for reading in readings):
+        return {}
+    return pair.shapes(side, pair.teacher_taps if side == "teacher" else pair.student_taps)
+
+
+def _cache_bytes(config: Config, objective: Objective, pair: Pair, samples: int) -> int:
     """Size of the full teacher cache, without its few bytes of checksums."""
-    taught = objective.teach(objective.example_input) if objective.entries else {}  # type: ignore[arg-type]
+    taught = objective.run_teacher(pair.example) if objective.entries else {}
     read = {tap for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
     row = sum(taught[tap][0].numel() * taught[tap].element_size() for tap in read)
-    views = max((getattr(getattr(term, "loss", term), "views", 1) for term in objective.terms), default=1)
-    return samples * views * row * build.versions_of(config, config.training.epochs)
+    return samples * rows_per_sample(objective) * row * build.versions_of(config, config.training.epochs)
 
 
 def teacher_name(config: Config) -> str:
@@ -134,18 +133,6 @@ def _passes(config: Config, searching: bool) -> dict[str, float]:
     return passes
 
 
-def _data_facts(config: Config) -> tuple[int, tuple[int, int, int], int | None]:
-    """Classes, image shape and training samples (None if unknown), from the data only where nothing else says."""
-    known = build.IMAGE_SETS.get(config.data.name, (None, None))
-    kept = config.data.classes
-    classes = config.data.num_classes or (len(kept) if isinstance(kept, list) else kept) or known[0]
-    shape = config.data.image_shape or known[1]
-    if classes is None or shape is None:
-        data = build.build_data(config)
-        return data.num_classes, data.image_shape, len(data.train)
-    return classes, shape, config.data.samples or {"cifar10": 50000, "cifar100": 50000}.get(config.data.name)
-
-
 def _parameters(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
@@ -162,29 +149,30 @@ def _counting() -> Iterator[FlopCounterMode]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _macs(model: nn.Module, x: torch.Tensor) -> float:
+def _macs(model: nn.Module, pair: Pair) -> float:
     with untouched(model), _counting() as counter:
         model.eval()
-        model(x)
-    return counter.get_total_flops() / 2 / len(x)
+        pair.call.run(model)
+    return counter.get_total_flops() / 2 / pair.example.samples
 
 
-def _term_costs(objective: Objective, x: torch.Tensor) -> list[tuple[str, Any, int, float]]:
-    """(key, level, parameters, multiply-accumulates per image) of every term."""
+def _term_costs(objective: Objective, example: Batch) -> list[tuple[str, Any, int, float]]:
+    """(key, level, parameters, multiply-accumulates per sample) of every term."""
     if not objective.entries:
         return []
     found: list[tuple[str, Any, int, float]] = []
-    rows = max(getattr(getattr(term, "loss", term), "views", 1) for term in objective.terms)
-    target = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    x = x.repeat_interleave(rows, dim=0)  # each image and its rotations
+    rows = rows_per_sample(objective)
+    inputs = map_tensors(lambda x: x.repeat_interleave(rows, dim=0), example.inputs)  # a stand-in for the rotations
+    index = torch.arange(example.samples, device=objective.device)
+    batch = replace(example, inputs=inputs, index=index, rows_per_sample=rows)
     with untouched(objective):
         objective.eval()
-        teacher, (_, student) = objective.teach(x), objective.study(x)
+        teacher, (_, student) = objective.run_teacher(batch), objective.run_student(batch)
         for term in objective.terms:
             only = [t is term for t in objective.terms for _ in entries_of(t)]
             with _counting() as counter:
-                objective.term_losses(student, teacher, target, torch.arange(len(target), device=x.device), only)
-            macs = counter.get_total_flops() / 2 / len(target)
+                objective.term_losses(student, teacher, batch, only)
+            macs = counter.get_total_flops() / 2 / batch.samples
             found.append((str(term.key), getattr(term, "level", None), _parameters(term), macs))
     return found
 

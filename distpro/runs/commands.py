@@ -19,11 +19,11 @@ from torch import nn
 
 from distpro import build
 from distpro.build.device import settle_precision
+from distpro.build.given import OBJECT, Given
 from distpro.build.models import build_network, place
 from distpro.config.reading import for_retrain, read_config
 from distpro.config.schema import Config
 from distpro.config.stages import Stage, stages_of
-from distpro.data import Dataset
 from distpro.data.datasets import locate
 from distpro.files import load_safely
 from distpro.losses import LOSSES
@@ -35,8 +35,9 @@ from distpro.runs.stages import retrain_stages
 from distpro.runs.training import Result, run_training, save_student
 from distpro.schedule import Schedule
 from distpro.search.searcher import Searcher
+from distpro.task import Task
 from distpro.train import distributed
-from distpro.train.evaluation import test
+from distpro.train.evaluation import evaluate as evaluate_student
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
@@ -44,7 +45,15 @@ Source = str | Path | Mapping[str, Any] | Config
 
 
 def search(
-    config: Source, out: str | Path | None = None, overrides: Sequence[str] = (), resume: bool = False
+    config: Source,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    *,
+    data: Any = None,
+    teacher: nn.Module | None = None,
+    student: nn.Module | None = None,
+    task: Task | None = None,
 ) -> Schedule:
     """Learn a schedule (Algorithm 1, lines 1-7) and write it to ``alpha.pt`` in the run's folder.
 
@@ -53,20 +62,24 @@ def search(
         out: the run's folder; None keeps nothing on disk.
         overrides: ``key=value`` with dotted keys.
         resume: go on from the folder's checkpoint, to the numbers that an uninterrupted run gives.
+        data: (train, test) or (train, validation, test), each a ``torch.utils.data.Dataset`` or ``DataLoader``, in
+            place of the config's ``data``.
+        teacher, student, task: objects in place of what the config names.
 
     Raises UserError for bad input, `distpro.train.trainer.Interrupted` after SIGINT or SIGTERM (checkpoint and alpha.pt of
     the steps done are written first).
     """
-    checked = _checked(config, overrides, searching=True)
+    given = Given.of(data, teacher, student, task)
+    checked = _checked(config, overrides, searching=True, given=given)
     _prepare(checked)
     with distributed.started(checked.device):
-        return _search(checked, out, resume)
+        return _search(checked, out, resume, given)
 
 
-def _search(checked: Config, out: str | Path | None, resume: bool) -> Schedule:
+def _search(checked: Config, out: str | Path | None, resume: bool, given: Given) -> Schedule:
     folder = open_folder(out, checked, resume)
-    data = build.build_data(checked)
-    trainer = build.build_search(checked, data, folder)
+    data = build.build_data(checked, given)
+    trainer = build.build_search(checked, data, folder, given)
     searcher = trainer.weights
     assert isinstance(searcher, Searcher)
     meta = _schedule_meta(checked, data, trainer.objective)
@@ -86,63 +99,93 @@ def retrain(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    *,
+    data: Any = None,
+    teacher: nn.Module | None = None,
+    student: nn.Module | None = None,
+    task: Task | None = None,
 ) -> Result:
     """Train a student with a schedule or one of its controls (lines 8-14).
 
     Args:
         config: as of `search`; None takes the config that the schedule was searched with.
         schedule: path of an ``alpha.pt`` or a `Schedule`; by default what ``retrain.schedule`` names, if anything.
-        out, overrides, resume: as of `search`.
+        out, overrides, resume, data, teacher, student, task: as of `search`.
 
     Raises UserError for bad input, `distpro.train.trainer.Interrupted` after SIGINT or SIGTERM.
     """
-    if isinstance(schedule, (str, Path)):  # for the run's folder, so that a resumed run has the same one
-        overrides = [*overrides, f"retrain.schedule={json.dumps(str(schedule))}"]
-    checked = retrain_config(config, schedule, overrides)
+    given = Given.of(data, teacher, student, task)
+    learned = schedule if isinstance(schedule, Schedule) else None if schedule is None else Schedule.load(schedule)
+    checked = retrain_config(config, learned, overrides, given)
     stages = stages_of(checked)
     for stage in stages:
         _prepare(stage.config)
-    learned = _schedule_of(checked, schedule)
+    if learned is None and checked.retrain.schedule is not None:
+        learned = Schedule.load(checked.retrain.schedule)
     with distributed.started(checked.device):
-        return _retrain(checked, stages, learned, out, resume)
+        return _retrain(checked, stages, learned, out, resume, given)
 
 
 def _retrain(
-    checked: Config, stages: Sequence[Stage], learned: Schedule | None, out: str | Path | None, resume: bool
+    checked: Config,
+    stages: Sequence[Stage],
+    learned: Schedule | None,
+    out: str | Path | None,
+    resume: bool,
+    given: Given,
 ) -> Result:
     folder = open_folder(out, checked, resume)
     if checked.stages:
-        return retrain_stages(checked, stages, learned, folder, resume)
-    trainer = build.build_retrain(checked, build.build_data(checked), learned, folder)
+        return retrain_stages(checked, stages, learned, folder, resume, given)
+    trainer = build.build_retrain(checked, build.build_data(checked, given), learned, folder, given=given)
     metrics = run_training(trainer, checked, resume, None)
     if folder is not None:
         save_student(trainer.objective, folder)
     return Result(metrics, folder)
 
 
-def train(config: Source, out: str | Path | None = None, overrides: Sequence[str] = (), resume: bool = False) -> Result:
+def train(
+    config: Source,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    *,
+    data: Any = None,
+    student: nn.Module | None = None,
+    task: Task | None = None,
+) -> Result:
     """Plain training of the config's student: a teacher to be, or the baseline without one."""
-    return retrain(config, None, out, [*overrides, "retrain.weights=none", "stages=[]"], resume)
+    plain = [*overrides, "retrain.weights=none", "stages=[]"]
+    return retrain(config, None, out, plain, resume, data=data, student=student, task=task)
 
 
-def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Path | None = None) -> dict[str, float]:
+def evaluate(
+    target: str | Path,
+    overrides: Sequence[str] = (),
+    config: str | Path | None = None,
+    *,
+    data: Any = None,
+    student: nn.Module | None = None,
+    task: Task | None = None,
+) -> dict[str, float]:
     """Metrics on the test set of a run's student, of a config's teacher, or of a checkpoint.
 
     Args:
         target: a run's folder; a config, whose teacher is evaluated; or a checkpoint, which is loaded into the student
             of ``config``.
         overrides: ``key=value`` on the config.
+        data, student, task: objects, as of `search`; the student's architecture, into which the weights are loaded.
 
     Raises UserError if there is nothing to evaluate at ``target``.
     """
-    path = Path(target)
+    path, given = Path(target), Given.of(data, None, student, task)
     if path.is_dir():
-        checked, checkpoint = read_config(path / "config.yaml", overrides), path / "student.pt"
-        checked = stages_of(checked)[-1].config
+        recorded = _checked(path / "config.yaml", overrides, given=given)
+        checked, checkpoint = stages_of(recorded)[-1].config, path / "student.pt"
         if not checkpoint.is_file():
             raise UserError(f"{path}: no student.pt; has the training ended?")
     elif path.suffix in (".yaml", ".yml"):
-        checked = read_config(path, overrides)
+        checked = _checked(path, overrides, given=given)
         if checked.teacher is None or checked.teacher.checkpoint is None:
             raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
         checkpoint = locate("checkpoint", checked.teacher.checkpoint)
@@ -150,38 +193,42 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), config: str | Pa
     elif config is None:
         raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
     else:
-        checked, checkpoint = read_config(config, overrides), locate("checkpoint", path)
+        checked, checkpoint = _checked(config, overrides, given=given), locate("checkpoint", path)
     _prepare(checked)
-    data = build.build_data(checked)
-    model = build_network(checked.student, data.num_classes, load=False)
+    loaded, does = build.build_data(checked, given), build.build_task(checked, given)
+    model = given.student or build_network(checked.student, does.model_arguments(loaded), load=False)
     load_checkpoint(model, checkpoint)
     terms = path / "terms.pt" if path.is_dir() else None
-    if terms is not None and any(hasattr(LOSSES[term.loss], "predict") for term in checked.terms):
-        objective = build.build_deployed(checked, data, model, load_safely(terms))
+    if terms is not None and any(LOSSES[term.loss].deploys for term in checked.terms):  # type: ignore[attr-defined]
+        objective = build.build_deployed(checked, loaded, model, load_safely(terms))
     else:
-        objective = Objective(None, place(model, checked), precision=build.PRECISIONS[checked.precision])
-    task, loader = build.build_task(checked), build.build_loader(checked, data, data.test, training=False)
-    return test(objective, task, loader)
+        objective = Objective(None, place(model, checked), precision=build.PRECISIONS[checked.precision], task=does)
+    loader = build.build_loader(checked, loaded, loaded.test, training=False)
+    return evaluate_student(objective, build.metrics_of(checked, does)(), loader)
 
 
-def retrain_config(config: Source | None, schedule: str | Path | Schedule | None, overrides: Sequence[str]) -> Config:
-    """The checked config of a retrain: the one given, or the schedule's own."""
+def retrain_config(
+    config: Source | None, schedule: Schedule | None, overrides: Sequence[str], given: Given | None = None
+) -> Config:
+    """The checked config of a retrain: the one given, or the schedule's own. A schedule that was read from a file is
+    named in it, so that a resumed run has the same one."""
+    if schedule is not None and schedule.path is not None:
+        overrides = [*overrides, f"retrain.schedule={json.dumps(schedule.path)}"]
     if config is not None:
-        return for_retrain(_checked(config, overrides))
+        return for_retrain(_checked(config, overrides, given=given))
     if schedule is None:
         raise UserError("retrain needs a config, a schedule, or both")
-    learned = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
-    stored = learned.meta.get("config")
+    stored = schedule.meta.get("config")
     if not isinstance(stored, Mapping):
         raise UserError("this schedule holds no config: give one")
-    checked = for_retrain(_checked(stored, overrides))
-    for key, name in _code_named_in(checked):
-        if f"{key}={name}" not in overrides:
-            repeat = f"repeat it as {key}={name}, or " if key.endswith(".model") else ""
-            raise UserError(
-                f"the schedule's config names code of its own, {key} '{name}'. A schedule file never runs code by "
-                f"itself: if you trust it, {repeat}give a config"
-            )
+    checked = for_retrain(_checked(stored, overrides, given=given))
+    for stage in stages_of(checked):
+        for key, name in _code_named_in(stage.config):
+            if f"{key}={name}" not in overrides:
+                raise UserError(
+                    f"the schedule's config names code of its own, {key} '{name}'. A schedule file never runs code by "
+                    f"itself: if you trust it, repeat it as {key}={name}, or give a config"
+                )
     return checked
 
 
@@ -190,21 +237,20 @@ def _code_named_in(config: Config) -> list[tuple[str, str]]:
     models = {"teacher.model": config.teacher, "student.model": config.student}
     models |= {f"teachers.{name}.model": member for name, member in config.teachers.items()}
     named = [(key, m.model) for key, m in models.items() if m and not m.model.startswith(("torchvision:", "timm:"))]
+    named += [("data.name", config.data.name), ("task", parse_spec(config.task, "task")[0])]
+    named += [("metrics", parse_spec(metric, "metrics")[0]) for metric in config.metrics]
+    named += [("training.optimizer.name", config.training.optimizer.name)]
     named += [(f"terms.{n}.loss", term.loss) for n, term in enumerate(config.terms)]
     if config.pathways is not None:
         named += [("pathways.transforms", parse_spec(t, "transform")[0]) for t in config.pathways.transforms]
         named += [("pathways.distance", parse_spec(config.pathways.distance, "distance")[0])]
-    return [(key, name) for key, name in named if ":" in name]
+    return [(key, name) for key, name in named if ":" in name and not name.startswith(OBJECT)]
 
 
-def _checked(config: Source, overrides: Sequence[str], searching: bool = False) -> Config:
-    checked = read_config(config.model_dump() if isinstance(config, Config) else config, overrides)
-    return settle_precision(checked, searching)
-
-
-def _schedule_of(config: Config, schedule: str | Path | Schedule | None) -> Schedule | None:
-    source = schedule if schedule is not None else config.retrain.schedule
-    return source if isinstance(source, Schedule) or source is None else Schedule.load(source)
+def _checked(config: Source, overrides: Sequence[str], searching: bool = False, given: Given | None = None) -> Config:
+    objects = given.overrides() if given is not None else []
+    source = config.model_dump() if isinstance(config, Config) else config
+    return settle_precision(read_config(source, [*overrides, *objects]), searching)
 
 
 def _prepare(config: Config) -> None:
@@ -214,7 +260,7 @@ def _prepare(config: Config) -> None:
         torch.set_num_threads(config.threads)
 
 
-def _schedule_meta(config: Config, data: Dataset, objective: Objective) -> dict[str, Any]:
+def _schedule_meta(config: Config, data: Any, objective: Objective) -> dict[str, Any]:
     """What `alpha.pt` says beside the numbers."""
     assert objective.teacher is not None
     facts = environment()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from distpro.config.reading import read_config
 from distpro.config.stages import stages_of
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
+from pathways.call import map_tensors
 from pathways.registry import UserError
 
 
@@ -32,23 +34,27 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     if not weights.is_file():
         raise UserError(f"{folder}: no student.pt; has the training ended?")
     config = stages_of(read_config(folder / "config.yaml"))[-1].config
-    through = [term.loss for term in config.terms if hasattr(LOSSES[term.loss], "predict")]
+    through = [term.loss for term in config.terms if LOSSES[term.loss].deploys]  # type: ignore[attr-defined]
     if through:
         raise UserError(f"{folder}: the student answers through its term '{through[0]}', which cannot be exported yet")
     data = build.build_data(config)
-    model = build_network(config.student, data.num_classes, load=False).eval()
+    task = build.build_task(config)
+    model = build_network(config.student, task.model_arguments(data), load=False).eval()
     load_checkpoint(model, weights)
-    x = torch.zeros(2, *data.image_shape)
-    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    args, kwargs = task.call(data.example(2), training=False)
+    dynamic: Any = tuple(map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, list(args)))
+    if kwargs:
+        dynamic = map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, dict(kwargs))
     try:
         if format == "safetensors":
             from safetensors.torch import save_file
 
             save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
         elif format == "pt2":
-            torch.export.save(torch.export.export(model, (x,), dynamic_shapes=dynamic), path)
+            torch.export.save(torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic), path)
         else:
-            torch.onnx.export(model, (x,), str(path), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+            onnx = {"dynamo": True, "dynamic_shapes": dynamic, "verbose": False}
+            torch.onnx.export(model, args, str(path), kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
     except ImportError as error:
         raise UserError(f"export to {format} needs a package more: pip install 'distpro[export]' ({error})") from None
     return path

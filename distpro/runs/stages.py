@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distpro import build
 from distpro.build.carry import Carry
+from distpro.build.given import Given
 from distpro.config.schema import Config
 from distpro.config.stages import Stage
 from distpro.files import load_safely, save_atomically, write_atomically
@@ -19,7 +20,7 @@ from distpro.train import distributed
 
 
 def retrain_stages(
-    config: Config, stages: Sequence[Stage], schedule: Schedule | None, folder: Path | None, resume: bool
+    config: Config, stages: Sequence[Stage], schedule: Schedule | None, folder: Path | None, resume: bool, given: Given
 ) -> Result:
     """One training per stage, each in a folder of its own; a resumed run skips those that have ended."""
     if folder is not None and not resume and distributed.is_main():
@@ -42,9 +43,10 @@ def retrain_stages(
                 update={"teacher": settings.teacher.model_copy(update={"checkpoint": before})}
             )
         if data is None or settings.data != stages[n - 1].config.data:
-            data = build.build_data(settings)
+            data = build.build_data(settings, given)
         going_on = inner is not None and resume and (inner / "checkpoint.pt").is_file()
-        trainer = build.build_retrain(settings, data, schedule, inner, taken)
+        first = Given(given.data, given.teacher, None if n else given.student, given.task)
+        trainer = build.build_retrain(settings, data, schedule, inner, taken, first)
         metrics = run_training(
             trainer, settings, going_on, None, ended=partial(save_student, trainer.objective, terms=True)
         )

@@ -32,7 +32,7 @@ def save_student(objective: Objective, folder: Path, terms: bool = False) -> Non
     """What a finished training leaves: the student, and the terms where the student needs them or ``terms`` says so."""
     if not distributed.is_main():
         return
-    if terms or any(hasattr(getattr(term, "loss", None), "predict") for term in objective.terms):
+    if terms or any(term.deploys for term in objective.terms):
         save_atomically(term_states(objective), folder / "terms.pt")
     save_atomically(objective.student.model.state_dict(), folder / "student.pt")
 

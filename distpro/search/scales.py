@@ -16,6 +16,7 @@ is replayed, so that λ and w mean the same in search and retrain.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,9 +56,9 @@ def measure_scales(objective: Objective, batches: Iterable[Batch], how: str = "g
 
 def _sizes(objective: Objective, batch: Batch, how: str) -> Tensor:
     """Size of the task loss and of each entry, (1 + N,)."""
-    output, features = objective.study(batch.x)
-    losses = objective.term_losses(features, objective.teach(batch.x), batch.y, batch.index)
-    scalars = [objective.task_loss_of(output, batch.y), *(loss for loss in losses if loss is not None)]
+    output, features = objective.run_student(batch)
+    losses = objective.term_losses(features, objective.run_teacher(replace(batch, index=None)), batch)
+    scalars = [objective.task_loss_of(output, batch), *(loss for loss in losses if loss is not None)]
     if how == "loss":
         return torch.stack([scalar.detach().abs().float() for scalar in scalars])
     params = objective.trainable_parameters()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from distpro.batch import Batch
-from distpro.objective import Evaluation, Objective
+from distpro.features import TrainingPass
+from distpro.objective import Objective
 from distpro.schedule import Schedule, drop
 from distpro.search.estimators.base import Estimator, TrainingStep
 from distpro.search.weighting import Weighting
@@ -136,11 +137,11 @@ class Searcher:
         """Not between the steps that one hypergradient looks at."""
         return steps % self.every == 0 or not self.watches(steps - 1)
 
-    def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], evaluation: Evaluation) -> None:
+    def before_update(self, step: int, batch: Batch, state: dict[str, Tensor], done: TrainingPass) -> None:
         """After the backward pass, before the parameters move. ``state``: random state before the forward pass."""
         theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
         scale = torch.ones_like(self._weights).index_copy_(0, self.learned, self.scale(step) * self.scales)
-        self._current = TrainingStep(batch, self._weights, scale, theta, state, evaluation)
+        self._current = TrainingStep(batch, self._weights, scale, theta, state, done)
         self.estimator.before_step(self._current)
 
     def after_update(self, step: int) -> bool:

@@ -1,9 +1,15 @@
-"""What the models do: task loss and metrics, by name."""
+"""What the models do, one file a task: how a batch meets a model, task loss, metrics. See `distpro.task.Task`.
+
+Imports batch and pathways; knows neither losses nor the trainer.
+"""
 
 from distpro.tasks.classification import Classification
+from distpro.tasks.metrics import METRICS, Together
+from distpro.tasks.segmentation import Segmentation
 from pathways.registry import Registry
 
-TASKS = Registry("task")
+TASKS = Registry("task", takes_code=True)
 TASKS.register("classification")(Classification)
+TASKS.register("segmentation")(Segmentation)
 
-__all__ = ["TASKS", "Classification"]
+__all__ = ["METRICS", "TASKS", "Classification", "Segmentation", "Together"]

@@ -1,34 +1,84 @@
-"""Image classification: cross entropy, top-1 and top-5 accuracy."""
+"""Classification: cross entropy, top-1 and top-5 accuracy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpro.batch import Batch
+from pathways.call import Call
+from pathways.registry import UserError
+from pathways.taps import response_of
+
 
 class Classification:
-    """Task of predicting one of ``num_classes`` labels.
+    """Task of predicting one of ``num_classes`` labels: ``target`` (N,) int64, or (N, K) probabilities.
 
     Args:
         label_smoothing: of the training loss; evaluation uses the plain cross entropy.
     """
 
     headline = "accuracy"
-    """The metric that tables report."""
+    higher_is_better = True
 
     def __init__(self, label_smoothing: float = 0.0):
         self.label_smoothing = label_smoothing
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean cross entropy of logits (N, K) and labels (N,)."""
-        return F.cross_entropy(output, target, label_smoothing=self.label_smoothing)
+    def model_arguments(self, data: Any) -> dict[str, Any]:
+        return {} if data.num_classes is None else {"num_classes": data.num_classes}
 
-    def metrics(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Sums over a batch, on its device: of correct answers and of the cross entropy. `Trainer.test` divides by the
-        number of samples, so that nothing is read from the device before the end."""
-        ranked = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
-        return {
-            "accuracy": 100 * ranked[:, 0].sum(),
-            "top5": 100 * ranked.any(1).sum(),
-            "loss": F.cross_entropy(output.float(), target, reduction="sum"),
-        }
+    def call(self, batch: Batch, training: bool) -> Call:
+        return batch.call
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Mean cross entropy of the response (N, K)."""
+        return F.cross_entropy(response_of(output), batch.target, label_smoothing=self.label_smoothing)
+
+    def response(self, output: Any) -> Tensor | None:
+        return response_of(output)
+
+    def labels(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        return (batch.target if isinstance(batch.target, Tensor) else None), None
+
+    def metrics(self) -> Accuracy:
+        return Accuracy()
+
+
+class Accuracy:
+    """Percentage of samples whose label is the first, or among the first five, of the response (N, K); and the mean
+    cross entropy. Sums stay on the device, so that nothing is read from it before the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._samples = 0
+
+    def update(self, output: Any, batch: Batch) -> None:
+        """Take in a batch with ``target`` (N,). Raises UserError for a response that is no row of classes a sample."""
+        response, target = response_of(output), batch.target
+        if response.dim() != 2 or len(response) != len(target):
+            raise UserError(
+                f"accuracy needs one row of classes per label, got a response {tuple(response.shape)} for {len(target)} labels"
+            )
+        ranked = response.topk(min(5, response.shape[1]), dim=1).indices == target[:, None]
+        for name, value in (
+            ("accuracy", 100 * ranked[:, 0].sum()),
+            ("top5", 100 * ranked.any(1).sum()),
+            ("loss", F.cross_entropy(response.float(), target, reduction="sum")),
+        ):
+            self._sums[name] = self._sums.get(name, 0) + value.double()
+        self._samples += batch.samples
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "samples": self._samples}
+
+    def merge(self, states: Sequence[Any]) -> None:
+        names = next((list(state["sums"]) for state in states if state["sums"]), [])
+        self._sums = {name: torch.stack([s["sums"][name] for s in states if s["sums"]]).sum(0) for name in names}
+        self._samples = sum(state["samples"] for state in states)
+
+    def compute(self) -> dict[str, float]:
+        return {name: value.item() / self._samples for name, value in self._sums.items()}

@@ -97,6 +97,15 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather(state: Any) -> list[Any]:
+    """The plain values and tensors (on the CPU) of every rank, in the order of the ranks."""
+    if world_size() == 1:
+        return [state]
+    states: list[Any] = [None] * world_size()
+    dist.all_gather_object(states, state)
+    return states
+
+
 def any_of(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
     if world_size() == 1:

@@ -12,22 +12,26 @@ class LearningRate:
     """Factor on the base learning rate as a function of training progress.
 
     Args:
-        name: ``constant``, ``cosine`` (to zero, per step) or ``step``.
+        name: ``constant``, ``cosine`` (to zero, per step), ``poly`` ((1 − progress)^power, per step) or ``step``.
         milestones: for ``step``: epochs, or fractions of the training if all are below 1.
         gamma: factor at each milestone.
         warmup_epochs: linear warm-up from zero.
+        power: for ``poly`` (0.9 in DeepLab and most of the field's segmentation).
     """
 
     name: str = "constant"
     milestones: Sequence[float] = ()
     gamma: float = 0.1
     warmup_epochs: float = 0.0
+    power: float = 0.9
 
     def __call__(self, epoch: float, epochs: float) -> float:
         """Factor at a (fractional) epoch of a training of ``epochs``."""
         factor = 1.0
         if self.name == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+        elif self.name == "poly":
+            factor = (1 - min(epoch / epochs, 1.0)) ** self.power
         elif self.name == "step":
             in_fractions = all(m < 1 for m in self.milestones)
             reached = [m for m in self.milestones if epoch >= (m * epochs if in_fractions else m)]

@@ -79,6 +79,11 @@ class Tracker:
         if self._writer:
             self._writer.add_figure(tag, figure, step)
 
+    def images(self, tag: str, pictures: Tensor, step: int) -> None:
+        """Pictures, uint8 (K, 3, H, W), for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_images(tag, pictures.cpu(), step)
+
     def hparams(self, flat_config: Mapping[str, Any], metrics: Mapping[str, Number]) -> None:
         """Enter the run with its settings and final metrics in TensorBoard's table of runs. The metrics get tags
         ``final/<name>``, apart from the curves of the same names. Values that are no number or string are shown as

@@ -8,19 +8,23 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distpro.batch import Batch
+from distpro.features import TrainingPass
 from distpro.files import load_safely, save_atomically
-from distpro.objective import Evaluation, Objective
+from distpro.objective import Objective
+from distpro.task import Metrics, Task
 from distpro.train import distributed
-from distpro.train.evaluation import test
+from distpro.train.evaluation import evaluate
 from distpro.train.progress import Progress
 from distpro.train.rates import LearningRate
 from distpro.train.state import random_state, set_random_state
@@ -44,18 +48,20 @@ class Trainer:
     Args:
         objective, task, optimizer: what is trained, its metrics, and how.
         weights: who says the weights of the terms.
-        train_loader, test_loader: with ``len``, ``epoch(epoch, start)`` and `Batch`es.
+        train_loader, test_loader: with ``len`` and ``epoch(epoch, start) → Batch``es.
         epochs: whole epochs; ``max_steps`` may end the training earlier.
         learning_rate: factor on the optimiser's rates.
         folder: where checkpoint and logs go; None keeps nothing.
         clip_norm: largest gradient norm; clip_by: of what, see `Objective.clip_groups`.
+        accumulate: batches whose mean gradient makes one step.
+        metrics: makes fresh metrics for an evaluation; by default the task's.
         log_every: steps between two log rows; evaluate_every, checkpoint_every: epochs.
         on_checkpoint: called after every checkpoint, also on interruption.
         name: what the progress line calls the run.
     """
 
     objective: Objective
-    task: Any
+    task: Task
     optimizer: torch.optim.Optimizer
     weights: Weights
     train_loader: Any
@@ -67,6 +73,8 @@ class Trainer:
     max_steps: int | None = None
     clip_norm: float | None = None
     clip_by: str = "all"
+    accumulate: int = 1
+    metrics: Callable[[], Metrics] | None = None
     log_every: int = 50
     evaluate_every: int = 1
     checkpoint_every: int = 1
@@ -87,7 +95,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.train_loader)
+        return math.ceil(len(self.train_loader) / self.accumulate)
 
     @property
     def total_steps(self) -> int:
@@ -107,8 +115,9 @@ class Trainer:
             while self.step < self.total_steps:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 stops = False
-                for batch in self.train_loader.epoch(epoch, start=first):
-                    self.train_step(batch)
+                batches = self.train_loader.epoch(epoch, start=first * self.accumulate)
+                while group := tuple(islice(batches, self.accumulate)):
+                    self.train_step(*group)
                     self.seconds = time.perf_counter() - start
                     self._log(progress)
                     stops = self._stops()
@@ -136,33 +145,42 @@ class Trainer:
             self.save()
             self._checkpoint_due = False
 
-    def train_step(self, batch: Any) -> None:
-        """One step of Algorithm 1: forward, backward, update of θ, and of α̃ where the weights are searched."""
+    def train_step(self, *batches: Batch) -> None:
+        """One step of Algorithm 1: forward, backward, update of θ, and of α̃ where the weights are searched. The
+        gradient is the mean of the batches' (a watched step has one)."""
         self._set_learning_rate()
         watching = self.weights.watches(self.step)
         state = random_state(self.objective.student) if watching else {}
         go_back = self._snapshot() if watching and self.weights.repeats else None
-        evaluation = self._backward(batch, capture=watching and self.weights.needs_views)
+        done = self._backward(batches, capture=watching and self.weights.needs_views)
         if watching:
-            self.weights.before_update(self.step, batch, state, evaluation)
+            self.weights.before_update(self.step, batches[0], state, done)
         self._update()
         if watching and self.weights.after_update(self.step) and go_back is not None:
             go_back()
-            evaluation = self._backward(batch, capture=False)
+            done = self._backward(batches, capture=False)
             self._update()
         self.step += 1
-        self._losses.append(torch.cat([evaluation.task.reshape(1), evaluation.terms]))
-        self._images += len(batch.y)
+        self._losses.append(torch.cat([done.task.reshape(1), done.terms]))
+        self._samples += sum(batch.samples for batch in batches)
 
-    def _backward(self, batch: Any, capture: bool) -> Evaluation:
+    def _backward(self, batches: Sequence[Batch], capture: bool) -> TrainingPass:
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.at(self.step)
         weights = self.weights.weights(self.step)
-        evaluation = self.objective.evaluate(batch.x, batch.y, batch.index, weights, capture)
-        if evaluation.loss.requires_grad:  # else every weight is 0 at this step
-            self._scaler.scale(evaluation.loss).backward()
-            distributed.average_gradients(self.objective.trainable_parameters())
-        return evaluation
+        passes = [self._pass(batch, weights, capture, len(batches)) for batch in batches]
+        done = passes[0]
+        if len(passes) > 1:
+            done.task = torch.stack([p.task for p in passes]).mean()
+            done.terms = torch.stack([p.terms for p in passes]).mean(0)
+        distributed.average_gradients(self.objective.trainable_parameters())
+        return done
+
+    def _pass(self, batch: Batch, weights: Sequence[float] | Tensor, capture: bool, parts: int) -> TrainingPass:
+        done = self.objective.training_pass(batch, weights, capture)
+        if done.loss.requires_grad:  # else every weight is 0 at this step
+            self._scaler.scale(done.loss if parts == 1 else done.loss / parts).backward()
+        return done
 
     def _update(self) -> None:
         if self.clip_norm is not None:
@@ -198,7 +216,7 @@ class Trainer:
 
     def _start_row(self) -> None:
         self._losses: list[Tensor] = []  # task and terms of each step since the last row; read only to log
-        self._images, self._since = 0, time.perf_counter()
+        self._samples, self._since = 0, time.perf_counter()
 
     def _log(self, progress: Progress) -> None:
         if self.step % self.log_every and self.step < self.total_steps and self.step % self.steps_per_epoch:
@@ -206,12 +224,12 @@ class Trainer:
             return
         losses = torch.stack(self._losses)
         distributed.average([losses])
-        images = self._images * distributed.world_size()
+        samples = self._samples * distributed.world_size()
         task, *terms = losses.mean(0).tolist()
         values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
-        values["images_per_second"] = images / (time.perf_counter() - self._since)
+        values["images_per_second"] = samples / (time.perf_counter() - self._since)
         values |= self.weights.scalars()
         self._record(values)
         total = task + sum(terms)
@@ -251,17 +269,26 @@ class Trainer:
         if last or epoch % self.checkpoint_every == 0:
             self._checkpoint_due = True
 
-    @torch.no_grad()
     def test(self) -> dict[str, float]:
         """Metrics of the student on the test set, in evaluation mode."""
-        return test(self.objective, self.task, self.test_loader)
+        metrics = self.task.metrics() if self.metrics is None else self.metrics()
+        return evaluate(self.objective, metrics, self.test_loader, self._show)
+
+    def _show(self, output: Any, batch: Batch) -> None:
+        """Pictures of predictions, of a task that makes some."""
+        pictures = getattr(self.task, "pictures", None)
+        if pictures is not None and self.tracker is not None:
+            self.tracker.images("test/predictions", pictures(output, batch), self.step)
 
     def result(self) -> dict[str, float]:
         """Metrics of the last evaluation, the best headline metric beside them, and the time taken."""
         if not self.history:
             return {}
         headline = self.task.headline
-        best = max(row[headline] for row in self.history)
+        if headline not in self.history[-1]:
+            known = ", ".join(name for name in self.history[-1] if name not in ("epoch", "step"))
+            raise UserError(f"the task's headline '{headline}' is none of its metrics ({known})")
+        best = (max if self.task.higher_is_better else min)(row[headline] for row in self.history)
         return {**self.history[-1], f"best_{headline}": best, "seconds": self.seconds}
 
     # Interruption and resume

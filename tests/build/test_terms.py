@@ -7,13 +7,15 @@ import torch
 
 import distpro
 from distpro import build
-from distpro.build.reading import norm_before
+from distpro.batch import batch_of
+from distpro.build.reading import norms_before
 from distpro.config.reading import merge, read_config
 from distpro.files import load_safely
 from distpro.losses.ofd import margin
 from distpro.models import build_model
 from distpro.process import Clock
 from pathways import UserError
+from pathways.call import Call
 from tests.digits import settings
 
 
@@ -87,7 +89,7 @@ def test_a_loss_learns_of_the_data_what_it_needs(teachers):
 )
 def test_the_norm_before_a_tap(name, tap, norm):
     model = build_model(name, num_classes=10)
-    found = norm_before(model, tap, torch.zeros(2, 3, 32, 32))
+    (found,) = norms_before(model, [tap], Call.of(torch.zeros(2, 3, 32, 32)))
     assert found is (None if norm is None else model.get_submodule(norm))
 
 
@@ -98,7 +100,7 @@ def test_samples_are_rows_of_the_training_set(teachers):
     (term,) = objective.terms
     memory = term.loss.memory_s.clone()
     batch = next(iter(train.epoch(0)))
-    objective(*batch)
+    objective(batch)
     moved = (term.loss.memory_s != memory).any(1).nonzero().flatten()
     expected = torch.tensor([data.train.index.tolist().index(n) for n in batch.index.tolist()]).sort().values
     assert torch.equal(moved, expected)
@@ -170,14 +172,14 @@ def test_several_teachers_speak_together_and_apart(teachers):
     ]
     objective, _, train = objective_of(teachers, terms, **several(teachers))
     assert objective.keys == ["kd", "kd@b", "at@a"]
-    x = next(iter(train.epoch(0))).x
+    x = next(iter(train.epoch(0))).inputs
     alone = {}
     for name, seed in (("a", 5), ("b", 6)):
         alone[name] = build_model("resnet14", num_classes=10).eval()
         alone[name].load_state_dict(load_safely(teachers / f"{seed}.pt"))
     with torch.no_grad():
         a, b = alone["a"](x), alone["b"](x)
-        taught = objective.teach(x)
+        taught = objective.run_teacher(batch_of(x))
     assert torch.allclose(taught["logits"], (3 * a + b) / 4, atol=1e-5)
     assert torch.allclose(taught["b"], b, atol=1e-5)
     assert {"a.layer1", "a.layer2", "a.layer3"} <= taught.keys()
@@ -203,14 +205,14 @@ def test_a_teacher_with_a_normalisation_of_its_own(teachers):
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     own = {"model": "resnet14", "checkpoint": str(teachers / "5.pt"), "input": {"mean": mean, "std": std}}
     objective, data, train = objective_of(teachers, [{"loss": "kd"}, {"loss": "at"}], teacher=own)
-    x = next(iter(train.epoch(0))).x
+    x = next(iter(train.epoch(0))).inputs
     image = x.double() * torch.tensor(data.std).double().view(3, 1, 1) + torch.tensor(data.mean).double().view(3, 1, 1)
     network = build_model("resnet14", num_classes=10).eval()
     network.load_state_dict(load_safely(teachers / "5.pt"))
     renormalised = (image - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
     with torch.no_grad():
         expected = network.double()(renormalised)
-        found = objective.teach(x)
+        found = objective.run_teacher(batch_of(x))
     assert torch.allclose(found["logits"].double(), expected, rtol=1e-4, atol=1e-4)
     assert "model.layer2" in found
 
@@ -222,17 +224,17 @@ def test_rotations_come_with_the_loss_that_reads_them(teachers):
     terms = [{"loss": "sskd", "weight": 1}, {"loss": "at", "weight": 1}]
     objective, _, train = objective_of(teachers, terms)
     batch = next(iter(train.epoch(0)))
-    assert len(batch.x) == 4 * len(batch.y) == 80
+    assert len(batch.inputs) == 4 * len(batch.target) == 80 and batch.rows_per_sample == 4
     for turns in range(4):
-        assert torch.equal(batch.x[turns::4], torch.rot90(batch.x[::4], turns, (2, 3)))
-    loss, parts = objective(*batch)
+        assert torch.equal(batch.inputs[turns::4], torch.rot90(batch.inputs[::4], turns, (2, 3)))
+    loss, parts = objective(batch)
     assert torch.isfinite(loss)
     plain, _, _ = objective_of(teachers, [{"loss": "at", "weight": 1}])
-    output, _ = objective.study(batch.x)
+    output, seen = objective.run_student(batch)
     # the task loss, and a loss that reads one row per sample, see the plain images only
-    assert parts["task"].item() == pytest.approx(torch.nn.functional.cross_entropy(output[::4], batch.y).item())
-    features = [f[::4] for f in (objective.study(batch.x)[1][f"layer{n}"] for n in (1, 2, 3))]
-    taught = [objective.teach(batch.x)[f"layer{n}"][::4] for n in (1, 2, 3)]
+    assert parts["task"].item() == pytest.approx(torch.nn.functional.cross_entropy(output[::4], batch.target).item())
+    features = [f[::4] for f in (seen[f"layer{n}"] for n in (1, 2, 3))]
+    taught = [objective.run_teacher(batch)[f"layer{n}"][::4] for n in (1, 2, 3)]
     assert parts["at"].item() == pytest.approx(plain.terms[0].loss(features, taught).item(), rel=1e-4)
     assert distpro.retrain(content(teachers, terms)).metrics["accuracy"] > 0
 

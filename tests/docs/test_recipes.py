@@ -11,6 +11,7 @@ from distpro import build
 from distpro.build.terms import build_terms
 from distpro.config.reading import merge, read_config
 from distpro.config.stages import stages_of
+from distpro.data import Blank
 from distpro.process import PROCESSES
 from tests.conftest import ROOT
 
@@ -26,8 +27,8 @@ def test_a_block_is_a_config_whose_terms_can_be_built(text):
     pair = {"student": PAIR["student"]} if "teachers" in given else PAIR
     for stage in stages_of(read_config(merge(pair, given))):
         build.check_names(stage.config)
-        models = build.build_pair(stage.config, 10, (3, 32, 32), load=False)
-        assert len(build_terms(stage.config, models, 10)) >= len(stage.config.terms)
+        models = build.build_pair(stage.config, Blank(10, (3, 32, 32)), load=False)
+        assert len(build_terms(stage.config, models, Blank(10, (3, 32, 32)))) >= len(stage.config.terms)
 
 
 def test_the_page_names_every_process():

@@ -15,6 +15,7 @@ import distpro
 from distpro import build
 from distpro.build.device import fastest_precision
 from distpro.config.reading import merge, read_config
+from distpro.data import Blank
 from distpro.files import load_safely
 from distpro.models import build_model
 from distpro.schedule import Schedule
@@ -254,14 +255,14 @@ def test_a_term_that_is_dropped_at_first_may_come_later(optimizer, runs, tmp_pat
 def test_transforms_are_initialised_from_the_seed_alone(runs):
     """Whatever was built before them, so that a control's student begins with the same transforms."""
     config = read_config(searching(runs))
-    pair = build.build_pair(config, 10, (3, 8, 8))
+    pair = build.build_pair(config, Blank(10, (3, 8, 8)))
     first, second = (build.build_terms(config, pair)[0].transform.project[0].weight for _ in range(2))
     assert torch.equal(first, second)
 
 
 def pair_of(runs):
     config = read_config(searching(runs))
-    pair = build.build_pair(config, 10, (3, 8, 8))
+    pair = build.build_pair(config, Blank(10, (3, 8, 8)))
     return pair.teacher, pair.student, build.build_terms(config, pair)
 
 

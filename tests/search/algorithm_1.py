@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distpro.batch import Batch
+from distpro.batch import batch_of
 from distpro.losses import build_loss
 from distpro.objective import Objective, Term
 
@@ -22,7 +22,7 @@ class Batches:
     def __init__(self, seed: int, count: int = 5, shape=(6,), size: int = 7):
         generator = torch.Generator().manual_seed(seed)
         draw = (torch.randn(size, *shape, generator=generator) for _ in range(count))
-        self.batches = [Batch(x, torch.randint(4, (size,), generator=generator)) for x in draw]
+        self.batches = [batch_of(x, torch.randint(4, (size,), generator=generator)) for x in draw]
 
     def __len__(self):
         return len(self.batches)
@@ -101,8 +101,8 @@ class ByHand:
         return first, second, linear(second, *params[4:6])
 
     def loss(self, theta, alpha, batch):
-        first, second, logits = self.forward(theta, batch.x)
-        teacher_first, teacher_second, teacher_logits = self.forward(self.teacher, batch.x)
+        first, second, logits = self.forward(theta, batch.inputs)
+        teacher_first, teacher_second, teacher_logits = self.forward(self.teacher, batch.inputs)
         first_term = (linear(first, *theta[6:8]) - teacher_second).square().mean()
         constant_term = (linear(second, *theta[8:10]) - teacher_first).square().mean()
         second_term = (linear(second, *theta[10:12]) - teacher_second).square().mean()
@@ -110,7 +110,7 @@ class ByHand:
         kd = 16 * (p * (p.log() - (logits / 4).log_softmax(1))).sum(1).mean()
         weights = self.scale * self.weighting(alpha)
         terms = weights[0] * first_term + weights[1] * second_term + weights[2] * kd
-        return self.task(logits, batch.y) + terms + 0.3 * constant_term
+        return self.task(logits, batch.target) + terms + 0.3 * constant_term
 
     @staticmethod
     def task(logits, y):

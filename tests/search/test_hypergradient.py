@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distpro.batch import Batch
+from distpro.batch import batch_of
 from distpro.objective import Objective, Term
 from distpro.search.estimators.base import ESTIMATORS, TrainingStep
 from distpro.search.estimators.step import StepDerivative
@@ -64,10 +64,10 @@ class Case:
     ):
         teacher, student = network(0).to(dtype).eval(), network(1, activation, dropout).to(dtype)
         self.batches = [
-            Batch(torch.randn(8, 3, 8, 8, dtype=dtype), torch.randint(4, (8,))) for _ in range(steps_before + 5)
+            batch_of(torch.randn(8, 3, 8, 8, dtype=dtype), torch.randint(4, (8,))) for _ in range(steps_before + 5)
         ]
         space = build_pathways(
-            teacher, student, self.batches[0].x, ["2", "6"], ["2", "6"], transforms=["conv1x1", "attention"]
+            teacher, student, self.batches[0].inputs, ["2", "6"], ["2", "6"], transforms=["conv1x1", "attention"]
         )
         terms = [*space, Term(Similarity(), "similarity")]
         self.objective = Objective(teacher, student, [t.to(dtype) for t in terms])
@@ -89,10 +89,10 @@ class Case:
         self.optimizer.zero_grad()
         state = random_state(self.objective.student)
         capture = capture or (estimator is not None and estimator.needs_views)
-        evaluation = self.objective.evaluate(*batch, weights=self.scale * weights, capture=capture)
-        evaluation.loss.backward()
+        done = self.objective.training_pass(batch, self.scale * weights, capture)
+        done.loss.backward()
         theta = {p: p.detach().clone() for p in self.params}
-        step = TrainingStep(batch, weights, self.scale, theta, state, evaluation)
+        step = TrainingStep(batch, weights, self.scale, theta, state, done)
         if estimator is not None:
             estimator.before_step(step)
         if self.max_norm is not None:
@@ -116,7 +116,7 @@ class Case:
         for batch in self.batches[:steps]:
             self.step(batch, weights)
         with no_trace(self.objective.student):
-            return self.objective.task_loss_of(self.objective.study(self.validation.x)[0], self.validation.y).item()
+            return self.objective.task_loss_of(self.objective.run_student(self.validation)[0], self.validation).item()
 
     def differences(self, steps=1, epsilon=1e-5):
         """Central differences of `validation_loss` by each weight."""
@@ -303,16 +303,16 @@ def test_golden_hypergradients(name, estimator, golden_folder):
     assert torch.allclose(weights, arrays["alpha"], rtol=1e-6)
 
     built = ESTIMATORS.build(estimator, objective, optimizer)
-    batch = Batch(arrays["x_train"], arrays["y_train"])
-    evaluation = objective.evaluate(*batch, weights=weights, capture=built.needs_views)
-    evaluation.loss.backward()
+    batch = batch_of(arrays["x_train"], arrays["y_train"])
+    done = objective.training_pass(batch, weights, built.needs_views)
+    done.loss.backward()
     theta = {p: p.detach().clone() for p in objective.trainable_parameters()}
-    step = TrainingStep(batch, weights, 1.0, theta, random_state(student), evaluation)
+    step = TrainingStep(batch, weights, 1.0, theta, random_state(student), done)
     built.before_step(step)
     optimizer.step()
-    h = built(step, Batch(arrays["x_val"], arrays["y_val"]))
+    h = built(step, batch_of(arrays["x_val"], arrays["y_val"]))
 
-    assert torch.allclose(evaluation.terms.double(), arrays["terms"], rtol=1e-5)
+    assert torch.allclose(done.terms.double(), arrays["terms"], rtol=1e-5)
     for p in objective.trainable_parameters():
         assert torch.allclose(p, arrays[f"next.{names[p]}"], rtol=1e-5, atol=1e-7)
     gradient = weighting.pull_back(alpha_tilde, h)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distpro.batch import Batch
+from distpro.batch import batch_of
 from distpro.objective import Objective
 from distpro.search.estimators.base import ESTIMATORS
 from distpro.search.searcher import Searcher
@@ -64,7 +64,7 @@ class Batches:
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
         order = torch.randperm(len(self.x), generator=generator)
         for rows in order.split(self.size)[start : len(self)]:
-            yield Batch(self.x[rows], self.y[rows])
+            yield batch_of(self.x[rows], self.y[rows])
 
     def endless(self, start=0):
         epoch, step = divmod(start, len(self))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distpro.batch import Batch
+from distpro.batch import batch_of
 from distpro.objective import Objective, Term
 from distpro.schedule import Schedule
 from distpro.search.estimators.forward_mode import ForwardMode
@@ -39,7 +39,7 @@ def objective_of(factors):
 
 
 def batches(count=2):
-    return [Batch(*batch(n=6 + n), None) for n in range(count)]
+    return [batch_of(*batch(n=6 + n)) for n in range(count)]
 
 
 @pytest.mark.parametrize("how", ["gradient", "loss"])
@@ -58,7 +58,7 @@ def test_gradient_is_the_ratio_of_the_norms():
         for row, weights in enumerate(([0.0, 0.0], [1.0, 0.0], [0.0, 1.0])):
             objective.task_weight = float(row == 0)
             objective.zero_grad()
-            objective.evaluate(x, y, weights=weights).loss.backward()
+            objective.training_pass(batch_of(x, y), weights).loss.backward()
             params = objective.trainable_parameters()
             norms[row, column] = sum(p.grad.double().square().sum() for p in params if p.grad is not None) ** 0.5
     objective.task_weight = 1.0

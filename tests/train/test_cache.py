@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from distpro.batch import batch_of
 from distpro.models import build_model
 from distpro.objective import Objective, Term
 from distpro.train import cache as module
@@ -107,10 +108,10 @@ def test_tensors_of_a_teacher_come_back(tmp_path, name, channels_last, precision
     x = torch.randn(6, 3, 32, 32).contiguous(memory_format=layout)
     term = Term(Distance(), "t", ["2"], [*teacher.stage_taps.pre, teacher.stage_taps.embedding, "logits"])
     objective = Objective(teacher, network(0), [term], precision=precision)
-    cache = open_cache(tmp_path / "c", objective.teach(x[:2]))
+    cache = open_cache(tmp_path / "c", objective.run_teacher(batch_of(x[:2])))
     assert set(cache.taps) == {*term.teacher_taps}
     for index in (torch.arange(6), torch.tensor([5])):
-        given = objective.teach(x[index])
+        given = objective.run_teacher(batch_of(x[index]))
         cache.write(index, 0, given)
         found = cache.read(index, 0)
         assert all(same(found[tap], given[tap]) for tap in given)
@@ -550,11 +551,11 @@ def test_a_training_reads_what_the_teacher_says(tmp_path):
     torch.manual_seed(0)
     objective = Objective(network(0), network(1), [Term(Distance(), "t", ["5"], ["5"])])
     x, y = torch.randn(N, 3, 8, 8), torch.randint(4, (N,))
-    cache = open_cache(tmp_path / "c", objective.teach(x[:2]))
-    cache.write(torch.arange(N), 0, objective.teach(x))
+    cache = open_cache(tmp_path / "c", objective.run_teacher(batch_of(x[:2])))
+    cache.write(torch.arange(N), 0, objective.run_teacher(batch_of(x)))
     index = torch.randperm(N)
-    plain = objective.evaluate(x[index], y[index], weights=[0.5]).loss
-    cached = objective.evaluate(x[index], y[index], weights=[0.5], teacher=cache.read(index, 0)).loss
+    plain = objective.training_pass(batch_of(x[index], y[index]), weights=[0.5]).loss
+    cached = objective.training_pass(batch_of(x[index], y[index]), weights=[0.5], teacher=cache.read(index, 0)).loss
     assert torch.equal(plain, cached)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distpro.batch import Batch
+from distpro.batch import batch_of
 from distpro.objective import Objective, Term
 from distpro.tasks import Classification
 from distpro.train.rates import LearningRate
@@ -32,7 +32,7 @@ class Batches:
     def epoch(self, epoch, start=0):
         generator = torch.Generator().manual_seed(100 * self.seed + epoch)
         for size in self.sizes:
-            batch = Batch(
+            batch = batch_of(
                 torch.randn(size, 3, 6, 6, generator=generator), torch.randint(4, (size,), generator=generator)
             )
             if start <= 0:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch
-from distpro.objective import Evaluation, Objective
+from distpro.features import TrainingPass
+from distpro.objective import Objective
 from distpro.search.estimators.step import StepDerivative
 from distpro.train import distributed
 from distpro.train.state import no_trace
@@ -27,7 +28,7 @@ class TrainingStep:
         scale: λ, or (N,) the factor on each entry of w.
         theta: trainable parameters before the step.
         state: random state before the forward pass.
-        evaluation: the forward pass, backward done.
+        done: the forward pass, backward done.
     """
 
     batch: Batch
@@ -35,7 +36,7 @@ class TrainingStep:
     scale: float | Tensor
     theta: dict[nn.Parameter, Tensor]
     state: dict[str, Tensor]
-    evaluation: Evaluation
+    done: TrainingPass
 
 
 class Estimator:
@@ -72,8 +73,8 @@ class Estimator:
         """u = (∂θ_{t+1}/∂g)ᵀ ∇L_val(θ_{t+1}). One forward and one backward pass of the student."""
         params = [p for p in self.objective.student.parameters() if p.requires_grad]
         with no_trace(self.objective.student):
-            output, _ = self.objective.study(validation.x)
-            loss = self.objective.task_loss_of(output, validation.y)
+            output, _ = self.objective.run_student(validation)
+            loss = self.objective.task_loss_of(output, validation)
             gradients = torch.autograd.grad(loss, params, allow_unused=True)
         self.validation_loss = loss.detach()
         v = {p: g for p, g in zip(params, gradients, strict=True) if g is not None}

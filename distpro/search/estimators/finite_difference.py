@@ -51,11 +51,11 @@ class FiniteDifference(Estimator):
         _assign({p: value + shift[p] if p in shift else value for p, value in step.theta.items()})
         with no_trace(self.objective.student, self.objective.terms):
             set_random_state(step.state)
-            _, features = self.objective.study(step.batch.x, autocast=False)
-            teacher = {name: f.to(step.batch.x.dtype) for name, f in step.evaluation.teacher.items()}
-            losses = self.objective.term_losses(
-                features, teacher, step.batch.y, step.batch.index, (step.weights != 0).tolist(), autocast=False
-            )
+            _, features = self.objective.run_student(step.batch, autocast=False)
+            wide = next(self.objective.student.parameters()).dtype  # under autocast the teacher's are half precision
+            teacher = {n: f.to(wide) if f.is_floating_point() else f for n, f in step.done.teacher.items()}
+            active = (step.weights != 0).tolist()
+            losses = self.objective.term_losses(features, teacher, step.batch, active, autocast=False)
         zero = step.weights.new_zeros(())
         return torch.stack([zero if value is None else value.to(zero.dtype) for value in losses])
 

@@ -6,19 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch
+from distpro.features import Reader
 from distpro.objective import Objective, entries_of
 from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.tangents import forward_mode
 from distpro.train.state import random_state, set_random_state
+from pathways.call import Call
 from pathways.registry import UserError
-from pathways.taps import LOGITS
 
 
 @ESTIMATORS.register("forward_mode")
 class ForwardMode(Estimator):
     """Exact directional derivative, without ε: h_p = ⟨∂(λℓ_p)/∂f, ḟ⟩ summed over the features f that term p reads.
 
-    The training backward has already computed λ w_p ∂ℓ_p/∂f (`Evaluation.views`), so one forward-mode pass of the
+    The training backward has already computed λ w_p ∂ℓ_p/∂f (`TrainingPass.views`), so one forward-mode pass of the
     student alone along u gives the tangents ḟ and with them every h_p. Parameters of a term's own (transforms) come in
     only where clipping gives u a part along them; their gradient is theirs alone and known too.
 
@@ -50,7 +51,7 @@ class ForwardMode(Estimator):
         tangents = self.feature_tangents(step, u)
         clipped = self.derivative.clip_factors()
         result = []
-        for term, views in zip(self.objective.terms, step.evaluation.views, strict=True):
+        for term, views in zip(self.objective.terms, step.done.views, strict=True):
             if len(entries_of(term)) > 1:
                 raise UserError(f"forward_mode: term '{term.key}' has several weights; use finite_difference")
             parts = [_inner(v.grad, tangents[tap]) for tap, v in views.items() if v.grad is not None]
@@ -62,18 +63,34 @@ class ForwardMode(Estimator):
 
     def feature_tangents(self, step: TrainingStep, u: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
         """ḟ of the student's taps and output along u at θ_t: one forward-mode pass on the training batch."""
-        student = self.objective.student
+        student = _StudentFeatures(self.objective)
         now = random_state(student)
         set_random_state(step.state)
-        output, features = forward_mode(
+        tangents = forward_mode(
             student,
             {name: step.theta.get(p, p) for name, p in student.named_parameters()},
             {name: u[p] for name, p in student.named_parameters() if p in u},
-            step.batch.x,
+            Call((step.batch,)),
             self.precision,
         )
         set_random_state(now)
-        return {name: tangent.to(step.weights.dtype) for name, tangent in {**features, LOGITS: output}.items()}
+        return {name: tangent.to(step.weights.dtype) for name, tangent in tangents.items()}
+
+
+class _StudentFeatures(nn.Module):
+    """batch → everything that terms may read of the student, the response's counted positions too."""
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.student = objective.student  # the objective's own, whose parameters functional_call swaps for a pass
+        self._objective = (objective,)  # in a tuple: not a submodule
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (objective,) = self._objective
+        _, features = objective.run_student(batch, autocast=None)
+        if any(term.by_position for term in objective.terms):
+            features = Reader(objective.task, batch).with_positions(features)
+        return dict(features)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

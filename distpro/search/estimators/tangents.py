@@ -19,15 +19,17 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from pathways.call import Call, map_tensors
+
 
 def forward_mode(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
-    x: Tensor,
+    call: Call,
     precision: torch.dtype | None = None,
 ) -> Any:
-    """Tangents of ``model(x)`` at ``parameters`` along ``direction``, in the structure of the output.
+    """Tangents of the model's output for a call at ``parameters`` along ``direction``, in the structure of the output.
 
     Runs with the model's mode (batch statistics in training), attention in its plain form (the fused kernels have no
     forward mode); buffers stay as they are.
@@ -40,7 +42,8 @@ def forward_mode(
     Returns the model's output with every tensor replaced by its tangent (zeros where it does not move).
     """
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    autocast = torch.autocast(x.device.type, precision, enabled=precision is not None)
+    device = next(iter(parameters.values())).device.type
+    autocast = torch.autocast(device, precision, enabled=precision is not None)
     plain = torch.no_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), _FusedBatchNorm()
     with ExitStack() as contexts:
         for context in (*plain, autocast):
@@ -49,16 +52,12 @@ def forward_mode(
             name: forward_ad.make_dual(value, direction[name]) if name in direction else value
             for name, value in parameters.items()
         }
-        return _tangents(functional_call(model, (duals, buffers), (x,)))
+        return map_tensors(_tangent, functional_call(model, (duals, buffers), call.args, dict(call.kwargs)))
 
 
-def _tangents(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        tangent = forward_ad.unpack_dual(output).tangent
-        return torch.zeros_like(output) if tangent is None else tangent
-    if isinstance(output, Mapping):
-        return {key: _tangents(value) for key, value in output.items()}
-    return tuple(_tangents(value) for value in output)
+def _tangent(output: Tensor) -> Tensor:
+    tangent = forward_ad.unpack_dual(output).tangent
+    return torch.zeros_like(output) if tangent is None else tangent
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class Unrolled(Estimator):
                 loss = functional_call(
                     _LossOf(self.objective),
                     {f"objective.{n}": v for n, v in named.items()},
-                    (past.batch, past.scale * weights, past.evaluation.teacher or None),
+                    (past.batch, past.scale * weights, past.done.teacher or None),
                 )
                 values = self._differentiable.step(loss, params=values, override=rates, grad_callback=clip)
             named = {names[p]: value for p, value in zip(params, values, strict=True)}
@@ -117,8 +117,8 @@ class _LossOf(nn.Module):
 
     def forward(self, batch: Batch, weights: Tensor | None = None, teacher: Any = None) -> Tensor:
         if weights is None:
-            return self.objective.task_loss_of(self.objective.study(batch.x)[0], batch.y)
-        return self.objective.evaluate(*batch, weights=weights, teacher=teacher).loss
+            return self.objective.task_loss_of(self.objective.run_student(batch)[0], batch)
+        return self.objective.training_pass(batch, weights, teacher=teacher).loss
 
 
 def _clip(max_norm: float, groups: Sequence[Sequence[int]]) -> Callable[[Sequence[Tensor]], list[Tensor]]:

@@ -1,0 +1,67 @@
+"""From a config to the cache of its teacher's outputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from distpro.config.schema import Config
+from distpro.data import Mixing, Split, build_augment
+from distpro.objective import Objective
+from distpro.train.cache import TeacherCache, digest, digest_data
+from pathways.registry import UserError
+
+
+def versions_of(config: Config, epochs: int) -> int:
+    """How many different images a training of ``epochs`` makes of each sample."""
+    return min(config.data.augment_epochs or epochs, epochs) if config.data.augment else 1
+
+
+def rows_per_sample(objective: Objective) -> int:
+    """Rows of a training batch per sample: 4 where a loss wants each image's rotations."""
+    return 4 if any(getattr(getattr(term, "loss", None), "expand", "") for term in objective.terms) else 1
+
+
+def build_cache(config: Config, data: Any, objective: Objective, example: Any) -> TeacherCache | None:
+    """The cache that the config asks for, of the taps that the objective reads; None where it asks for none.
+
+    ``example``: a batch of two samples. Raises UserError for a teacher whose answers cannot be kept, and as
+    `TeacherCache` does.
+    """
+    if config.cache is None or not objective.entries:
+        return None
+    assert objective.teacher is not None and objective.clock is not None
+    if config.teacher_training:
+        raise UserError("cache: teacher_training makes the teacher's answer depend on the rest of the batch")
+    if not isinstance(data.train, Split):
+        raise UserError("cache: for distpro's own data sets; what another Dataset gives for a sample cannot be known")
+    if any(isinstance(a, Mixing) for a in build_augment(config.data.augment).values()):
+        raise UserError("cache: mixup and cutmix give every sample another partner; leave them or the cache out")
+    if data.train.streamed:
+        raise UserError("cache: for data in memory, not for a streamed set")
+    versions = versions_of(config, math.ceil(objective.clock.total_steps / objective.clock.steps_per_epoch))
+    assert isinstance(data.train.images, Tensor)
+    members = {"": config.teacher} if config.teacher is not None else dict(config.teachers)
+    fingerprint = {
+        "teacher weights": digest(objective.teacher.model),
+        "teacher": {
+            name: m.model_dump(include={"model", "params", "input", "weight"}) for name, m in members.items() if m
+        },
+        "combine": config.combine,
+        "precision": config.precision,
+        "channels_last": config.channels_last,
+        "device": objective.device.type,
+        "data": digest_data(data.train.images, data.train.labels, data.train.index),
+        "mean and std": [list(data.mean), list(data.std)],
+        "augment": config.data.augment,
+        "seed": config.seed if config.data.augment else None,
+        "image shape": list(data.image_shape),
+    }
+    taught = objective.run_teacher(example)
+    taps = {tap: taught[tap] for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
+    views = rows_per_sample(objective)
+    return TeacherCache(
+        config.cache.folder, data.train.index, versions, taps, fingerprint, views=views, device=objective.device
+    )

@@ -1,0 +1,49 @@
+"""From a config to its optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distpro.config.schema import Config
+from pathways.registry import Registry, UserError, check_parameters, is_code
+
+OPTIMIZERS = Registry("optimiser", takes_code=True)
+
+
+def build_optimizer(config: Config, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The config's optimiser, in its fused form where there is one that serves; ``package.module:name`` is called with
+    the parameters, ``lr`` and the config's ``params``."""
+    o = config.training.optimizer
+    if is_code(o.name):
+        kind: Callable[..., Any] = OPTIMIZERS[o.name]
+        check_parameters(f"optimiser '{o.name}'", kind, o.params)
+        optimizer = kind(params, lr=o.lr, **o.params)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UserError(f"optimiser '{o.name}' gives {type(optimizer).__name__}, not a torch.optim.Optimizer")
+        return optimizer
+    return OPTIMIZERS[o.name](params, o)
+
+
+@OPTIMIZERS.register("sgd")
+def _sgd(params: list[nn.Parameter], o: Any) -> torch.optim.Optimizer:
+    nesterov = o.nesterov and o.momentum > 0 and o.dampening == 0
+    fused = o.dampening == 0  # dampening treats a first step apart, and a fused step cannot mix first and later ones
+    sgd = torch.optim.SGD(params, o.lr, o.momentum, o.dampening, o.weight_decay, nesterov=nesterov, fused=fused)
+    if fused and o.momentum:
+        for p in params:  # of a term that is dropped at first, the first gradient comes late
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
+
+
+@OPTIMIZERS.register("adam")
+def _adam(params: list[nn.Parameter], o: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+
+
+@OPTIMIZERS.register("adamw")
+def _adamw(params: list[nn.Parameter], o: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)

@@ -1,0 +1,146 @@
+"""Semantic segmentation: cross entropy of pixels, mean intersection over union, pixel accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distpro.batch import Batch
+from distpro.tasks.metrics import METRICS
+from pathways.call import Call
+from pathways.registry import UserError
+from pathways.taps import response_of
+
+VOID = 255
+"""Label of pixels that do not count, in every label map here."""
+
+
+class Segmentation:
+    """Task of predicting one of ``num_classes`` labels per pixel: ``target`` (N, H, W) int64, 255 where it is void.
+
+    The response (N, K, h, w) is brought to the target's size by bilinear interpolation where it is smaller. Of a model
+    that gives ``{"out": ..., "aux": ...}`` (torchvision's) the auxiliary head's loss is added in training.
+
+    Args:
+        aux_weight: of the auxiliary head's loss (0.4 in PSPNet and IFVD; torchvision's own training has 0.5).
+        label_smoothing: of the training loss.
+    """
+
+    headline = "miou"
+    higher_is_better = True
+
+    def __init__(self, aux_weight: float = 0.4, label_smoothing: float = 0.0):
+        self.aux_weight, self.label_smoothing = aux_weight, label_smoothing
+
+    def model_arguments(self, data: Any) -> dict[str, Any]:
+        return {} if data.num_classes is None else {"num_classes": data.num_classes}
+
+    def call(self, batch: Batch, training: bool) -> Call:
+        return batch.call
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Mean cross entropy over the pixels that count, 0 where none does."""
+        loss = pixel_cross_entropy(response_of(output), batch.target, self.label_smoothing)
+        aux = output.get("aux") if isinstance(output, Mapping) else None
+        if aux is None or not self.aux_weight:
+            return loss
+        return loss + self.aux_weight * pixel_cross_entropy(aux, batch.target, self.label_smoothing)
+
+    def response(self, output: Any) -> Tensor | None:
+        return response_of(output)
+
+    def labels(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        return (batch.target, batch.target != VOID) if isinstance(batch.target, Tensor) else (None, None)
+
+    def metrics(self) -> ConfusionMatrix:
+        return ConfusionMatrix()
+
+    def pictures(self, output: Any, batch: Batch, count: int = 4) -> Tensor:
+        """For the log: image, labels and prediction of the first samples side by side, uint8 (count, 3, H, 3 W)."""
+        images, target = batch.call.args[0][:count].float(), batch.target[:count]
+        low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
+        shown = (255 * (images - low) / (high - low).clamp(min=1e-6)).byte()
+        size = tuple(target.shape[1:])
+        predicted = _at(response_of(output)[:count], size).argmax(1)
+        colours = palette(256).to(target.device)
+        maps = [colours[labels].movedim(-1, 1) for labels in (target, predicted)]
+        return torch.cat([F.interpolate(shown, size), *maps], dim=3)
+
+
+def pixel_cross_entropy(response: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy of dense logits (N, K, h, w) at the size of label maps (N, H, W), over the pixels that count; 0
+    where none does."""
+    if response.dim() != 4:
+        raise UserError(f"segmentation needs a response (N, K, H, W), got {tuple(response.shape)}")
+    response = _at(response, tuple(target.shape[1:]))
+    total = F.cross_entropy(
+        response, target, ignore_index=VOID, label_smoothing=label_smoothing, reduction="sum"
+    )  # the mean over no pixel would be nan
+    return total / (target != VOID).sum().clamp(min=1)
+
+
+def _at(response: Tensor, size: tuple[int, ...]) -> Tensor:
+    if tuple(response.shape[2:]) == size:
+        return response
+    return F.interpolate(response, size, mode="bilinear", align_corners=False)
+
+
+def palette(count: int) -> Tensor:
+    """Colours of labels, uint8 (count, 3), as Pascal VOC draws them; 255 (void) is light grey."""
+    labels = torch.arange(count)
+    colours = torch.zeros(count, 3, dtype=torch.int64)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((labels >> (3 * bit + channel)) & 1) << (7 - bit)
+    if count > VOID:
+        colours[VOID] = 224
+    return colours.byte()
+
+
+@METRICS.register("confusion")
+class ConfusionMatrix:
+    """Mean intersection over union and pixel accuracy, in percent, and the mean cross entropy, over all pixels that
+    count. A class that is neither in the labels nor in the predictions of the whole set is left out of the mean
+    (Everingham et al., Pascal VOC). The matrix stays on the device and is added up over processes."""
+
+    def __init__(self) -> None:
+        self._matrix: Tensor | None = None  # (K, K) int64: label, prediction
+        self._loss: Tensor | None = None
+
+    def update(self, output: Any, batch: Batch) -> None:
+        """Take in a batch with ``target`` (N, H, W)."""
+        response = _at(response_of(output).float(), tuple(batch.target.shape[1:]))
+        count, target = response.shape[1], batch.target
+        counts = target != VOID
+        labels, predicted = target[counts], response.argmax(1)[counts]
+        matrix = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
+        loss = F.cross_entropy(response, target, ignore_index=VOID, reduction="sum").double()
+        self._matrix = matrix if self._matrix is None else self._matrix + matrix
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def state(self) -> dict[str, Any]:
+        if self._matrix is None or self._loss is None:
+            return {}
+        return {"matrix": self._matrix.cpu(), "loss": self._loss.cpu()}
+
+    def merge(self, states: Sequence[Any]) -> None:
+        known = [state for state in states if state]
+        self._matrix = torch.stack([state["matrix"] for state in known]).sum(0) if known else None
+        self._loss = torch.stack([state["loss"] for state in known]).sum() if known else None
+
+    def compute(self) -> dict[str, float]:
+        if self._matrix is None or self._loss is None:
+            return {}
+        matrix, pixels = self._matrix.double(), self._matrix.sum().clamp(min=1)
+        hits = matrix.diagonal()
+        union = matrix.sum(0) + matrix.sum(1) - hits
+        seen = union > 0
+        return {
+            "miou": 100 * (hits[seen] / union[seen]).mean().item(),
+            "pixel_accuracy": 100 * (hits.sum() / pixels).item(),
+            "loss": (self._loss / pixels).item(),
+        }
