@@ -35,140 +35,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
-from study_figures import FIGURES, at_budget
+from study_file import ROOT, StudyFile
+from study_table import render, splice
 
 from distpro.config.reading import for_retrain, read_config
 from distpro.files import write_atomically
 from distpro.report.cost import describe
 from distpro.schedule import Schedule
-from pathways.registry import nearest
-
-ROOT = Path(__file__).resolve().parent.parent
-# Two-sided 95 % points of Student's t by degrees of freedom.
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
-class Search(NamedTuple):
-    """A search of a study, which runs of it or of another study replay."""
-
-    study: Study
-    label: str
-
-    def schedule(self, seed: int) -> Path:
-        return self.study.out(self.label, seed) / "alpha.pt"
-
-    def ended(self, seed: int) -> bool:
-        return self.study.out(self.label, seed).joinpath("result.json").exists()
-
-    @property
-    def tunes(self) -> bool:
-        """Whether it is one of tools/tune.py, which finds no schedule but a config."""
-        return "tune" in self.study.searches.get(self.label, {})
-
-
-class Study:
-    """The runs of a study file, their commands, and the rows that are there."""
-
-    def __init__(self, path: Path, results: Path):
-        self.name = path.stem
-        self.content: dict[str, Any] = yaml.safe_load(path.read_text())
-        self.path = path
-        self.seeds: list[int] = self.content["seeds"]
-        self.searches: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content.get("searches", {}).items()}
-        self.runs: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content["runs"].items()}
-        if "epochs" in self.content:
-            self.runs = {
-                at_budget(label, epochs): {**own, "training.epochs": epochs}
-                for label, own in self.runs.items()
-                for epochs in self.content["epochs"]
-            }
-        if both := self.runs.keys() & self.searches.keys():
-            raise SystemExit(f"{path}: name of a search and of a run: {', '.join(both)}")
-        self.results = results / f"{self.name}.jsonl"
-        self.folder = ROOT / "runs" / self.name
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of this study's labels and seeds: of its results file, and those that it shares with other studies."""
-        lines = self.results.read_text().splitlines() if self.results.exists() else []
-        rows = [json.loads(line) for line in lines]
-        for label, source in self.content.get("shared", {}).items():
-            study, _, theirs = source.partition("/")
-            rows += [{**r, "label": label} for r in self.other(study).rows() if r["label"] == theirs]
-        known = self.runs.keys() | self.searches.keys()
-        return [r for r in rows if r["label"] in known and r["seed"] in self.seeds]
-
-    def other(self, name: str) -> Study:
-        """The study in the file beside this one."""
-        return Study(self.path.with_name(f"{name}.yaml"), self.results.parent)
-
-    def config(self, label: str) -> str:
-        return str({**self.runs, **self.searches}[label].get("config", self.content["config"]))
-
-    def overrides(self, label: str, seed: int) -> list[str]:
-        """``key=value`` of a run or search."""
-        merged = {**self.content.get("set", {}), **{**self.runs, **self.searches}[label], "seed": seed}
-        return [
-            f"{key}={json.dumps(value)}" for key, value in merged.items() if key not in ("config", "search", "tune")
-        ]
-
-    def search_of(self, label: str) -> Search | None:
-        """The search that a run replays. None: it needs no search, or is one."""
-        if label in self.searches:
-            return None
-        own = {**self.content.get("set", {}), **self.runs[label]}
-        if own.get("retrain.weights", "searched") in ("constant", "none") and "search" not in own:
-            return None
-        search = own.get("search", next(iter(self.searches), ""))
-        study, _, name = search.partition("/")
-        foreign = name and search not in self.searches  # names may have a / in them
-        return Search(self.other(study), name) if foreign else Search(self, search)
-
-    def out(self, label: str, seed: int) -> Path:
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', label)}-{seed}"
-
-    def command(self, label: str, seed: int) -> list[str]:
-        """The command that makes a row."""
-        search, tune = self.search_of(label), self.searches.get(label, {}).get("tune")
-        config, options = self.config(label), []
-        if tune:
-            program = ["python", "tools/tune.py"]
-        elif label in self.searches:
-            program = ["distpro", "search"]
-        else:
-            program = ["distpro", "retrain"]
-        if search and search.tunes:
-            config = str(search.schedule(seed).with_name("tuned.yaml").relative_to(ROOT))
-        elif search:
-            options = ["--schedule", str(search.schedule(seed).relative_to(ROOT))]
-        out = ["--out", str(self.out(label, seed).relative_to(ROOT))]
-        return [*program, config, *options, *self.overrides(label, seed), *out, *map(str, tune or [])]
-
-    def missing(self) -> list[tuple[str, int]]:
-        """Runs without a row, searches first, seed by seed: what is there when time is up is comparable."""
-        done = {(r["label"], r["seed"]) for r in self.rows()}
-        groups = (self.searches, self.runs)
-        return [(k, seed) for group in groups for seed in self.seeds for k in group if (k, seed) not in done]
-
-    def with_searches(self, labels: list[str]) -> set[str]:
-        """Labels, and those of the searches of this study that they replay."""
-        if unknown := set(labels) - self.runs.keys() - self.searches.keys():
-            label = min(unknown)
-            raise SystemExit(f"{self.path}: no run or search '{label}'{nearest(label, [*self.searches, *self.runs])}")
-        searches = [search for label in labels if (search := self.search_of(label)) and search.study is self]
-        return {*labels, *(search.label for search in searches)}
+class Study(StudyFile):
+    """A study that can be run."""
 
     def execute(self, label: str, seed: int, out: Path) -> dict[str, Any] | None:
         """Run one row in the folder ``out``, resuming where an earlier try has left a checkpoint. None: it failed."""
@@ -245,96 +131,6 @@ class Study:
         print(f"  now: {row and (row['accuracy'], row['loss'])}: {'the same' if same else 'NOT THE SAME'}")
         return same
 
-    # The table and the figure
-
-    def found(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """Rows by label and seed."""
-        found: dict[str, dict[int, dict[str, Any]]] = {}
-        for row in self.rows():
-            found.setdefault(row["label"], {})[row["seed"]] = row
-        return found
-
-    def seconds(self, label: str) -> float:
-        """Mean seconds of a run, its search included."""
-        search = self.search_of(label)
-        parts = [(self, label), *([search] if search else [])]
-        rows = [study.found().get(name, {}).values() for study, name in parts]
-        return sum(statistics.mean(r["seconds"] for r in found) for found in rows if found)
-
-    def render(self) -> str:
-        """Markdown: mean ± standard deviation, and paired differences to the baseline with a 95 % interval."""
-        rows, found = self.rows(), self.found()
-        baseline = self.content.get("baseline", [])
-        baselines = [baseline] if isinstance(baseline, str) else baseline
-        compared = "".join(f"paired difference to {label} | " for label in baselines)
-        lines = [
-            f"| weights | last-epoch test accuracy, % | n | {compared}seconds a run | with its search |",
-            "|---|---|---|---|---|" + "---|" * len(baselines),
-        ]
-        for label in [*self.runs, *self.searches]:
-            if label not in found:
-                continue
-            mine = found[label]
-            searching = label in self.searches
-            against = [{} if searching or label == b else found.get(b, {}) for b in baselines]
-            values = [
-                f"({label})" if searching else label,
-                _spread([r["accuracy"] for r in mine.values()]),
-                str(len(mine)),
-                *(_interval([r["accuracy"] - b[s]["accuracy"] for s, r in mine.items() if s in b]) for b in against),
-                f"{statistics.mean(r['seconds'] for r in mine.values()):.0f}",
-                f"{self.seconds(label):.0f}" if self.search_of(label) else "",
-            ]
-            lines.append(f"| {' | '.join(values)} |")
-        if targets := [t for t in self.content.get("reach", []) if t in found]:
-            lines += ["", *self.reached(targets)]
-        lines += ["", "<details><summary>The commands of the first seed, and the versions</summary>", ""]
-        lines += ["The other seeds' differ in `seed=` and paths only.", "", "```"]
-        lines += [r["command"] for r in rows if r["seed"] == self.seeds[0]]
-        versions = rows[0]["packages"]
-        lines += ["```", "", ", ".join(f"{k} {v}" for k, v in versions.items())]
-        lines[-1] += f"; device {rows[0]['device']}; {rows[0]['threads']} threads a run; revisions "
-        lines[-1] += ", ".join(sorted({f"`{r['revision']}`" for r in rows})) + "."
-        lines += ["", "</details>", ""]
-        for kind in self.content.get("figures", []):
-            path = ROOT / "docs" / "figures" / f"{self.name}_{kind}.png"
-            FIGURES[kind](self, path)
-            lines += [f"![{self.name}: {kind}](figures/{path.name})", ""]
-        return "\n".join(lines)
-
-    def budgets(self, base: str) -> dict[int, list[float]]:
-        """Accuracies of a run's seeds by epochs, where there are any."""
-        found = self.found()
-        rows = {n: found.get(at_budget(base, n), {}).values() for n in sorted(self.content["epochs"])}
-        return {n: [r["accuracy"] for r in there] for n, there in rows.items() if there}
-
-    def reached(self, targets: list[str]) -> list[str]:
-        """Markdown: the epochs that each run needs for the mean accuracy of the target rows.
-
-        Between two budgets the accuracy is taken to be linear in the logarithm of the epochs.
-        """
-        found = self.found()
-        goals = [statistics.mean(r["accuracy"] for r in found[t].values()) for t in targets]
-        titles = [f"epochs to {goal:.2f} % ({target})" for goal, target in zip(goals, targets, strict=True)]
-        lines = [f"| weights | {' | '.join(titles)} |", "|---|" + "---|" * len(goals)]
-        for base in self.content["runs"]:
-            if curve := {n: statistics.mean(accuracies) for n, accuracies in self.budgets(base).items()}:
-                lines.append(f"| {base} | {' | '.join(epochs_to(goal, curve) for goal in goals)} |")
-        return lines
-
-
-def epochs_to(goal: float, curve: dict[int, float]) -> str:
-    """Where accuracy by epochs first comes to ``goal``."""
-    before: tuple[int, float] | None = None
-    for epochs, accuracy in curve.items():
-        if accuracy >= goal:
-            if before is None or accuracy == goal:
-                return f"{'at most ' if accuracy > goal else ''}{epochs}"
-            share = (goal - before[1]) / (accuracy - before[1])
-            return f"{before[0] * (epochs / before[0]) ** share:.1f}"
-        before = epochs, accuracy
-    return f"more than {max(curve)}"
-
 
 def _revision(described: str) -> str:
     """Without the "-dirty" that comes of the rows, tables and figures themselves."""
@@ -355,29 +151,6 @@ def summary(schedule: Schedule) -> dict[str, Any]:
         "scales": [float(f"{x:.4g}") for x in schedule.scales.tolist()],
         "weights": [[round(x, 5) for x in row] for row in weights.tolist()],
     }
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def _interval(differences: list[float]) -> str:
-    if not differences:
-        return ""
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.2f}"
-    half = T95.get(len(differences) - 1, 1.96) * statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-
-
-def splice(page: Path, name: str, table: str) -> None:
-    """Put the table between the page's ``<!-- study: NAME -->`` and ``<!-- end -->``, if it has such a place."""
-    text = page.read_text() if page.exists() else ""
-    begin, _, rest = text.partition(f"<!-- study: {name} -->\n")
-    if rest:
-        _, end, after = rest.partition("<!-- end -->")
-        write_atomically(f"{begin}<!-- study: {name} -->\n{table}{end}{after}", page)
 
 
 def cost(study: Study, label: str) -> float:
@@ -425,7 +198,7 @@ def main() -> None:
         if not options.render:
             study.run_all(missing, options.jobs)
         if study.rows():
-            text = study.render()
+            text = render(study)
             write_atomically(text, study.results.with_suffix(".md"))
             print(text)
             for page in sorted((ROOT / "docs").glob("*.md")):

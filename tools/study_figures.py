@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from study import Study
-
-
-def at_budget(label: str, epochs: int) -> str:
-    """The label of a run at one of a study's budgets."""
-    return f"{label}, {epochs} epochs"
+from study_file import StudyFile, at_budget
 
 
-def draw_budgets(study: Study, path: Path) -> None:
+def draw_budgets(study: StudyFile, path: Path) -> None:
     """Accuracy against epochs, and against seconds with the search's; a training of its own at every point."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
@@ -39,7 +33,7 @@ def draw_budgets(study: Study, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_bars(study: Study, path: Path) -> None:
+def draw_bars(study: StudyFile, path: Path) -> None:
     """Accuracy of every run: mean, and a dot per seed."""
     plt = _pyplot()
     found = {k: [r["accuracy"] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
@@ -60,7 +54,7 @@ def draw_bars(study: Study, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_levels(study: Study, path: Path) -> None:
+def draw_levels(study: StudyFile, path: Path) -> None:
     """Each teacher level's share of the weight over a search, a panel per search: mean and spread over seeds."""
     plt = _pyplot()
     found = {k: rows for k, rows in study.found().items() if "learned" in rows[min(rows)]}
@@ -88,7 +82,7 @@ def _share(learned: dict[str, Any], level: int) -> list[float]:
     return [sum(a) / sum(b) for a, b in zip(mine, everyone, strict=True)]
 
 
-def draw_weights(study: Study, path: Path) -> None:
+def draw_weights(study: StudyFile, path: Path) -> None:
     """The weight that each term of a search ends with, relative to where it began: mean and every seed."""
     plt = _pyplot()
     from matplotlib.ticker import NullLocator

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 sys.path.insert(0, str(ROOT / "tools"))
-study, figures, tune, horizon = map(importlib.import_module, ("study", "study_figures", "tune", "horizon"))
+study, table, figures, tune, horizon = map(
+    importlib.import_module, ("study", "study_table", "study_figures", "tune", "horizon")
+)
 
 CONTENT = """
 config: search_configs/digits.yaml
@@ -64,7 +66,7 @@ def test_a_schedule_may_come_from_another_study(example, tmp_path):
     assert command[:3] == ["distpro", "retrain", "x.yaml"] and "runs/other/pooled-2/alpha.pt" in command
     (tmp_path / "other.jsonl").write_text(json.dumps({**row("pooled", 2, 40.0), "seconds": 7}) + "\n")
     example.results.write_text(json.dumps(row("foreign", 2, 50.0)) + "\n")
-    assert "| foreign | 50.00 | 1 |  | 10 | 17 |" in example.render()  # the other study's search is paid for
+    assert "| foreign | 50.00 | 1 |  | 10 | 17 |" in table.render(example)  # the other study's search is paid for
 
 
 def test_rows_may_be_shared_with_another_study(example, tmp_path):
@@ -93,11 +95,9 @@ def test_epochs_to_an_accuracy_are_interpolated_in_their_logarithm(example, tmp_
         "searched, 8 epochs": 70.0,
     }
     budgets.results.write_text("".join(json.dumps(row(k, 0, a)) + "\n" for k, a in accuracies.items()))
-    table = budgets.render()
-    assert (
-        "| equal | 8 |" in table and "| searched | 4.0 |" in table
-    )  # half the way from 50 to 70, half of two doublings
-    assert study.epochs_to(40.0, {2: 50.0}) == "at most 2" and study.epochs_to(60.0, {2: 50.0}) == "more than 2"
+    text = table.render(budgets)
+    assert "| equal | 8 |" in text and "| searched | 4.0 |" in text  # half the way from 50 to 70, half of two doublings
+    assert table.epochs_to(40.0, {2: 50.0}) == "at most 2" and table.epochs_to(60.0, {2: 50.0}) == "more than 2"
 
 
 def test_rows_that_are_there_are_not_run_again(example):
@@ -133,19 +133,19 @@ def test_the_table_pairs_rows_by_seed(example):
     rows = [row("equal", s, a) for s, a in enumerate((50.0, 52.0, 54.0))]
     rows += [row("searched", s, a) for s, a in enumerate((51.0, 53.5, 54.5))]
     example.results.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    table = example.render()
-    assert "| equal | 52.00 ± 2.00 | 3 |" in table
+    text = table.render(example)
+    assert "| equal | 52.00 ± 2.00 | 3 |" in text
     # differences 1, 1.5, 0.5: mean 1, deviation 0.5, t(2) = 4.30, so ± 4.30 · 0.5 / √3 = 1.24
-    assert "+1.00 [-0.24, +2.24]" in table
+    assert "+1.00 [-0.24, +2.24]" in text
     example.content["baseline"] = ["equal", "searched"]
-    assert "| 52.00 ± 2.00 | 3 |  | -1.00 [-2.24, +0.24] |" in example.render()
+    assert "| 52.00 ± 2.00 | 3 |  | -1.00 [-2.24, +0.24] |" in table.render(example)
 
 
 def test_a_page_takes_the_table_in_its_place(example, tmp_path):
     example.results.write_text(json.dumps(row("equal", 0, 50.0)) + "\n")
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- study: example -->\nold\n<!-- end -->\nafter\n")
-    study.splice(page, example.name, example.render())
+    table.splice(page, example.name, table.render(example))
     assert "old" not in page.read_text() and "50.00" in page.read_text()
     assert page.read_text().startswith("before\n") and page.read_text().endswith("<!-- end -->\nafter\n")
 

@@ -1,0 +1,150 @@
+"""A study's file: its runs, their commands, and the rows that are there. tools/study.py says what may stand in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from pathways.registry import nearest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def at_budget(label: str, epochs: int) -> str:
+    """The label of a run at one of a study's budgets."""
+    return f"{label}, {epochs} epochs"
+
+
+class Search(NamedTuple):
+    """A search of a study, which runs of it or of another study replay."""
+
+    study: StudyFile
+    label: str
+
+    def schedule(self, seed: int) -> Path:
+        return self.study.out(self.label, seed) / "alpha.pt"
+
+    def ended(self, seed: int) -> bool:
+        return self.study.out(self.label, seed).joinpath("result.json").exists()
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it is one of tools/tune.py, which finds no schedule but a config."""
+        return "tune" in self.study.searches.get(self.label, {})
+
+
+class StudyFile:
+    """The runs of a study file, their commands, and the rows that are there."""
+
+    def __init__(self, path: Path, results: Path):
+        self.name = path.stem
+        self.content: dict[str, Any] = yaml.safe_load(path.read_text())
+        self.path = path
+        self.seeds: list[int] = self.content["seeds"]
+        self.searches: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content.get("searches", {}).items()}
+        self.runs: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content["runs"].items()}
+        if "epochs" in self.content:
+            self.runs = {
+                at_budget(label, epochs): {**own, "training.epochs": epochs}
+                for label, own in self.runs.items()
+                for epochs in self.content["epochs"]
+            }
+        if both := self.runs.keys() & self.searches.keys():
+            raise SystemExit(f"{path}: name of a search and of a run: {', '.join(both)}")
+        self.results = results / f"{self.name}.jsonl"
+        self.folder = ROOT / "runs" / self.name
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of this study's labels and seeds: of its results file, and those that it shares with other studies."""
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        rows = [json.loads(line) for line in lines]
+        for label, source in self.content.get("shared", {}).items():
+            study, _, theirs = source.partition("/")
+            rows += [{**r, "label": label} for r in self.other(study).rows() if r["label"] == theirs]
+        known = self.runs.keys() | self.searches.keys()
+        return [r for r in rows if r["label"] in known and r["seed"] in self.seeds]
+
+    def other(self, name: str) -> StudyFile:
+        """The study in the file beside this one."""
+        return type(self)(self.path.with_name(f"{name}.yaml"), self.results.parent)
+
+    def config(self, label: str) -> str:
+        return str({**self.runs, **self.searches}[label].get("config", self.content["config"]))
+
+    def overrides(self, label: str, seed: int) -> list[str]:
+        """``key=value`` of a run or search."""
+        merged = {**self.content.get("set", {}), **{**self.runs, **self.searches}[label], "seed": seed}
+        return [
+            f"{key}={json.dumps(value)}" for key, value in merged.items() if key not in ("config", "search", "tune")
+        ]
+
+    def search_of(self, label: str) -> Search | None:
+        """The search that a run replays. None: it needs no search, or is one."""
+        if label in self.searches:
+            return None
+        own = {**self.content.get("set", {}), **self.runs[label]}
+        if own.get("retrain.weights", "searched") in ("constant", "none") and "search" not in own:
+            return None
+        search = own.get("search", next(iter(self.searches), ""))
+        study, _, name = search.partition("/")
+        foreign = name and search not in self.searches  # names may have a / in them
+        return Search(self.other(study), name) if foreign else Search(self, search)
+
+    def out(self, label: str, seed: int) -> Path:
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', label)}-{seed}"
+
+    def command(self, label: str, seed: int) -> list[str]:
+        """The command that makes a row."""
+        search, tune = self.search_of(label), self.searches.get(label, {}).get("tune")
+        config, options = self.config(label), []
+        if tune:
+            program = ["python", "tools/tune.py"]
+        elif label in self.searches:
+            program = ["distpro", "search"]
+        else:
+            program = ["distpro", "retrain"]
+        if search and search.tunes:
+            config = str(search.schedule(seed).with_name("tuned.yaml").relative_to(ROOT))
+        elif search:
+            options = ["--schedule", str(search.schedule(seed).relative_to(ROOT))]
+        out = ["--out", str(self.out(label, seed).relative_to(ROOT))]
+        return [*program, config, *options, *self.overrides(label, seed), *out, *map(str, tune or [])]
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Runs without a row, searches first, seed by seed: what is there when time is up is comparable."""
+        done = {(r["label"], r["seed"]) for r in self.rows()}
+        groups = (self.searches, self.runs)
+        return [(k, seed) for group in groups for seed in self.seeds for k in group if (k, seed) not in done]
+
+    def with_searches(self, labels: list[str]) -> set[str]:
+        """Labels, and those of the searches of this study that they replay."""
+        if unknown := set(labels) - self.runs.keys() - self.searches.keys():
+            label = min(unknown)
+            raise SystemExit(f"{self.path}: no run or search '{label}'{nearest(label, [*self.searches, *self.runs])}")
+        searches = [search for label in labels if (search := self.search_of(label)) and search.study is self]
+        return {*labels, *(search.label for search in searches)}
+
+    def found(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """Rows by label and seed."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in self.rows():
+            found.setdefault(row["label"], {})[row["seed"]] = row
+        return found
+
+    def seconds(self, label: str) -> float:
+        """Mean seconds of a run, its search included."""
+        search = self.search_of(label)
+        parts = [(self, label), *([search] if search else [])]
+        rows = [study.found().get(name, {}).values() for study, name in parts]
+        return sum(statistics.mean(r["seconds"] for r in found) for found in rows if found)
+
+    def budgets(self, base: str) -> dict[int, list[float]]:
+        """Accuracies of a run's seeds by epochs, where there are any."""
+        found = self.found()
+        rows = {n: found.get(at_budget(base, n), {}).values() for n in sorted(self.content["epochs"])}
+        return {n: [r["accuracy"] for r in there] for n, there in rows.items() if there}

@@ -1,0 +1,108 @@
+"""A study's table in Markdown, and its place in the pages of docs/."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from study_figures import FIGURES
+from study_file import ROOT, StudyFile
+
+from distpro.files import write_atomically
+
+# Two-sided 95 % points of Student's t by degrees of freedom.
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def render(study: StudyFile) -> str:
+    """Markdown: mean ± standard deviation, and paired differences to the baseline with a 95 % interval."""
+    rows, found = study.rows(), study.found()
+    baseline = study.content.get("baseline", [])
+    baselines = [baseline] if isinstance(baseline, str) else baseline
+    compared = "".join(f"paired difference to {label} | " for label in baselines)
+    lines = [
+        f"| weights | last-epoch test accuracy, % | n | {compared}seconds a run | with its search |",
+        "|---|---|---|---|---|" + "---|" * len(baselines),
+    ]
+    for label in [*study.runs, *study.searches]:
+        if label not in found:
+            continue
+        mine = found[label]
+        searching = label in study.searches
+        against = [{} if searching or label == b else found.get(b, {}) for b in baselines]
+        values = [
+            f"({label})" if searching else label,
+            _spread([r["accuracy"] for r in mine.values()]),
+            str(len(mine)),
+            *(_interval([r["accuracy"] - b[s]["accuracy"] for s, r in mine.items() if s in b]) for b in against),
+            f"{statistics.mean(r['seconds'] for r in mine.values()):.0f}",
+            f"{study.seconds(label):.0f}" if study.search_of(label) else "",
+        ]
+        lines.append(f"| {' | '.join(values)} |")
+    if targets := [t for t in study.content.get("reach", []) if t in found]:
+        lines += ["", *reached(study, targets)]
+    lines += ["", "<details><summary>The commands of the first seed, and the versions</summary>", ""]
+    lines += ["The other seeds' differ in `seed=` and paths only.", "", "```"]
+    lines += [r["command"] for r in rows if r["seed"] == study.seeds[0]]
+    versions = rows[0]["packages"]
+    lines += ["```", "", ", ".join(f"{k} {v}" for k, v in versions.items())]
+    lines[-1] += f"; device {rows[0]['device']}; {rows[0]['threads']} threads a run; revisions "
+    lines[-1] += ", ".join(sorted({f"`{r['revision']}`" for r in rows})) + "."
+    lines += ["", "</details>", ""]
+    for kind in study.content.get("figures", []):
+        path = ROOT / "docs" / "figures" / f"{study.name}_{kind}.png"
+        FIGURES[kind](study, path)
+        lines += [f"![{study.name}: {kind}](figures/{path.name})", ""]
+    return "\n".join(lines)
+
+
+def reached(study: StudyFile, targets: list[str]) -> list[str]:
+    """Markdown: the epochs that each run needs for the mean accuracy of the target rows.
+
+    Between two budgets the accuracy is taken to be linear in the logarithm of the epochs.
+    """
+    found = study.found()
+    goals = [statistics.mean(r["accuracy"] for r in found[t].values()) for t in targets]
+    titles = [f"epochs to {goal:.2f} % ({target})" for goal, target in zip(goals, targets, strict=True)]
+    lines = [f"| weights | {' | '.join(titles)} |", "|---|" + "---|" * len(goals)]
+    for base in study.content["runs"]:
+        if curve := {n: statistics.mean(accuracies) for n, accuracies in study.budgets(base).items()}:
+            lines.append(f"| {base} | {' | '.join(epochs_to(goal, curve) for goal in goals)} |")
+    return lines
+
+
+def epochs_to(goal: float, curve: dict[int, float]) -> str:
+    """Where accuracy by epochs first comes to ``goal``."""
+    before: tuple[int, float] | None = None
+    for epochs, accuracy in curve.items():
+        if accuracy >= goal:
+            if before is None or accuracy == goal:
+                return f"{'at most ' if accuracy > goal else ''}{epochs}"
+            share = (goal - before[1]) / (accuracy - before[1])
+            return f"{before[0] * (epochs / before[0]) ** share:.1f}"
+        before = epochs, accuracy
+    return f"more than {max(curve)}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _interval(differences: list[float]) -> str:
+    if not differences:
+        return ""
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.2f}"
+    half = T95.get(len(differences) - 1, 1.96) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def splice(page: Path, name: str, table: str) -> None:
+    """Put the table between the page's ``<!-- study: NAME -->`` and ``<!-- end -->``, if it has such a place."""
+    text = page.read_text() if page.exists() else ""
+    begin, _, rest = text.partition(f"<!-- study: {name} -->\n")
+    if rest:
+        _, end, after = rest.partition("<!-- end -->")
+        write_atomically(f"{begin}<!-- study: {name} -->\n{table}{end}{after}", page)
