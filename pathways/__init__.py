@@ -1,17 +1,19 @@
 """The search space of distillation pathways, usable with any nn.Module and without distpro."""
 
+from pathways.call import Call
 from pathways.connections import connect
 from pathways.distances import DISTANCES
-from pathways.probing import find_stages, probe_shapes
+from pathways.probing import find_stages, probe_features, probe_shapes
 from pathways.registry import Registry, UserError
 from pathways.space import Pathway, build_pathways
 from pathways.tapped import Tapped
-from pathways.taps import Taps, tap
+from pathways.taps import Taps, response_of, tap
 from pathways.transforms import TRANSFORMS
 
 __all__ = [
     "DISTANCES",
     "TRANSFORMS",
+    "Call",
     "Pathway",
     "Registry",
     "Tapped",
@@ -20,6 +22,8 @@ __all__ = [
     "build_pathways",
     "connect",
     "find_stages",
+    "probe_features",
     "probe_shapes",
+    "response_of",
     "tap",
 ]

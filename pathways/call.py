@@ -6,7 +6,8 @@ arguments, a mapping keyword arguments; a list stays one argument, as detection 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
@@ -79,10 +80,19 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value) if f.init})
+        return replace(
+            value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value) if f.init}
+        )
     if isinstance(value, Mapping):
         changed = {key: map_tensors(function, inner) for key, inner in value.items()}
-        return changed if type(value) is dict else type(value)(changed)  # type: ignore[call-arg]
+        if type(value) is dict:
+            return changed
+        if not isinstance(value, MutableMapping):
+            return type(value)(changed)  # type: ignore[call-arg]
+        same_kind = copy(value)  # a defaultdict and the like cannot be made from a mapping
+        for key, inner in changed.items():
+            same_kind[key] = inner
+        return same_kind
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(function, inner) for inner in value))
     if isinstance(value, (tuple, list)):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pathways.call import Call
 from pathways.connections import connect as connect_taps
 from pathways.distances import DISTANCES
 from pathways.probing import probe_shapes
@@ -37,7 +38,15 @@ class Pathway(nn.Module):
         level: (i, j, k), counted from 1: teacher level, student level, transform.
         transform_name: name of M_k, by which a schedule is matched on another pair.
         student_taps, teacher_taps: the one tap read on each side.
+        weight: constant weight, a process ``step → weight``, or None where a schedule or a search decides.
+        per_level, reduction, masked, rows, scalars: what other terms of an objective may ask for and a pathway does not.
     """
+
+    weight: Any = None
+    per_level = False
+    reduction: str | None = None
+    masked = False
+    rows = "first"
 
     def __init__(
         self,
@@ -54,6 +63,10 @@ class Pathway(nn.Module):
         self.transform_name = transform_name
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.transform, self.distance = transform, distance
+        self.scalars: dict[str, Any] = {}
+
+    def at(self, step: int) -> None:
+        """Nothing: a pathway has no scalars that follow the training step."""
 
     def forward(
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, index: Tensor | None = None
@@ -74,11 +87,14 @@ def build_pathways(
     connect: str | Sequence[Sequence[str]] = "all",
     transforms: Sequence[Spec] = ("conv1x1", "conv3x3", "attention"),
     distance: Spec = "hcl",
+    teacher_shapes: Mapping[str, Sequence[int]] | None = None,
+    student_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Pathway]:
     """The pathways of a search space, teacher-major, then student level, then transform.
 
-    Shapes are probed with one forward pass of ``example_input`` through each model, which leaves no trace. The new
-    parameters are on the student's device.
+    Shapes are probed with one forward pass of ``example_input``, anything that `Call.of` takes, through each model,
+    which leaves no trace. Where ``teacher_shapes`` or ``student_shapes`` give them, tap → shape of one sample, that
+    model does not run. The new parameters are on the student's device.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
     >>> import torch
@@ -87,18 +103,19 @@ def build_pathways(
 
     Raises UserError for unknown taps, rules, transforms, distances or parameters, and for shapes that do not fit.
     """
-    teacher_shapes = probe_shapes(teacher, teacher_taps, example_input)
-    student_shapes = probe_shapes(student, student_taps, example_input)
+    teacher_sizes = _shapes(teacher, teacher_taps, example_input, teacher_shapes, "teacher")
+    student_sizes = _shapes(student, student_taps, example_input, student_shapes, "student")
     chosen = [parse_spec(t, "transforms") for t in transforms]
     distance_name, distance_params = parse_spec(distance, "distance")
     names = [name for name, _ in chosen]
     if len(set(names)) != len(names):
         names = [f"{name}.{k}" for k, name in enumerate(names, 1)]
-    device = next(student.parameters()).device
+    parameter = next(student.parameters(), None)
+    device = Call.of(example_input).device if parameter is None else parameter.device
     space = []
     for i, j in connect_taps(connect, teacher_taps, student_taps):
         for k, (name, params) in enumerate(chosen):
-            shapes = student_shapes[student_taps[j]], teacher_shapes[teacher_taps[i]]
+            shapes = student_sizes[student_taps[j]], teacher_sizes[teacher_taps[i]]
             try:
                 transform = TRANSFORMS.build(name, *shapes, **params)
             except UserError as error:
@@ -115,3 +132,18 @@ def build_pathways(
     if not space:
         raise UserError("the search space is empty: no connections or no transforms")
     return space
+
+
+def _shapes(
+    model: nn.Module,
+    taps: Sequence[str],
+    example_input: Any,
+    known: Mapping[str, Sequence[int]] | None,
+    side: str,
+) -> dict[str, tuple[int, ...]]:
+    if known is None:
+        return probe_shapes(model, taps, example_input)
+    for name in taps:
+        if name not in known:
+            raise UserError(f"no shape is given for {side} tap '{name}' (given: {', '.join(known) or 'none'})")
+    return {name: tuple(known[name]) for name in taps}

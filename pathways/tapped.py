@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from pathways.call import Call
+from pathways.containers import alike
 from pathways.fusing import foldable, fused
-from pathways.probing import untouched
-from pathways.taps import LOGITS, Taps, check_taps, parse_tap, tap
-from pathways.tracing import CannotTrace, as_function, restored, trace
+from pathways.probing import restored, untouched
+from pathways.registry import UserError
+from pathways.taps import Taps, check_taps, locate, tap
+from pathways.tracing import CannotTrace, as_function, trace
 
 _WAIT_FOR_THE_END = ("torch.nn.parallel", "torch.distributed")  # modules that prepare the exchange of gradients then
 
@@ -33,9 +36,9 @@ class _Reads:
         modules = dict(model.named_modules())
         self._handles = []
         for name in names:
-            module, point = parse_tap(name)
-            target = model if name == LOGITS and LOGITS not in modules else modules[module]
-            register: Any = target.register_forward_pre_hook if point == "input" else target.register_forward_hook
+            place = locate(name, modules)
+            module = modules[place.module]
+            register: Any = module.register_forward_pre_hook if place.point == "input" else module.register_forward_hook
             self._handles.append(register(partial(self._count, name)))
 
     def _count(self, name: str, *_: Any) -> None:
@@ -59,9 +62,9 @@ class _Reads:
             handle.remove()
 
 
-def _may_end(model: nn.Module, names: Sequence[str], example_input: Any) -> bool:
-    """Whether a forward pass can be left as soon as every tap has been read: each is read once, in training and
-    evaluation mode, and no module has work to do when its submodules have run."""
+def _may_end(model: nn.Module, names: Sequence[str], example: Call, modes: Sequence[bool]) -> bool:
+    """Whether a forward pass can be left as soon as every tap has been read: the model runs in each of the modes
+    (``training`` or not), each tap is read once, and no module has work to do when its submodules have run."""
     for module in model.modules():
         hooks = module._forward_hooks.keys() - module._forward_hooks_always_called.keys()
         if hooks or "forward" in vars(module) or type(module).__module__.startswith(_WAIT_FOR_THE_END):
@@ -69,12 +72,12 @@ def _may_end(model: nn.Module, names: Sequence[str], example_input: Any) -> bool
     reads = _Reads(model, names)
     try:
         with restored(model), untouched(model):
-            for training in (True, False):
+            for training in modes:
                 reads.counts.clear()
-                model.train(training)(example_input)
+                example.run(model.train(training))
                 if reads.counts != dict.fromkeys(names, 1):
                     return False
-    except Exception:  # a model that one batch does not fit, in one of the modes
+    except Exception:  # a model that the example does not fit, in one of the modes
         return False
     finally:
         reads.remove()
@@ -92,17 +95,21 @@ def _global_hooks() -> bool:
     return bool(forward or of._global_backward_hooks or of._global_backward_pre_hooks)
 
 
-def _alike(expected: Any, found: Any, tolerance: float | None) -> bool:
-    """Whether two tensors of one shape differ by no more than ``tolerance`` × the largest element; None: by anything."""
-    if not (isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.shape == found.shape):
-        return False
-    if tolerance is None or torch.equal(expected, found):
-        return True
-    return bool((expected - found).abs().max() <= tolerance * expected.abs().max())
+def _outcome(run: Any, model: nn.Module, training: bool) -> Any:
+    """What a pass in one mode gives, or the words of its error; the same random numbers each time, and no trace."""
+    try:
+        with restored(model), untouched(model):
+            model.train(training)
+            return run()
+    except UserError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 class Tapped(nn.Module):
-    """A model that returns its taps as values: ``tapped(x) → (output, {tap: tensor})``.
+    """A model that returns its taps as values: ``tapped(x) → (output, {tap: tensor})``, with any arguments and any
+    output that the model has.
 
     The wrapped model stays `model`, shares its parameters and is not changed. Where torch.fx can trace it, the same
     way in training and evaluation mode, the traced code runs (`traced` is True) and reads the parameters of `model`;
@@ -111,16 +118,18 @@ class Tapped(nn.Module):
     Without ``output``, ``tapped(x) → (None, {tap: tensor})`` and only what the taps depend on runs. Modules that do
     not run update no buffers, draw no random numbers (so that what is drawn later differs) and get no gradients (DDP
     around it needs ``find_unused_parameters``). A model that cannot be traced runs up to its last tap, or to its end
-    where that could change a tap: without an example, where the example reads a tap more than once, and in models
-    that wait for a pass to end (DDP, hooks).
+    where that could change a tap: without an example, where the example reads a tap more than once or does not run in
+    training mode, and in models that wait for a pass to end (DDP, hooks).
 
     Args:
         model: any module.
-        names: taps, see this file's head. May be empty.
-        example_input: if given, traced and plain output are compared on it once, and hooks take over if they differ.
+        names: taps, see `pathways.taps`. May be empty.
+        example_input: anything that `Call.of` takes. If given, traced and plain output are compared on it once, in
+            evaluation and in training mode, and hooks take over if they differ.
         output: whether the model's output is wanted. `logits` among the taps is always given.
         frozen: the model is no longer trained: without gradients and in evaluation mode, its convolutions run as one
-            operation with what follows them (`pathways.fusing`), if the example shows the same result.
+            operation with what follows them (`pathways.fusing`), if the example shows the same result. It is tried in
+            evaluation mode alone.
 
     With an example, traced code overwrites what a ReLU reads where nothing else does. Hooks that are registered later,
     and modules that are replaced, are respected.
@@ -133,7 +142,7 @@ class Tapped(nn.Module):
         self,
         model: nn.Module,
         names: Sequence[str],
-        example_input: Tensor | None = None,
+        example_input: Any = None,
         output: bool = True,
         frozen: bool = False,
     ):
@@ -151,19 +160,23 @@ class Tapped(nn.Module):
         if not (output or self.names):
             self.modules_run = []
             return
+        example = None if example_input is None else Call.of(example_input)
+        modes = (False,) if frozen else (False, True)
         try:
             graph = trace(model, self.names, True, output)
             code, function = as_function(model, graph)
             code_eval, _ = as_function(model, trace(model, self.names, False, output))
-            if code == code_eval and (example_input is None or self._agrees(function, example_input)):
+            self._arguments = [str(n.target) for n in graph.nodes if n.op == "placeholder"]
+            expected = {} if example is None or code != code_eval else {t: self._plain(example, t) for t in modes}
+            if code == code_eval and (example is None or self._agrees(function, example, expected)):
                 self._function = function
                 self.modules_run = list(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
-                if example_input is not None:
-                    self._fuse(graph, example_input)
+                if example is not None:
+                    self._fuse(graph, example, expected)
         except CannotTrace:
             pass
         if self._function is None:
-            may_end = not output and example_input is not None and _may_end(model, self.names, example_input)
+            may_end = not output and example is not None and _may_end(model, self.names, example, modes)
             self._taps = Taps(model, self.names)
             self._reads = _Reads(model, self.names) if may_end else None  # its hooks run after those of the taps
 
@@ -172,15 +185,15 @@ class Tapped(nn.Module):
         """Whether taps are returned by traced code rather than read by hooks."""
         return self._function is not None
 
-    def _fuse(self, graph: fx.Graph, example_input: Tensor) -> None:
+    def _fuse(self, graph: fx.Graph, example: Call, expected: dict[bool, Any]) -> None:
         self._seen = list(self.model.modules())
         self._frozen = self._frozen and foldable(self.model)
         _, function = as_function(self.model, fused(graph, dict(self.model.named_modules()), self._frozen))
-        device = example_input.device.type
-        if self._agrees(function, example_input, 1e-4 if self._frozen else 0):
+        device = example.device.type
+        if self._agrees(function, example, expected, 1e-4 if self._frozen else 0):
             # Under autocast only whether it runs: oneDNN has operations for some types only.
             with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):
-                if self._agrees(function, example_input, None):
+                if self._agrees(function, example, {False: expected[False]}, None):
                     self._fused = function
 
     @property
@@ -195,24 +208,43 @@ class Tapped(nn.Module):
             return False
         return not self._frozen or not (torch.is_grad_enabled() or any(m.training for m in modules))
 
-    def _agrees(self, function: Any, example_input: Tensor, tolerance: float | None = 0) -> bool:
-        with untouched(self.model):
-            self.model.eval()
+    def _plain(self, example: Call, training: bool) -> Any:
+        """Output and taps of the model's own pass on the example, or the error that it ends with in training mode."""
+
+        def run() -> Any:
             with tap(self.model, self.names) as taps:
-                plain = self.model(example_input)
-            try:
-                output, features = function(self.model, example_input)
-            except Exception:  # traced code that cannot run is no better than none
-                return False
-            return (not self.output or _alike(plain, output, tolerance)) and all(
-                _alike(taps[n], features[n], tolerance) for n in self.names
-            )
+                output = example.run(self.model)
+            return output if self.output else None, {name: taps[name] for name in self.names}
+
+        if training:
+            return _outcome(run, self.model, training)
+        with restored(self.model), untouched(self.model):
+            self.model.eval()
+            return run()
+
+    def _agrees(self, function: Any, example: Call, expected: dict[bool, Any], tolerance: float | None = 0) -> bool:
+        """Whether traced code gives what the model gives on the example, by mode."""
+        return all(
+            alike(plain, _outcome(lambda: self._run(function, *example), self.model, training), tolerance)
+            for training, plain in expected.items()
+        )
+
+    def _run(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        """Traced code with a call's arguments: it takes them by position, under names of its own."""
+        if kwargs:
+            missing = self._arguments[len(args) :]
+            if set(missing) != set(kwargs):
+                of = f"{type(self.model).__name__}.forward"
+                raise TypeError(
+                    f"{of} takes {', '.join(self._arguments)}; missing or unknown: {set(missing) ^ set(kwargs)}"
+                )
+            args = [*args, *(kwargs[name] for name in missing)]
+        return function(self.model, *args)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        if self.runs_fused:
-            return self._fused(self.model, *args, **kwargs)
-        if self._function is not None:
-            return self._function(self.model, *args, **kwargs)
+        function = self._fused if self.runs_fused else self._function
+        if function is not None:
+            return self._run(function, args, kwargs)
         if self._taps is None:
             return None, {}
         try:

@@ -1,28 +1,39 @@
 """Read intermediate tensors of a model without rewriting it.
 
-A tap is named by the dotted path of a module and, optionally, a point:
+A tap is named by the dotted path of a module and, optionally, a point and a key:
 
     layer2                 the module's output
-    layer2.0.conv1:input   its first positional input
+    layer2.0.conv1:input   its input
     layer3:pre_relu        what enters the activation that produces the module's output (the pre-activation
                            feature of the field: negative evidence is still in it)
-    logits                 the model's own output (unless the model has a module of that name)
+    logits                 the model's own output (unless the model has a module of that name), see `response_of`
 
-`tap` reads them with hooks for the length of a ``with`` block; `pathways.tapped` turns a model into one that returns
+A module may take and give containers: tuples, lists, mappings, dataclasses, in one another. If there is one tensor in
+it, that is the tap; if there are several, the key in brackets says which (`pathways.containers`):
+
+    encoder[last_hidden_state]      block[1.0]      logits[out]      [aux]      attn:input[hidden_states]
+
+Inputs are called by their position or by their name in the module's ``forward``; inside the one list or mapping that a
+module takes as its only argument the key begins.
+
+`tap` reads taps with hooks for the length of a ``with`` block; `pathways.tapped` turns a model into one that returns
 them as values.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pathways.containers import copied, entries, entry, items_of, shown
 from pathways.registry import UserError, nearest
 
 POINTS = ("output", "input", "pre_relu")
@@ -43,25 +54,109 @@ ACTIVATION_FUNCTIONS = {
 }
 
 
-def parse_tap(name: str) -> tuple[str, str]:
-    """``'layer3:pre_relu'`` → ``('layer3', 'pre_relu')``. Raises UserError for an unknown point."""
-    module, _, point = name.partition(":")
+class TapName(NamedTuple):
+    """What a tap's name says: the module's path, the point, and the key of a tensor in a container."""
+
+    module: str
+    point: str = "output"
+    key: str | None = None
+
+
+def parse_tap(name: str) -> TapName:
+    """``'layer3:input[1]'`` → ``TapName('layer3', 'input', '1')``. Raises UserError for an unknown point.
+
+    >>> parse_tap("encoder[last_hidden_state]")
+    TapName(module='encoder', point='output', key='last_hidden_state')
+    """
+    match = re.fullmatch(r"(.*?)(?::(.*?))?(?:\[([^\[\]]+)\])?", name, re.DOTALL)
+    assert match is not None  # the first part takes anything
+    module, point, key = match.groups()
     point = point or "output"
     if point not in POINTS:
         raise UserError(f"tap '{name}': unknown point '{point}'{nearest(point, POINTS)} (allowed: {', '.join(POINTS)})")
-    return module, point
+    return TapName(module, point, key)
+
+
+def locate(name: str, modules: Mapping[str, nn.Module]) -> TapName:
+    """The tap in a model with these modules: ``logits`` is the model's own output, path ``""``, where no module has
+    that name."""
+    tap = parse_tap(name)
+    return tap._replace(module="") if tap[:2] == (LOGITS, "output") and LOGITS not in modules else tap
+
+
+def response_of(output: Any) -> Tensor:
+    """The tensor of a model's output that logit losses compare.
+
+    A bare tensor is one. In a container it is what is called ``logits``, else ``out`` (as torchvision's segmentation
+    models do), else the only tensor in it. Raises UserError, which lists the keys, for any other output.
+
+    >>> response_of({"loss": None, "logits": torch.ones(2, 3), "hidden": torch.ones(2, 8)}).shape
+    torch.Size([2, 3])
+    """
+    return _response(output, Tensor)
+
+
+def _response(output: Any, leaf: type | tuple[type, ...]) -> Any:
+    found = entries(output, leaf)
+    for key in ("logits", "out"):
+        if key in found:
+            return found[key]
+    if len({id(tensor) for tensor in found.values()}) > 1:
+        raise UserError(
+            f"the model's output has several tensors ({shown(found)}), none of them called 'logits' or 'out'; "
+            f"say which one is meant, for instance as tap 'logits[{list(found)[-1]}]'"
+        )
+    return entry(output, None, f"tap '{LOGITS}'", leaf)
+
+
+def read_output(name: str, tap: TapName, output: Any, leaf: type | tuple[type, ...] = Tensor) -> Any:
+    """The tensor (the ``leaf``) that a tap means in what its module gave. Raises UserError if that is unclear."""
+    if tap.module == "" and tap.key is None:
+        return _response(output, leaf)
+    return entry(output, tap.key, f"tap '{name}'", leaf)
+
+
+def read_input(
+    name: str,
+    tap: TapName,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaf: type | tuple[type, ...] = Tensor,
+) -> Any:
+    """The tensor (the ``leaf``) that a tap means among its module's arguments. Raises UserError if that is unclear."""
+    given = {**{str(position): value for position, value in enumerate(args)}, **kwargs}
+    sole = next(iter(given.values())) if len(given) == 1 else None
+    parts = None if isinstance(sole, leaf) else items_of(sole)
+    value = given if parts is None else sole
+    head, dot, rest = (tap.key or "").partition(".")
+    if tap.key is None or head in dict(parts or given):
+        return entry(value, tap.key, f"tap '{name}'", leaf)
+    names = list(inspect.signature(module.forward).parameters)
+    if head in names and str(names.index(head)) in given:  # a name that was given by position, or the other way round
+        head = str(names.index(head))
+    elif head.isdigit() and int(head) < len(names):
+        head = names[int(head)]
+    if head in given:
+        return entry(given, head + dot + rest, f"tap '{name}'", leaf)
+    return entry(value, tap.key, f"tap '{name}'", leaf)  # an error, which lists what there is
 
 
 def check_taps(model: nn.Module, names: Iterable[str], what: str = "model") -> None:
     """Raise UserError if a tap names no module of ``model``."""
     modules = dict(model.named_modules())
     for name in names:
-        module, _ = parse_tap(name)
-        if module not in modules and name != LOGITS:
+        module = locate(name, modules).module
+        if module not in modules:
             shown = [m for m in modules if m and m.count(".") == module.count(".")][:12]
             raise UserError(
                 f"{what} has no module '{module}' to tap{nearest(module, modules)} (it has, for instance: {', '.join(shown)})"
             )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs code of torch.compile, which hooks set later do not reach."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 class _ActivationWatch(TorchFunctionMode):
@@ -84,18 +179,11 @@ class _ActivationWatch(TorchFunctionMode):
         return self.after
 
 
-def _first_tensor(value: Any, name: str) -> Tensor:
-    while isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    if not isinstance(value, Tensor):
-        raise UserError(f"tap '{name}' gives {type(value).__name__}, not a tensor")
-    return value
-
-
 class Taps(Mapping[str, Tensor]):
     """The tapped tensors of the model's last forward pass, filled by hooks until `remove` is called.
 
-    The model goes on with a copy of each, so that what it writes in place later does not reach the tap.
+    The model goes on with a copy of each, and of every tensor in the same container, so that what it writes in place
+    later does not reach the tap.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
@@ -104,26 +192,26 @@ class Taps(Mapping[str, Tensor]):
         self._values: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
+        self._compiled = any(map(is_compiled, modules.values()))
         for name in self._names:
-            module, point = parse_tap(name)
-            target = model if name == LOGITS and LOGITS not in modules else modules[module]
-            getattr(self, f"_watch_{point}")(name, target)
+            tap = locate(name, modules)
+            getattr(self, f"_watch_{tap.point}")(name, tap, modules[tap.module])
 
-    def _watch_output(self, name: str, module: nn.Module) -> None:
-        def hook(_m: nn.Module, _args: Any, output: Any) -> Tensor | None:
-            self._values[name] = _first_tensor(output, name)
-            return output.clone() if isinstance(output, Tensor) else None
+    def _watch_output(self, name: str, tap: TapName, module: nn.Module) -> None:
+        def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
+            self._values[name] = read_output(name, tap, output)
+            return copied(output)
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def _watch_input(self, name: str, module: nn.Module) -> None:
-        def hook(_m: nn.Module, args: Any) -> tuple[Any, ...] | None:
-            self._values[name] = _first_tensor(args, name)
-            return (args[0].clone(), *args[1:]) if isinstance(args[0], Tensor) else None
+    def _watch_input(self, name: str, tap: TapName, module: nn.Module) -> None:
+        def hook(m: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            self._values[name] = read_input(name, tap, m, args, kwargs)
+            return copied((args, kwargs))
 
-        self._handles.append(module.register_forward_pre_hook(hook))
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _watch_pre_relu(self, name: str, module: nn.Module) -> None:
+    def _watch_pre_relu(self, name: str, tap: TapName, module: nn.Module) -> None:
         watches: list[_ActivationWatch] = []
 
         def enter(_m: nn.Module, _args: Any) -> None:
@@ -135,10 +223,8 @@ class Taps(Mapping[str, Tensor]):
             watch.__exit__(None, None, None)
             if output is None:  # the module's forward raised; the error is on its way to the caller
                 return
-            if watch.before is None or watch.after is not output:
-                raise UserError(
-                    f"tap '{name}': '{name.partition(':')[0]}' does not end in a ReLU; tap its output instead"
-                )
+            if watch.before is None or watch.after is not read_output(name, tap, output):
+                raise UserError(f"tap '{name}': '{tap.module}' does not end in a ReLU; tap its output instead")
             self._values[name] = watch.before
 
         self._handles.append(module.register_forward_pre_hook(enter))
@@ -156,7 +242,8 @@ class Taps(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._names and name not in self._values:
-            raise UserError(f"tap '{name}' has read nothing: its module did not run in the last forward pass")
+            hint = "; code that was compiled before the tap was set reads none" if self._compiled else ""
+            raise UserError(f"tap '{name}' has read nothing: its module did not run in the last forward pass{hint}")
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:

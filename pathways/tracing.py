@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
 
-from pathways.probing import untouched
+from pathways.probing import restored, untouched
 from pathways.registry import UserError
-from pathways.taps import ACTIVATION_FUNCTIONS, LOGITS, parse_tap
+from pathways.taps import ACTIVATION_FUNCTIONS, TapName, locate, read_input, read_output
 
 _ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU)  # ReLU6 is a Hardtanh
 _ACTIVATION_METHODS = ("relu", "relu_")
@@ -29,26 +31,12 @@ _NEW_MEMORY = (
     torch.add,
     torch.cat,
 )
+_GIVE_TUPLES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 _MAY_RETURN_INPUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten)
 
 
 class CannotTrace(Exception):
     """The graph would not do what the model does, or there is none."""
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Give the modules back their present attributes afterwards, and Python its random state."""
-    attributes = {m: dict(vars(m)) for m in model.modules()}
-    random_state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(random_state)
-        for module, values in attributes.items():
-            for name in vars(module).keys() - values.keys():
-                del vars(module)[name]
-            vars(module).update(values)
 
 
 def _contexts() -> tuple[bool, ...]:
@@ -63,7 +51,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inputs: dict[str, Any] = {}
+        self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.outputs: dict[str, Any] = {}
         self.contexts = _contexts()
 
@@ -72,19 +60,47 @@ class _Tracer(fx.Tracer):
             raise CannotTrace
         return super().create_node(*args, **kwargs)
 
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:  # which a graph would give as a dict
+            return self.create_node("call_function", OrderedDict, (super().create_arg(dict(a)),), {})
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            raise CannotTrace
+        return super().create_arg(a)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         output = super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
-        self.inputs[path], self.outputs[path] = args, output
+        self.inputs[path], self.outputs[path] = (args, kwargs), output
         return output
 
 
-def _node_of(value: Any) -> fx.Node:
-    while isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    if not isinstance(value, fx.Proxy):
+def _node_of(name: str, tap: TapName, tracer: _Tracer, modules: Mapping[str, nn.Module]) -> fx.Node:
+    """The node that a tap reads, of the last call of its module."""
+    leaf = (fx.Proxy, fx.Node, Tensor)
+    try:
+        if tap.point == "input":
+            found = read_input(name, tap, modules[tap.module], *tracer.inputs[tap.module], leaf)
+        else:
+            found = read_output(name, tap, tracer.outputs[tap.module], leaf)
+    except (KeyError, UserError) as error:
+        # Inside a leaf such as nn.TransformerEncoderLayer or never called; or unclear, which the hooks will tell
+        raise CannotTrace from error
+    node = found.node if isinstance(found, fx.Proxy) else found
+    if not isinstance(node, fx.Node):
         raise CannotTrace
-    return value.node
+    source = modules[str(node.target)] if node.op == "call_module" else None
+    if isinstance(source, _GIVE_TUPLES) or getattr(source, "return_indices", False):
+        raise CannotTrace  # one node for several tensors
+    return node
+
+
+def _opened(output: Any) -> Any:
+    """A graph's output, with what a node makes a container of in place of that node."""
+    if isinstance(output, fx.Node) and output.target is OrderedDict:
+        return output.args[0]
+    if isinstance(output, fx.Node) and isinstance(output.target, type) and is_dataclass(output.target):
+        return output.kwargs
+    return output
 
 
 def _is_activation(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -140,21 +156,16 @@ def _traced_nodes(
     tracer: _Tracer, graph: fx.Graph, names: Sequence[str], modules: Mapping[str, nn.Module]
 ) -> dict[str, fx.Node]:
     """The graph's node of each tap."""
+    (end,) = (n for n in graph.nodes if n.op == "output")
+    tracer.outputs[""] = _opened(end.args[0])
+    tracer.inputs[""] = tuple(n for n in graph.nodes if n.op == "placeholder"), {}
     nodes = {}
     for name in names:
-        module, point = parse_tap(name)
-        if name == LOGITS and LOGITS not in modules:
-            (output,) = (n for n in graph.nodes if n.op == "output")
-            if not isinstance(output.args[0], fx.Node):
-                raise CannotTrace
-            nodes[name] = output.args[0]
-            continue
-        if module not in tracer.outputs:  # inside a leaf such as nn.TransformerEncoderLayer, or never called
-            raise CannotTrace
-        node = _node_of(tracer.inputs[module] if point == "input" else tracer.outputs[module])
-        if point == "pre_relu":
+        tap = locate(name, modules)
+        node = _node_of(name, tap, tracer, modules)
+        if tap.point == "pre_relu":
             if not _is_activation(node, modules):
-                raise UserError(f"tap '{name}': '{module}' does not end in a ReLU; tap its output instead")
+                raise UserError(f"tap '{name}': '{tap.module}' does not end in a ReLU; tap its output instead")
             node = node.all_input_nodes[0]
         nodes[name] = node
     return nodes

@@ -9,6 +9,7 @@ ReviewKD does, and weights start Kaiming-uniform with a = 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -120,52 +121,70 @@ class SpatialAttention(Conv3x3):
 class Tokens(nn.Module):
     """Linear projection between token sequences (L, D), or between tokens and a feature map (C, H, W).
 
-    Tokens stand for a square grid, row by row, with or without one class token in front. Grids of different sizes are
-    aligned by bilinear interpolation. Where the target has a class token and the source has none, the mean of the
-    source's tokens stands in for it; where only the source has one, it is dropped.
+    Sequences of equal length are projected position by position, whatever they stand for. Otherwise tokens stand for a
+    square grid, row by row, behind ``prefix`` others (class, distillation or register tokens), and grids of different
+    sizes are aligned by bilinear interpolation. Tokens in front meet their like; where the source has fewer of them
+    than the target, the mean of its grid stands in for those that it lacks, and where it has more, these are dropped.
 
-    Raises UserError for a token count that is neither a square nor a square plus one.
+    Args:
+        prefix: tokens in front of the grid, one number for both sides or (the student's, the teacher's); None: none if
+            the length is a square, else the one or two that make it one.
+
+    Raises UserError for lengths that differ where one of them does not fit.
     """
 
-    def __init__(self, in_shape: Shape, out_shape: Shape):
+    def __init__(self, in_shape: Shape, out_shape: Shape, prefix: int | Sequence[int] | None = None):
         super().__init__()
-        self.source, self.target = _Grid(in_shape), _Grid(out_shape)
-        self.project = nn.Linear(self.source.channels, self.target.channels)
+        for shape in (in_shape, out_shape):
+            if len(shape) not in (2, 3):
+                raise UserError(
+                    f"transform 'tokens' needs tokens (L, D) or a feature map (C, H, W), got shape {tuple(shape)}"
+                )
+        prefixes = (prefix, prefix) if prefix is None or isinstance(prefix, int) else tuple(prefix)
+        if len(prefixes) != 2 or any(p is not None and (type(p) is not int or p < 0) for p in prefixes):
+            raise UserError(f"transform 'tokens': prefix must be one or two counts of tokens, got {prefix!r}")
+        self.by_position = len(in_shape) == len(out_shape) == 2 and in_shape[0] == out_shape[0]
+        if not self.by_position:
+            self.source, self.target = _Grid(in_shape, prefixes[0]), _Grid(out_shape, prefixes[1])
+        in_channels, out_channels = (shape[0] if len(shape) == 3 else shape[1] for shape in (in_shape, out_shape))
+        self.project = nn.Linear(in_channels, out_channels)
         nn.init.kaiming_uniform_(self.project.weight, a=1)
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2) if self.source.is_map else x
-        tokens = self.project(tokens)
-        class_token, grid = (
-            (tokens[:, :1], tokens[:, 1:]) if self.source.class_token else (tokens.mean(1, True), tokens)
-        )
-        if self.source.size != self.target.size or self.target.is_map:
-            grid = grid.transpose(1, 2).unflatten(2, self.source.size)
-            if self.source.size != self.target.size:
-                grid = F.interpolate(grid, size=self.target.size, mode="bilinear", align_corners=False)
-            if self.target.is_map:
+        if self.by_position:
+            return self.project(x)
+        source, target = self.source, self.target
+        tokens = self.project(x.flatten(2).transpose(1, 2) if source.is_map else x)
+        prefix, grid = tokens[:, : min(source.prefix, target.prefix)], tokens[:, source.prefix :]
+        lacking = target.prefix - prefix.shape[1]
+        mean = grid.mean(1, True).expand(-1, lacking, -1) if lacking else prefix[:, :0]
+        if source.size != target.size or target.is_map:
+            grid = grid.transpose(1, 2).unflatten(2, source.size)
+            if source.size != target.size:
+                grid = F.interpolate(grid, size=target.size, mode="bilinear", align_corners=False)
+            if target.is_map:
                 return grid
             grid = grid.flatten(2).transpose(1, 2)
-        return torch.cat([class_token, grid], 1) if self.target.class_token else grid
+        return torch.cat([prefix, mean, grid], 1) if target.prefix else grid
 
 
 class _Grid:
-    """A shape read as a grid of vectors, with or without a class token in front."""
+    """A shape read as a grid of vectors behind ``prefix`` others."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, prefix: int | None):
         self.is_map = len(shape) == 3
         if self.is_map:
-            self.channels, self.size, self.class_token = shape[0], tuple(shape[1:]), False
+            self.size, self.prefix = tuple(shape[1:]), 0
             return
-        if len(shape) != 2:
-            raise UserError(
-                f"transform 'tokens' needs tokens (L, D) or a feature map (C, H, W), got shape {tuple(shape)}"
-            )
-        length, self.channels = shape
-        side = math.isqrt(length)
-        self.class_token = side * side != length
-        if self.class_token and math.isqrt(length - 1) ** 2 != length - 1:
-            raise UserError(f"transform 'tokens': {length} tokens are no square grid, with or without one class token")
-        side = math.isqrt(length - 1) if self.class_token else side
-        self.size = (side, side)
+        length = shape[0]
+        for self.prefix in (0, 1, 2) if prefix is None else (prefix,):
+            side = math.isqrt(max(length - self.prefix, 0))
+            if side > 0 and self.prefix + side * side == length:
+                self.size = (side, side)
+                return
+        behind = "with or without one or two tokens in front" if prefix is None else f"behind a prefix of {prefix}"
+        raise UserError(
+            f"transform 'tokens': {length} tokens are no square grid, {behind}; "
+            "say with 'prefix' how many class, distillation or register tokens there are"
+        )

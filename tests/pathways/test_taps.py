@@ -209,7 +209,7 @@ def test_wrong_names_are_answered_with_the_nearest(name, message):
 
 
 def test_names():
-    assert parse_tap("a.b") == ("a.b", "output") and parse_tap("a:pre_relu") == ("a", "pre_relu")
+    assert parse_tap("a.b") == ("a.b", "output", None) and parse_tap("a:pre_relu") == ("a", "pre_relu", None)
     model = nn.Sequential(OrderedDict(body=nn.Linear(2, 3), logits=nn.Linear(3, 4), scale=nn.Linear(4, 5)))
     assert by_hooks(model, ["logits"], torch.zeros(1, 2))[1]["logits"].shape == (1, 4)  # the module, where there is one
     with tap(model, ["body", "body"]) as taps:
@@ -232,7 +232,7 @@ def test_a_module_that_does_not_run_is_noticed():
 def test_an_output_without_tensor_is_an_error():
     class Wrapped(nn.Module):
         def forward(self, x):
-            return {"x": x}
+            return {"x": None}
 
     with pytest.raises(UserError, match="gives dict, not a tensor"):
         by_hooks(Wrapped(), ["logits"], torch.zeros(1))
