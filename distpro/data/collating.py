@@ -121,10 +121,10 @@ def collated(part: Any, samples: Sequence[Any]) -> Any:
     try:
         if not _is_pair(samples[0]):
             return _stacked(samples)
-        inputs, targets = default_convert([s[0] for s in samples]), default_convert([s[1] for s in samples])
+        inputs, targets = [s[0] for s in samples], [s[1] for s in samples]
         if _has_boxes(targets[0]):
-            return inputs, targets
-        return _stacked_or_list(inputs, Tensor), _stacked_or_list(targets, object)
+            return default_convert(inputs), default_convert(targets)
+        return _stacked_or_list(inputs, Tensor | np.ndarray), _stacked_or_list(targets, object)
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
         rule = "bring them to one size" if _sizes_differ(error) else "return tensors, arrays or numbers"
         raise UserError(
@@ -151,13 +151,13 @@ def _stacked(values: Sequence[Any]) -> Any:
     return default_collate(list(values))
 
 
-def _stacked_or_list(values: list[Any], kind: type) -> Any:
-    """Values stacked; as they are if their sizes differ and they are of ``kind``."""
+def _stacked_or_list(values: list[Any], kind: Any) -> Any:
+    """Values stacked; a list of them if their sizes differ and they are of ``kind``."""
     try:
         return _stacked(values)
     except RuntimeError as error:
         if _sizes_differ(error) and isinstance(values[0], kind):
-            return values
+            return default_convert(values)
         raise
 
 

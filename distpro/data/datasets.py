@@ -128,10 +128,11 @@ def load_data(
     Raises UserError for an unknown name or option, and for data that are absent, damaged, or fewer than asked for.
     """
     if root is not None:
-        params["root"] = root
+        params["root"] = os.fspath(root)
     source = DATASETS.build(name, **params)
     if isinstance(source, Dataset):
-        source = Source(source.train, source.test, source.names, source.mean, source.std, None, source.validation)
+        kept = source.train.streamed
+        source = Source(source.train, source.test, source.names, source.mean, source.std, kept, source.validation)
     if not isinstance(source, Source):
         for key, value in (("classes", classes), ("mean", mean), ("std", std)):
             if value is not None:
