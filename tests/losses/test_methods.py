@@ -181,8 +181,8 @@ def trained(teacher, monkeypatch):
     seen: list[Watched] = []
     build_retrain = build.build_retrain
 
-    def watch(config: Config, *args: Any) -> Trainer:
-        trainer = build_retrain(config, *args)
+    def watch(config: Config, *args: Any, **more: Any) -> Trainer:
+        trainer = build_retrain(config, *args, **more)
         seen.append(Watched(config, trainer))
         return trainer
 
