@@ -20,6 +20,7 @@ from torch import Tensor
 
 import distpro
 from distpro import build
+from distpro.batch import Batch
 from distpro.cli import main
 from distpro.config.reading import read_config
 from distpro.config.schema import Config
@@ -29,6 +30,7 @@ from distpro.data.datasets import Source
 from distpro.losses import LOSSES, available_losses
 from distpro.process import Clock, parse_process
 from distpro.tasks import TASKS
+from distpro.tasks.classification import Classification
 from distpro.train.trainer import Trainer
 from pathways.probing import untouched
 from pathways.registry import check_parameters
@@ -243,12 +245,29 @@ def test_a_method_trains_and_its_losses_fall(name, trained):
 def test_ifvd_learns_from_label_maps(trained, monkeypatch):
     """On digits whose label is, for each pixel, whether it is ink."""
 
-    class Pixels:
-        headline = "pixels"
-        loss = None
+    class Count:
+        """Of pixels."""
 
-        def metrics(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-            return {"pixels": target.new_tensor(target[0].numel() * len(target))}
+        def __init__(self) -> None:
+            self.pixels = 0
+
+        def update(self, output: Any, batch: Batch) -> None:
+            self.pixels += batch.target.numel()
+
+        def state(self) -> int:
+            return self.pixels
+
+        def merge(self, states: list[int]) -> None:
+            self.pixels = sum(states)
+
+        def compute(self) -> dict[str, float]:
+            return {"pixels": float(self.pixels)}
+
+    class Pixels(Classification):
+        headline = "pixels"
+
+        def metrics(self) -> Any:
+            return Count()
 
     def ink(image_size: int = 16) -> Source:
         digits = DATASETS["digits"](image_size)
