@@ -113,11 +113,11 @@ def collated(part: Any, samples: Sequence[Any]) -> Any:
 
     Tuples stay tuples. Of pairs (inputs, target) that cannot be stacked because their sizes differ, and of all whose
     target is a mapping with ``boxes``, the inputs and the targets become lists, as detection models take them.
-    Raises UserError for samples of other sizes and for what is no tensor, array or number.
+    Raises UserError for samples of other sizes, for what is no tensor, array or number, and where ``collate_fn`` fails.
     """
     own = getattr(part, "collate_fn", None) or getattr(root_of(part), "collate_fn", None)
     if callable(own):
-        return own(samples)
+        return _answer("collate_fn", own, samples)
     try:
         if not _is_pair(samples[0]):
             return _stacked(samples)
@@ -131,6 +131,16 @@ def collated(part: Any, samples: Sequence[Any]) -> Any:
             f"data: samples of {type_name(root_of(part))} cannot be stacked ({' '.join(str(error).split())}): {rule}, or "
             "give the data set an attribute collate_fn"
         ) from None
+
+
+def _answer(name: str, function: Callable[[Any], Any], value: Any) -> Any:
+    """``function(value)``. Raises UserError where it fails."""
+    try:
+        return function(value)
+    except UserError:
+        raise
+    except Exception as error:  # somebody's code may fail in any way
+        raise UserError(f"data: {name} failed: {said(error)}") from error
 
 
 def _is_pair(value: Any) -> bool:
@@ -176,7 +186,7 @@ def as_batch(part: Any, value: Any, to_batch: Callable[[Any], Batch] | None = No
     if isinstance(value, Batch):
         return value
     if to_batch is not None:
-        batch = to_batch(value)
+        batch = _answer("to_batch", to_batch, value)
         if not isinstance(batch, Batch):
             raise UserError(f"data: to_batch gave {type_name(batch)}, not a distpro.Batch")
         return batch

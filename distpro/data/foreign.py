@@ -76,14 +76,13 @@ class ForeignDataset:
         """``n`` training samples, evenly spaced, as a batch; fewer if there are fewer. Of an iterable data set they are
         the first ones, and a DataLoader that does not batch by itself gives its first batch, whatever its size."""
         part = self.train
-        if isinstance(part, DataLoader):
-            value = _first_of(part, n)
-        elif is_map_style(part):
-            value = collated(part, _spaced(part, n))
-        else:
-            with RandomState(0, "example"):
-                value = collated(part, list(islice(iter(part), n)))
-        return placed(as_batch(part, value, self.to_batch), device, channels_last)
+        with RandomState(0, "example"):
+            if isinstance(part, DataLoader):
+                value = _first_of(part, n)
+            else:
+                value = collated(part, _spaced(part, n) if is_map_style(part) else list(islice(iter(part), n)))
+            batch = as_batch(part, value, self.to_batch)
+        return placed(batch, device, channels_last)
 
 
 def from_objects(
@@ -205,15 +204,11 @@ def _spaced(part: Any, n: int) -> list[Any]:
 
 def _first_of(loader: DataLoader, n: int) -> Any:
     """``n`` samples of what a DataLoader reads, collated as it does, without its processes."""
-    data = loader.dataset
-    if loader.batch_sampler is not None and not isinstance(data, IterableDataset):
-        samples = _spaced(data, n)
-        return unlisted(loader, loader.collate_fn(samples))
-    with RandomState(0, "example"):
-        if isinstance(data, IterableDataset):
-            few = list(islice(iter(data), n if loader.batch_sampler is not None else 1))
-        else:
-            few = [data[key] for key in islice(loader.sampler, 1)]
-        if not few:
-            raise UserError("data: the training set is empty")
-        return unlisted(loader, loader.collate_fn(few if loader.batch_sampler is not None else few[0]))
+    data, batches = loader.dataset, loader.batch_sampler is not None
+    if isinstance(data, IterableDataset):
+        samples = list(islice(iter(data), n if batches else 1))
+    else:
+        samples = _spaced(data, n) if batches else [data[key] for key in islice(loader.sampler, 1)]
+    if not samples:
+        raise UserError("data: the training set is empty")
+    return unlisted(loader, loader.collate_fn(samples if batches else samples[0]))

@@ -46,7 +46,7 @@ class ForeignLoader(BatchLoader):
 
     Of a map-style data set, batches of ``batch_size`` in an order that depends on (seed, epoch), as those of `Loader`.
     The random numbers of Python, numpy and PyTorch that a sample is drawn with depend on (seed, epoch, sample number),
-    whatever the number of ``workers``; a generator that the data set keeps for itself is out of reach.
+    whatever the number of ``workers``, those of ``collate_fn`` on the samples of its batch; a generator that the data set keeps for itself is out of reach.
     ``batch.index`` is the sample's number in the data set, in the whole one if ``part`` is a ``Subset``. A process whose
     part of a smaller last batch is empty has one batch less than ``len()`` says.
 
@@ -75,7 +75,7 @@ class ForeignLoader(BatchLoader):
         to_batch: Callable[[Any], Batch] | None = None,
     ):
         self.device, self.channels_last = torch.device(device), channels_last
-        self._part, self._to_batch = part, to_batch
+        self._part, self._to_batch, self._seed = part, to_batch, seed
         self._source: _Drawn | _Given
         if isinstance(part, IterableDataset):
             collate = partial(collated, part)
@@ -97,8 +97,9 @@ class ForeignLoader(BatchLoader):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step ``start`` on."""
-        for value, index in self._source.values(epoch, start):
-            batch = as_batch(self._part, value, self._to_batch)
+        for step, (value, index) in enumerate(self._source.values(epoch, start), start):
+            with RandomState(self._seed, epoch, "to_batch", step):
+                batch = as_batch(self._part, value, self._to_batch)
             if index is not None:
                 if batch.samples != len(index):
                     raise UserError(
@@ -144,12 +145,14 @@ class _Drawing(TorchDataset):
     """Draws and collates a batch of samples, in a worker process."""
 
     def __init__(self, part: Any, numbers: Tensor, seed: int, epoch: int):
-        self.part, self.numbers, self.seed, self.drawing = part, numbers, seed, epoch
+        self.part, self.numbers, self.seed, self.epoch = part, numbers, seed, epoch
 
     def __getitem__(self, rows: list[int]) -> Any:
         try:
-            samples = drawn_samples(self.part, rows, self.numbers[rows].tolist(), self.seed, self.drawing)
-            return collated(self.part, samples)
+            numbers = self.numbers[rows].tolist()
+            samples = drawn_samples(self.part, rows, numbers, self.seed, self.epoch)
+            with RandomState(self.seed, self.epoch, "batch", *numbers):
+                return collated(self.part, samples)
         except UserError as error:  # raised here it would reach the user as a worker's traceback
             return error
 
