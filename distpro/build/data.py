@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from distpro.batch import Batch
 from distpro.build.device import device_of
 from distpro.build.given import Given, refuse_object
 from distpro.config.schema import Config
-from distpro.data import Blank, load_data, split
+from distpro.data import Blank, build_augment, load_data, split
+from distpro.data.augment import Crop
 from distpro.data.loading import make_loader
 from distpro.losses import LOSSES
 from distpro.train import distributed
@@ -51,6 +56,18 @@ def blank_data(config: Config, given: Given | None = None) -> tuple[Any, int | N
             return data, None
     dense = str(config.task).find("segmentation") >= 0
     return Blank(classes, shape, dense=dense), config.data.samples or samples
+
+
+def example_of(config: Config, data: Any) -> Batch:
+    """Two samples of the training data on the device, at the size that the augmentation gives them."""
+    example: Batch = data.example(2, device_of(config), config.channels_last)
+    sizes = [a.size for a in build_augment(config.data.augment).values() if isinstance(a, Crop) and a.size is not None]
+    if not sizes:
+        return example
+    height, width = sizes[-1]
+    target = example.target[..., :height, :width] if example.target.dim() == 3 else example.target
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return replace(example, inputs=example.inputs[..., :height, :width].contiguous(memory_format=layout), target=target)
 
 
 def build_loader(config: Config, data: Any, part: Any, *, training: bool, batch_size: int | None = None) -> Any:

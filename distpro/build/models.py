@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.batch import Batch
+from distpro.build.data import example_of
 from distpro.build.device import device_of
 from distpro.build.given import Given, refuse_object
 from distpro.build.reading import Reading, reading_of
@@ -124,7 +125,7 @@ def build_pair(
     if config.sync_batch_norm and distributed.world_size() > 1:
         distributed.synchronise_batch_norm(student)
     student = place(student, config)
-    example = data.example(2, device_of(config), config.channels_last)
+    example = example_of(config, data)
     pair = Pair(None, student, example, task.call(example, training=False))
     if not needs_teacher(config):
         return pair

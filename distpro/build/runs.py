@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distpro.build.cache import build_cache
 from distpro.build.carry import Carry
-from distpro.build.data import build_loader, search_parts
+from distpro.build.data import build_loader, example_of, search_parts
 from distpro.build.given import Given
 from distpro.build.objective import build_objective
 from distpro.build.optimizer import build_optimizer
@@ -142,7 +142,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         if search.per_rate
         else lambda: 1.0,
     )
-    objective.cache = build_cache(config, data, objective, data.example(2, objective.device, config.channels_last))
+    objective.cache = build_cache(config, data, objective, example_of(config, data))
     test = build_loader(config, data, data.test, training=False)
     return _trainer(config, objective, optimizer, searcher, train, test, folder, "search")
 
@@ -176,7 +176,7 @@ def build_retrain(
     )
     if not objective.computes_task and not objective.entries:
         raise UserError("task_weight is 0 and there is no term: nothing to train")
-    objective.cache = build_cache(config, data, objective, data.example(2, objective.device, config.channels_last))
+    objective.cache = build_cache(config, data, objective, example_of(config, data))
     optimizer = build_optimizer(config, objective.trainable_parameters())
     test = build_loader(config, data, data.test, training=False)
     return _trainer(config, objective, optimizer, weights, train, test, folder, f"retrain ({retrain.weights})")
