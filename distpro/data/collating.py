@@ -20,8 +20,8 @@ from pathways.registry import UserError
 
 TARGETS = ("labels", "label", "target", "targets")
 READABLE = (
-    f"(inputs, target), a mapping with one of the keys {', '.join(TARGETS)}, or a distpro.Batch; for anything else give "
-    "to_batch, a function that makes a distpro.Batch of it"
+    f"(inputs, target), a mapping with one of the keys {', '.join(TARGETS)}, or a distpro.Batch; for anything else "
+    "give to_batch, a function that makes a distpro.Batch of it"
 )
 
 
@@ -127,9 +127,10 @@ def collated(part: Any, samples: Sequence[Any]) -> Any:
         return _stacked_or_list(inputs, Tensor | np.ndarray), _stacked_or_list(targets, object)
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
         rule = "bring them to one size" if _sizes_differ(error) else "return tensors, arrays or numbers"
+        why = " ".join(str(error).split())
         raise UserError(
-            f"data: samples of {type_name(root_of(part))} cannot be stacked ({' '.join(str(error).split())}): {rule}, or "
-            "give the data set an attribute collate_fn"
+            f"data: samples of {type_name(root_of(part))} cannot be stacked ({why}): {rule}, or give the data set an "
+            "attribute collate_fn"
         ) from None
 
 

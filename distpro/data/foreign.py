@@ -147,9 +147,9 @@ def is_map_style(part: Any) -> bool:
 
 
 def split(part: Any, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Two parts of a map-style data set, ``fraction`` and the rest, seeded; the order of the samples is kept. Stratified
-    where the data set has its labels as ``targets`` or ``labels``, a flat sequence of whole numbers. Raises UserError
-    for anything else, and for a fraction that is not between 0 and 1 or leaves a part empty."""
+    """Two parts of a map-style data set, ``fraction`` and the rest, seeded; the order of the samples is kept.
+    Stratified where the data set has its labels as ``targets`` or ``labels``, a flat sequence of whole numbers. Raises
+    UserError for anything else, and for a fraction that is not between 0 and 1 or leaves a part empty."""
     first, rest = parted(_strata(part, "cannot be split: give a validation set"), fraction, seed)
     return Subset(part, first.tolist()), Subset(part, rest.tolist())
 

@@ -1,4 +1,4 @@
-"""Batches of somebody else's ``Dataset`` or ``DataLoader``, each a function of (seed, epoch, step) where that can be."""
+"""Batches of somebody else's ``Dataset`` or ``DataLoader``, each a function of (seed, epoch, step) where it can be."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class ForeignLoader(BatchLoader):
 
     Of a map-style data set, batches of ``batch_size`` in an order that depends on (seed, epoch), as those of `Loader`.
     The random numbers of Python, numpy and PyTorch that a sample is drawn with depend on (seed, epoch, sample number),
-    whatever the number of ``workers``, those of ``collate_fn`` on the samples of its batch; a generator that the data set keeps for itself is out of reach.
-    ``batch.index`` is the sample's number in the data set, in the whole one if ``part`` is a ``Subset``. A process whose
-    part of a smaller last batch is empty has one batch less than ``len()`` says.
+    whatever the number of ``workers``, those of ``collate_fn`` on the samples of its batch; a generator that the data
+    set keeps for itself is out of reach. ``batch.index`` is the sample's number in the data set, in the whole one if
+    ``part`` is a ``Subset``. A process whose part of a smaller last batch is empty has one batch less than ``len()``
+    says.
 
     A DataLoader's batches are as it makes them: batch_size, shuffle, drop_last and workers are its own, and in several
     processes its sampler must give each its share. It runs under random numbers that depend on (seed, epoch), its own
@@ -103,8 +104,8 @@ class ForeignLoader(BatchLoader):
             if index is not None:
                 if batch.samples != len(index):
                     raise UserError(
-                        f"data: {len(index)} samples make a batch of {batch.samples}; give to_batch, a function that makes "
-                        "a distpro.Batch of what collate_fn gives"
+                        f"data: {len(index)} samples make a batch of {batch.samples}; give to_batch, a function that "
+                        "makes a distpro.Batch of what collate_fn gives"
                     )
                 batch = replace(batch, index=index)
             yield placed(batch, self.device, self.channels_last)
@@ -178,8 +179,8 @@ class _Given:
         alone = self._known and not isinstance(self.sampler, DistributedSampler)
         if world_size > 1 and alone:
             raise UserError(
-                f"data: in {world_size} processes a DataLoader needs a DistributedSampler, not {type_name(self.sampler)}; "
-                "or give its Dataset"
+                f"data: in {world_size} processes a DataLoader needs a DistributedSampler, not "
+                f"{type_name(self.sampler)}; or give its Dataset"
             )
         self.why_not = self._why_not()
 

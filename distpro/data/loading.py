@@ -32,8 +32,8 @@ def make_loader(
     augment_epochs: int | None = None,
 ) -> Loader | ForeignLoader:
     """Batches of a part of ``data`` (a `Dataset` or `ForeignDataset`): for training shuffled and as ``augment``,
-    ``drop_last``, ``expand`` and ``augment_epochs`` say, otherwise in order, plain and whole. The arguments are those of
-    `Loader` and `ForeignLoader`. Raises UserError for what does not go with somebody else's data."""
+    ``drop_last``, ``expand`` and ``augment_epochs`` say, otherwise in order, plain and whole. The arguments are those
+    of `Loader` and `ForeignLoader`. Raises UserError for what does not go with somebody else's data."""
     if isinstance(part, Split):
         return Loader(
             part,
