@@ -171,7 +171,7 @@ def test_batches_do_not_share_memory_with_the_split(whole):
     assert torch.equal(whole.images, stored)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_devices_agree(whole):
     for ours, theirs in zip(training(whole, device="cuda").epoch(1), training(whole).epoch(1), strict=True):
         assert ours.inputs.is_cuda and ours.target.is_cuda and ours.index.is_cuda

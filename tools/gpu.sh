@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# What a machine with a GPU is asked, within ten minutes, into one folder:
+#   bash tools/gpu.sh [FOLDER]               # default runs/gpu
+#   DEVICE=cpu SLACK=4 bash tools/gpu.sh     # a rehearsal, with four times the time
+# Parts: the environment, the tests marked cuda, a teacher, a KD training and a search, bench_train and bench_search. Each
+# has its time limit, and one that fails does not stop the others; the status is that of the worst. Data: cifar10.npz in
+# $DISTPRO_DATA if it is there, else made up. Runs from the sources with $PYTHON (default python3); installs nothing.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+out=${1:-runs/gpu}
+rm -rf "$out"
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
+worst=0
+
+part() { # NAME SECONDS COMMAND...: its output in NAME.log, a line in summary.txt
+    local name=$1 limit=$(($2 * ${SLACK:-1})) start=$SECONDS status=0 word=ok
+    shift 2
+    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    case $status in
+        0) ;;
+        5) [ "$name" = tests ] && word="no tests" || word="failed (5)" ;;
+        124 | 137) word="stopped after $limit s" ;;
+        *) word="failed ($status)" ;;
+    esac
+    [ "$word" = ok ] || [ "$word" = "no tests" ] || worst=1
+    printf '%-14s %-22s %4d s\n' "$name" "$word" $((SECONDS - start)) | tee -a "$out/summary.txt"
+}
+
+part environment 30 "$python" - "$out" <<'END'
+import json, platform, subprocess, sys
+from pathlib import Path
+
+import torch
+
+from distpro.runs.folder import environment
+
+facts = {**environment(), "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+if torch.cuda.is_available():
+    gpu = torch.cuda.get_device_properties(0)
+    facts |= {"gpu": gpu.name, "memory": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"}
+    print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+Path(sys.argv[1], "environment.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+print(json.dumps(facts, indent=1, default=str))
+END
+
+part tests 150 "$python" -m pytest -m cuda -p no:cacheprovider -rs tests
+
+data=${DISTPRO_DATA:-}/cifar10.npz
+if [ ! -f "$data" ]; then
+    data=$out/made_up.npz
+    part data 20 "$python" - "$data" <<'END'
+import sys
+
+import numpy as np
+
+# Ten classes of a pattern each, under noise: to be learned, not to be learned at once.
+draw = np.random.default_rng(0)
+patterns = draw.normal(size=(10, 32, 32, 3))
+arrays = {}
+for part, count in (("train", 10000), ("test", 2000)):
+    labels = draw.integers(0, 10, count)
+    images = 128 + 20 * patterns[labels] + 60 * draw.normal(size=(count, 32, 32, 3))
+    arrays |= {f"x_{part}": images.clip(0, 255).astype(np.uint8), f"y_{part}": labels}
+np.savez(sys.argv[1], **arrays)
+END
+fi
+
+short=(--device "$device" "data.root=\"$data\"" tracking.tensorboard=false training.epochs=2)
+[ "$device" = cpu ] && short+=(data.samples=1000 training.max_steps=4 threads=1)
+pair=("teacher.checkpoint=\"$out/teacher/student.pt\"")
+part teacher 60 "$python" -m distpro train search_configs/cifar10_resnet56_resnet20.yaml --out "$out/teacher" \
+    student.model=resnet56 "${short[@]}"
+part kd 60 "$python" -m distpro retrain retrain_configs/cifar10_kd.yaml --out "$out/kd" "${pair[@]}" "${short[@]}"
+part search 80 "$python" -m distpro search search_configs/cifar10_resnet56_resnet20.yaml --out "$out/search" \
+    "${pair[@]}" "${short[@]}"
+
+bench=(--device "$device")
+[ "$device" = cpu ] && bench+=(--rounds 1 --threads 1 --batch 8)
+part bench_train 90 "$python" tools/bench_train.py --json "$out/bench_train.json" --methods kd at review distpro "${bench[@]}"
+part bench_search 110 "$python" tools/bench_search.py --json "$out/bench_search.json" "${bench[@]}"
+
+echo "results in $out"
+exit $worst
