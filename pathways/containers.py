@@ -56,7 +56,7 @@ def entry(value: Any, key: str | None, what: str, leaf: type | tuple[type, ...] 
     Raises UserError, beginning with ``what``, if there is no such tensor, or several without a key to choose by.
     """
     found = entries(value, leaf)
-    chosen = found if key is None else {n: t for n, t in found.items() if n == key or n.startswith(f"{key}.")}
+    chosen = found if key is None else named(found, key)
     if len({id(tensor) for tensor in chosen.values()}) == 1:
         return next(iter(chosen.values()))
     if not found:
@@ -66,6 +66,11 @@ def entry(value: Any, key: str | None, what: str, leaf: type | tuple[type, ...] 
             raise UserError(f"{what}: there is no '{key}' in a tensor")
         raise UserError(f"{what}: no tensor '{key}'{nearest(str(key), found)} (there are: {shown(found)})")
     raise UserError(f"{what} gives several tensors; add the key of one in brackets: {shown(chosen)}")
+
+
+def named(found: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Those of ``entries`` that are called ``key`` or lie in a container of that name."""
+    return {name: tensor for name, tensor in found.items() if name == key or name.startswith(f"{key}.")}
 
 
 def shown(names: Any) -> str:

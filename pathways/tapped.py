@@ -189,12 +189,13 @@ class Tapped(nn.Module):
         self._seen = list(self.model.modules())
         self._frozen = self._frozen and foldable(self.model)
         _, function = as_function(self.model, fused(graph, dict(self.model.named_modules()), self._frozen))
-        device = example.device.type
-        if self._agrees(function, example, expected, 1e-4 if self._frozen else 0):
-            # Under autocast only whether it runs: oneDNN has operations for some types only.
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cpu"):
-                if self._agrees(function, example, {False: expected[False]}, None):
-                    self._fused = function
+        if not self._agrees(function, example, expected, 1e-4 if self._frozen else 0):
+            return
+        if self._frozen and example.device.type == "cpu":  # oneDNN has operations for some types only
+            with torch.autocast("cpu", torch.bfloat16):
+                if not self._agrees(function, example, expected, None):
+                    return
+        self._fused = function
 
     @property
     def runs_fused(self) -> bool:

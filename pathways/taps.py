@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pathways.containers import copied, entries, entry, items_of, shown
+from pathways.containers import copied, entries, entry, items_of, named, shown
 from pathways.registry import UserError, nearest
 
 POINTS = ("output", "input", "pre_relu")
@@ -125,21 +125,22 @@ def read_input(
     leaf: type | tuple[type, ...] = Tensor,
 ) -> Any:
     """The tensor (the ``leaf``) that a tap means among its module's arguments. Raises UserError if that is unclear."""
+    what, key = f"tap '{name}'", tap.key
     given = {**{str(position): value for position, value in enumerate(args)}, **kwargs}
     sole = next(iter(given.values())) if len(given) == 1 else None
-    parts = None if isinstance(sole, leaf) else items_of(sole)
-    value = given if parts is None else sole
-    head, dot, rest = (tap.key or "").partition(".")
-    if tap.key is None or head in dict(parts or given):
-        return entry(value, tap.key, f"tap '{name}'", leaf)
+    value = given if isinstance(sole, leaf) or items_of(sole) is None else sole
+    if key is None or named(entries(value, leaf), key):
+        return entry(value, key, what, leaf)
+    head, dot, rest = key.partition(".")
     names = list(inspect.signature(module.forward).parameters)
-    if head in names and str(names.index(head)) in given:  # a name that was given by position, or the other way round
-        head = str(names.index(head))
-    elif head.isdigit() and int(head) < len(names):
-        head = names[int(head)]
-    if head in given:
-        return entry(given, head + dot + rest, f"tap '{name}'", leaf)
-    return entry(value, tap.key, f"tap '{name}'", leaf)  # an error, which lists what there is
+    if head in names:  # a name that was given by position
+        other = str(names.index(head))
+    else:
+        other = names[int(head)] if head.isdigit() and int(head) < len(names) else head
+    for alternative in (key, other + dot + rest):
+        if named(entries(given, leaf), alternative):
+            return entry(given, alternative, what, leaf)
+    return entry(value, key, what, leaf)  # an error, which lists what there is
 
 
 def check_taps(model: nn.Module, names: Iterable[str], what: str = "model") -> None:

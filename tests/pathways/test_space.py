@@ -65,6 +65,37 @@ def test_a_pathway_is_the_distance_of_the_transformed_feature():
     assert torch.equal(pathway(x, target, target=None, index=None), distance(transform(x), target))
 
 
+def test_a_pathway_is_a_term():
+    pathway = Pathway("t", "s", (1, 2, 3), "mine", nn.Identity(), nn.MSELoss())
+    asked = {"weight": None, "per_level": False, "reduction": None, "masked": False, "rows": "first", "scalars": {}}
+    assert {name: getattr(pathway, name) for name in asked} == asked and pathway.at(3) is None
+    pathway.weight = 0.5
+    assert Pathway("t", "s", (1, 2, 3), "mine", nn.Identity(), nn.MSELoss()).weight is None
+
+
+def test_shapes_that_are_known_are_not_probed(images):
+    class Silent(Net):
+        def forward(self, x):
+            raise AssertionError("the model runs")
+
+    expected = build_pathways(Net(), Net(), images, LAYERS, LAYERS[:2])
+    teacher, student = {"teacher_shapes": SHAPES}, {"student_shapes": {**SHAPES, "layer1": [16, 32, 32]}}
+    for models, known in [
+        ((Silent(), Net()), teacher),
+        ((Net(), Silent()), student),
+        ((Silent(), Silent()), teacher | student),
+    ]:
+        space = build_pathways(*models, images, LAYERS, LAYERS[:2], **known)
+        assert [repr(p) for p in space] == [repr(p) for p in expected]
+    with pytest.raises(UserError, match=r"no shape is given for student tap 'layer2' \(given: layer1\)"):
+        build_pathways(Net(), Net(), images, LAYERS, LAYERS, student_shapes={"layer1": (16, 32, 32)})
+
+
+def test_a_student_without_parameters(images):
+    (pathway,) = build_pathways(Net(), nn.Sequential(nn.ReLU()), images, ["layer1"], ["0"], transforms=["conv1x1"])
+    assert pathway.transform.project[0].weight.shape == (16, 3, 1, 1)
+
+
 def test_both_sides_may_have_taps_and_widths_of_their_own(images):
     space = build_pathways(
         Net((8, 24, 40)),

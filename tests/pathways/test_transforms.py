@@ -201,6 +201,40 @@ def test_tokens_and_maps_keep_their_places():
     torch.testing.assert_close(back(tokens), x)
 
 
+@pytest.mark.parametrize("length", [10, 12, 16, 17, 18, 7])
+def test_tokens_of_one_length_are_projected_position_by_position(length):
+    """Words are no grid, whatever their number; and no two positions are mixed."""
+    transform, x = build("tokens", (length, 6), (length, 5)), feature((length, 6)).requires_grad_()
+    y = transform(x)
+    torch.testing.assert_close(y, x @ transform.project.weight.T + transform.project.bias)
+    (gradient,) = torch.autograd.grad(y[:, 3].sum(), x)
+    assert gradient[:, 3].all() and not gradient[:, :3].any() and not gradient[:, 4:].any()
+
+
+@pytest.mark.parametrize(
+    "prefix, source_prefix, target_prefix", [(None, 2, 1), (None, 0, 2), (3, 3, 3), ((4, 1), 4, 1), ((0, 5), 0, 5)]
+)
+@pytest.mark.parametrize("side_in, side_out", [(4, 3), (3, 5)])
+def test_tokens_in_front_of_a_grid(prefix, source_prefix, target_prefix, side_in, side_out):
+    in_shape, out_shape = (side_in**2 + source_prefix, 6), (side_out**2 + target_prefix, 5)
+    transform, x = build("tokens", in_shape, out_shape, prefix=prefix), feature(in_shape)
+    y, projected = transform(x), transform.project(x)
+    both = min(source_prefix, target_prefix)
+    assert y.shape == (3, *out_shape)
+    torch.testing.assert_close(y[:, :both], projected[:, :both])
+    for position in range(both, target_prefix):
+        torch.testing.assert_close(y[:, position], projected[:, source_prefix:].mean(1))
+    plain = build("tokens", (side_in**2, 6), (side_out**2, 5), prefix=0)
+    plain.load_state_dict(transform.state_dict())
+    torch.testing.assert_close(y[:, target_prefix:], plain(x[:, source_prefix:]))
+
+
+def test_a_prefix_and_a_map():
+    transform, x = build("tokens", (20, 6), (5, 3, 2), prefix=4), feature((20, 6))
+    grid = transform.project(x[:, 4:]).mT.unflatten(2, (4, 4))
+    torch.testing.assert_close(transform(x), F.interpolate(grid, size=(3, 2), mode="bilinear", align_corners=False))
+
+
 # Errors and precision
 
 
@@ -222,6 +256,13 @@ def test_tokens_and_maps_keep_their_places():
         ("conv3x3", (4, 4, 4), (4, 2, 2), {"size": 3}, "no parameter 'size'"),
         ("tokens", (12, 6), (16, 6), {}, "12 tokens are no square grid"),
         ("tokens", (16, 6), (98, 6), {}, "98 tokens are no square grid"),
+        ("tokens", (12, 6), (4, 3, 3), {}, "12 tokens are no square grid.*say with 'prefix'"),
+        ("tokens", (18, 6), (9, 6), {"prefix": 1}, "18 tokens are no square grid, behind a prefix of 1"),
+        ("tokens", (3, 6), (9, 6), {"prefix": 3}, "3 tokens are no square grid"),
+        ("tokens", (16, 6), (9, 6), {"prefix": -1}, "prefix must be one or two counts of tokens, got -1"),
+        ("tokens", (16, 6), (9, 6), {"prefix": True}, "prefix must be one or two counts"),
+        ("tokens", (16, 6), (9, 6), {"prefix": [1, 2, 3]}, "prefix must be one or two counts"),
+        ("tokens", (16, 6), (9, 6), {"prefix": "one"}, "prefix must be one or two counts"),
         ("tokens", (10,), (16, 6), {}, r"got shape \(10,\)"),
     ],
 )
