@@ -23,6 +23,7 @@ def runs(tmp_path_factory):
     """A folder with a teacher of one epoch, a search of four steps, and a retrain by its schedule alone."""
     folder = tmp_path_factory.mktemp("cli")
     common = {
+        "precision": "float32",
         "data": {"name": "digits", "samples": 300},
         "student": {"model": "resnet8"},
         "training": {"epochs": 1, "batch_size": 60, "optimizer": {"lr": 0.05}},

@@ -125,6 +125,7 @@ SMALL = (
     "teacher.checkpoint=teacher.pt",
     "student.model=resnet8",
     "training.batch_size=16",
+    "precision=float32",
     "tracking.tensorboard=false",
     "tracking.log_every=1",
 )

@@ -53,6 +53,7 @@ SMALL = (
     "training.max_steps=20",
     "training.clip_norm=5",  # the weights are published for features of other sizes than this teacher's
     "threads=1",
+    "precision=float32",
     "tracking.tensorboard=false",
     "tracking.evaluate_every=1000",
 )
