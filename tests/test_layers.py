@@ -115,7 +115,7 @@ def test_imports_run_down(module):
     wrong = [
         f"{FILES[module].relative_to(ROOT)}:{line}: {name}"
         for line, name in imports(FILES[module], FILES)
-        if LEVEL[place(name)] < LEVEL[mine] and name != "distpro"
+        if LEVEL[place(name)] < LEVEL[mine]
     ]
     assert wrong == []
 
