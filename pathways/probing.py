@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -95,7 +96,8 @@ def find_stages(model: nn.Module, example_input: Any, token_stages: int = 4) -> 
     For feature maps, (C, H, W) or (H, W, C): the outermost, and of those the last, module at each spatial size other
     than the input's and 1×1. For token models: ``token_stages`` blocks, evenly spaced, the last included, of the most
     sibling modules of one class and one output shape (L, D), the outermost where there are as many; maps before the
-    first of them are the embedding of patches. Modules that give no tensor, or several, are passed over.
+    first of them are the embedding of patches. Modules that give no tensor, or several, or one of another size each
+    time, are passed over.
     ``example_input`` is anything that `Call.of` takes. Raises UserError if neither is found.
     """
     call, modules = Call.of(example_input), dict(model.named_modules())
@@ -113,8 +115,8 @@ def find_stages(model: nn.Module, example_input: Any, token_stages: int = 4) -> 
 
 
 def _outputs(model: nn.Module, call: Call) -> list[tuple[str, tuple[int, ...]]]:
-    """Each module that gives one tensor of as many samples as the call has, in the order of their ends, and its shape
-    per sample."""
+    """Each module that gives one tensor, always of one shape, of as many samples as the call has, in the order of their
+    ends, and its shape per sample."""
     seen: list[tuple[str, tuple[int, ...]]] = []
     listed = call.args and isinstance(call.args[0], list)
     first = next(call.tensors(), None)
@@ -135,7 +137,8 @@ def _outputs(model: nn.Module, call: Call) -> list[tuple[str, tuple[int, ...]]]:
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    kinds = Counter(name for name, _ in set(seen))
+    return [(name, shape) for name, shape in seen if kinds[name] == 1]
 
 
 def _maps(

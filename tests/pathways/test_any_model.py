@@ -171,6 +171,23 @@ def test_stages_of_any_model():
         find_stages(Detector(), Call((pictures(),)))
 
 
+def test_a_head_that_runs_on_every_level_is_no_stage():
+    class Levels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.ModuleList(nn.Conv2d(3, 3, 2, 2) for _ in range(3))
+            self.head = nn.Conv2d(3, 3, 1)
+
+        def forward(self, images):
+            x, found = torch.stack(images), []
+            for down in self.down:
+                x = down(x)
+                found.append(self.head(x))
+            return found
+
+    assert find_stages(Levels(), Call((pictures(),))) == ["down.0", "down.1", "down.2"]
+
+
 class Attends(nn.Module):
     """A token model that shows its attention and the vectors of each head to hooks, as timm's do."""
 
