@@ -136,7 +136,8 @@ def plain_loop(epochs, with_terms, optimizer, clip_norm, clip_by, steps):
     base, step = optimizer.param_groups[0]["lr"], 0
     torch.manual_seed(77)
     for epoch in range(epochs):
-        for x, y, _ in Batches().epoch(epoch):
+        for batch in Batches().epoch(epoch):
+            x, y = batch.inputs, batch.target
             if step == steps:
                 return student, feature
             for group in optimizer.param_groups:
@@ -230,9 +231,8 @@ def test_evaluation_runs_in_eval_mode_and_restores_the_mode(mode):
     for found, truth in zip(model.buffers(), before.buffers(), strict=True):
         assert torch.equal(found, truth)
 
-    x, y, _ = (
-        torch.cat(parts) if parts[0] is not None else None for parts in zip(*Batches(seed=1).epoch(0), strict=True)
-    )
+    batches = list(Batches(seed=1).epoch(0))
+    x, y = torch.cat([b.inputs for b in batches]), torch.cat([b.target for b in batches])
     output = before.eval()(x)
     assert metrics["accuracy"] == pytest.approx(100 * (output.argmax(1) == y).float().mean().item())
     assert metrics["top5"] == 100  # of four classes
@@ -243,8 +243,7 @@ def test_history_and_result():
     """The last epoch is the result, the best one stands beside it."""
     trainer = build(epochs=5, evaluate_every=2)
     accuracies = iter([70.0, 90.0, 80.0])
-    trainer.task.metrics = lambda output, y: {"accuracy": torch.tensor(next(accuracies) * len(y))}
-    trainer.test_loader = Batches(sizes=(6,))
+    trainer.test = lambda: {"accuracy": next(accuracies)}
     result = trainer.fit()
     assert [(row["epoch"], row["step"], row["accuracy"]) for row in trainer.history] == [
         (2, 6, 70),
@@ -302,8 +301,7 @@ def test_a_logged_loss_is_that_before_the_step(tmp_path):
     _, rows = rows_of(tmp_path, log_every=1, max_steps=1)
     torch.manual_seed(0)
     objective = build(True).objective
-    x, y, _ = next(Batches().epoch(0))
-    parts = objective(x, y)[1]
+    parts = objective(next(Batches().epoch(0)))[1]
     assert rows[0]["train/task_loss"] == pytest.approx(parts["task"].item(), rel=1e-6)
     assert rows[0]["term/feature"] == pytest.approx(parts["feature"].item(), rel=1e-6)
 
