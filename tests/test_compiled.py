@@ -15,6 +15,8 @@ from distpro.schedule import Schedule
 from pathways import build_pathways
 from tests.digits import settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():

@@ -173,6 +173,7 @@ def unpacked(tmp_path_factory):
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_packages_and_the_license(unpacked):
     for name in ("distpro", "pathways"):
         shipped = {
@@ -185,6 +186,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_the_license(unpacked):
     assert "License-Expression: MIT" in facts.read_text()
 
 
+@pytest.mark.slow
 def test_the_wheel_works_without_the_repository(unpacked, tmp_path):
     def distpro_says(*arguments):
         command = [sys.executable, "-m", "distpro", *arguments]

@@ -113,7 +113,7 @@ def test_parameters_move_from_yaml(teachers):
     batch = next(iter(train.epoch(0)))
     (term,) = objective.terms
     for step, temperature, weight in ((0, 4.0, 0.0), (19, 1.0, 1.0)):
-        objective(*batch, step=step)
+        objective(batch, step=step)
         assert term.loss.temperature == pytest.approx(temperature)
         assert objective.weights_at(step) == pytest.approx([weight])
 
@@ -137,6 +137,7 @@ def test_mistakes(teachers, terms, message):
         distpro.retrain(content(teachers, terms))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", [{"loss": "ls"}, {"loss": "tf_kd", "params": {"form": "virtual"}}])
 def test_a_loss_without_a_teacher_needs_none(teachers, term):
     """And does not run one that is there."""
@@ -164,6 +165,7 @@ def several(teachers, **more):
     return {"teacher": None, "teachers": members, **more}
 
 
+@pytest.mark.slow
 def test_several_teachers_speak_together_and_apart(teachers):
     terms = [
         {"loss": "kd", "weight": 1},
@@ -195,6 +197,7 @@ def test_features_of_several_teachers_have_to_be_named(teachers):
     assert objective.keys[0] == "b.layer1:pre_relu<-layer1@conv1x1"
 
 
+@pytest.mark.slow
 def test_a_search_over_two_teachers(teachers):
     terms = [{"loss": "kd", "teacher": name} for name in ("a", "b")]
     schedule = distpro.search(content(teachers, terms, **several(teachers)))
@@ -239,6 +242,7 @@ def test_rotations_come_with_the_loss_that_reads_them(teachers):
     assert distpro.retrain(content(teachers, terms)).metrics["accuracy"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["forward_mode", "finite_difference"])
 def test_a_search_over_losses_with_needs_of_all_kinds(teachers, estimator):
     """Rotations, memories, classifiers, margins side by side; the estimators agree about the first step's direction."""

@@ -17,6 +17,8 @@ from distpro.runs.commands import retrain, search
 from distpro.schedule import Schedule
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SEARCH = sorted((ROOT / "search_configs").glob("*.yaml"))
 RETRAIN = sorted((ROOT / "retrain_configs").glob("*.yaml"))
 

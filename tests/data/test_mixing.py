@@ -132,6 +132,7 @@ def test_what_does_not_go_together(tmp_path):
         distpro.retrain({**config, **cached}, out=tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_search_and_a_retrain_with_mixed_samples(tmp_path):
     torch.manual_seed(5)
     torch.save(build_model("resnet14", num_classes=10).state_dict(), tmp_path / "teacher.pt")

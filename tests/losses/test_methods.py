@@ -38,6 +38,8 @@ from tests.conftest import ROOT
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
+pytestmark = pytest.mark.slow
+
 METHODS = {path.stem: path for path in sorted((ROOT / "retrain_configs" / "methods").glob("*.yaml"))}
 BASE = METHODS.pop("base")
 

@@ -14,6 +14,8 @@ from distpro.report.cost import as_text, describe
 from pathways import UserError
 from tests.digits import settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -23,6 +23,8 @@ from distpro.train.trainer import Interrupted, Trainer
 from tests.conftest import ROOT
 from tests.digits import settings
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

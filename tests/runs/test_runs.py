@@ -25,6 +25,8 @@ from distpro.weights import replay
 from pathways import UserError
 from tests.digits import settings
 
+pytestmark = pytest.mark.slow
+
 CONTROLS = ["searched", "equal", "final", "constant", "none"]
 
 

@@ -19,6 +19,8 @@ from distpro.train.trainer import Interrupted, Trainer
 from pathways import UserError
 from tests.digits import settings
 
+pytestmark = pytest.mark.slow
+
 HINT = {
     "name": "hint",
     "task_weight": 0,

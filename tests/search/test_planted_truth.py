@@ -23,6 +23,8 @@ from distpro.train.trainer import Trainer
 from distpro.weights import Replay
 from pathways import build_pathways
 
+pytestmark = pytest.mark.slow
+
 TAPS = ["unrelated", "shuffled", "useful", "noise"]
 INPUTS, CLASSES, STEPS = 32, 4, 120
 TRAIN, HELD_OUT, TEST = 2048, 1024, 1000

@@ -22,6 +22,8 @@ from distpro.train.tracking import read_metrics
 from tests.conftest import ROOT
 from tests.digits import settings
 
+pytestmark = pytest.mark.slow
+
 NETWORK = '''
 from torch import nn
 
