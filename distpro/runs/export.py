@@ -26,7 +26,8 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
             any size.
         out: file to write; by default ``student.<format>`` in the folder.
 
-    Returns the file's path. Raises UserError if the run has no student, or a package is missing.
+    Returns the file's path. Raises UserError if the run has no student, a package is missing, or the format cannot hold
+    the student.
     """
     folder = Path(folder)
     path = Path(out) if out else folder / f"student.{format}"
@@ -42,6 +43,8 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     model = build_network(config.student, task.model_arguments(data), load=False).eval()
     load_checkpoint(model, weights)
     args, kwargs = task.call(data.example(2), training=False)
+    if format != "safetensors" and any(isinstance(value, list) for value in [*args, *kwargs.values()]):
+        raise UserError(f"{folder}: the student takes a list, which no {format} file can stand for: export safetensors")
     dynamic: Any = tuple(map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, list(args)))
     if kwargs:
         dynamic = map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, dict(kwargs))
@@ -57,4 +60,11 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
             torch.onnx.export(model, args, str(path), kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
     except ImportError as error:
         raise UserError(f"export to {format} needs a package more: pip install 'distpro[export]' ({error})") from None
+    except Exception as error:  # a model may do what cannot be written down
+        if format == "safetensors":
+            raise
+        reason = str(error).strip().splitlines()[:1] or [""]
+        raise UserError(
+            f"{folder}: '{config.student.model}' cannot be exported to {format}: {type(error).__name__}: {reason[0]}"
+        ) from error
     return path
