@@ -206,13 +206,15 @@ def _search(options: argparse.Namespace) -> None:
 
 def _retrain(options: argparse.Namespace) -> None:
     from distpro.runs.commands import retrain, retrain_config
+    from distpro.schedule import Schedule
 
-    config = retrain_config(options.config, options.schedule, options.overrides)
+    schedule = Schedule.load(options.schedule) if options.schedule else None
+    config = retrain_config(options.config, schedule, options.overrides)
     if options.dry_run:
         _dry_run(config, searching=False)
         return
     name = Path(options.config).stem if options.config else f"retrain_{config.retrain.weights}"
-    run = partial(retrain, options.config, options.schedule)
+    run = partial(retrain, options.config, schedule)
     _run_seeds(options, run, _out(options, name), config.seed)
 
 

@@ -316,7 +316,7 @@ class Objective(nn.Module):
                 if term.by_position and any(len(x) == 0 for x in ours):  # no position counts: no mean to take
                     losses += [sum(x.sum() for x in ours)] * count  # type: ignore[list-item]
                     continue
-                more = {"mask": _unwrap([reader.mask_of(x) for x in ours])} if term.masked else {}
+                more = {"mask": _unwrap([reader.mask_of(x) for x in ours or theirs])} if term.masked else {}
                 target = reader.target(bool(term.by_position), student or teacher)
                 value = term(_unwrap(ours), _unwrap(theirs), target=target, index=batch.index, **more)
                 found = list(value.unbind()) if value.dim() else [value]

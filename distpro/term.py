@@ -68,7 +68,7 @@ class Term(nn.Module):
         self.pretrain = pretrain
         self.rows: str = getattr(loss, "rows", "first")
         self.by_position = bool(getattr(loss, "by_position", False)) and not per_level
-        self.masked = bool(getattr(loss, "masked", False)) and not (per_level or pretrain)
+        self.masked = bool(getattr(loss, "masked", False))
         self.deploys = bool(getattr(loss, "deploys", False))
         self.register_buffer("positions", positions, persistent=False)
         if pretrain and getattr(loss, "pretrain_reads", "both") == "teacher":

@@ -12,7 +12,7 @@ from pathways.connections import connect as connect_taps
 from pathways.distances import DISTANCES
 from pathways.probing import probe_shapes
 from pathways.registry import UserError
-from pathways.transforms import TRANSFORMS
+from pathways.transforms import TRANSFORMS, MapTransform
 
 Spec = str | Mapping[str, Any]
 
@@ -72,7 +72,9 @@ class Pathway(nn.Module):
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Scalar loss of a batch of student and teacher features. ``target`` and ``index`` are not used."""
-        return self.distance(self.transform(student), teacher)
+        sized = isinstance(self.transform, MapTransform) and teacher.dim() == 4
+        ours = self.transform(student, tuple(teacher.shape[2:])) if sized else self.transform(student)
+        return self.distance(ours, teacher)
 
     def extra_repr(self) -> str:
         return f"{self.key}, level={self.level}"

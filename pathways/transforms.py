@@ -36,10 +36,13 @@ def _check_map(name: str, *shapes: Shape) -> None:
             )
 
 
-class _MapTransform(nn.Module):
+class MapTransform(nn.Module):
     """Common alignment: a map that has to shrink does so first (``resize: before``, the default) or last (``after``);
     one that has to grow does so before the 3×3 convolution, as in ReviewKD. In the 27 pathways of CIFAR `before` costs
-    an eighth of `after` where maps shrink, and a third in all."""
+    an eighth of `after` where maps shrink, and a third in all.
+
+    ``transform(x, size)`` gives a map of another height and width than those that it was built for: of batches whose
+    images have other sizes."""
 
     name = ""
 
@@ -53,8 +56,9 @@ class _MapTransform(nn.Module):
         self.resize_first = shrinks and resize == "before"
         self.resize_last = shrinks and resize == "after"
 
-    def _align(self, x: Tensor) -> Tensor:
-        return x if tuple(x.shape[2:]) == self.size else F.interpolate(x, size=self.size, mode="nearest")
+    def _align(self, x: Tensor, size: Shape | None) -> Tensor:
+        size = size or self.size
+        return x if tuple(x.shape[2:]) == size else F.interpolate(x, size=size, mode="nearest")
 
 
 @TRANSFORMS.register("identity")
@@ -71,7 +75,7 @@ class Identity(nn.Module):
 
 
 @TRANSFORMS.register("conv1x1")
-class Conv1x1(_MapTransform):
+class Conv1x1(MapTransform):
     """1×1 convolution and BatchNorm."""
 
     name = "conv1x1"
@@ -80,12 +84,12 @@ class Conv1x1(_MapTransform):
         super().__init__(in_shape, out_shape, resize)
         self.project = _conv(in_shape[0], out_shape[0], 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._align(self.project(self._align(x) if self.resize_first else x))
+    def forward(self, x: Tensor, size: Shape | None = None) -> Tensor:
+        return self._align(self.project(self._align(x, size) if self.resize_first else x), size)
 
 
 @TRANSFORMS.register("conv3x3")
-class Conv3x3(_MapTransform):
+class Conv3x3(MapTransform):
     """1×1 convolution and BatchNorm, then 3×3 convolution and BatchNorm."""
 
     name = "conv3x3"
@@ -95,9 +99,9 @@ class Conv3x3(_MapTransform):
         self.project = _conv(in_shape[0], out_shape[0], 1)
         self.refine = _conv(out_shape[0], out_shape[0], 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.project(self._align(x) if self.resize_first else x)
-        return self._align(self.refine(x)) if self.resize_last else self.refine(self._align(x))
+    def forward(self, x: Tensor, size: Shape | None = None) -> Tensor:
+        x = self.project(self._align(x, size) if self.resize_first else x)
+        return self._align(self.refine(x), size) if self.resize_last else self.refine(self._align(x, size))
 
 
 @TRANSFORMS.register("attention")
@@ -112,9 +116,9 @@ class SpatialAttention(Conv3x3):
         nn.init.kaiming_uniform_(self.attention.weight, a=1)
         nn.init.zeros_(self.attention.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._align(x) if self.resize_first else x
-        return super().forward(x * torch.sigmoid(self.attention(x)))
+    def forward(self, x: Tensor, size: Shape | None = None) -> Tensor:
+        x = self._align(x, size) if self.resize_first else x
+        return super().forward(x * torch.sigmoid(self.attention(x)), size)
 
 
 @TRANSFORMS.register("tokens")

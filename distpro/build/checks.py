@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distpro.build.given import OBJECT
-from distpro.build.optimizer import OPTIMIZERS
+from distpro.build.optimizer import find_optimizer
 from distpro.build.terms import split_processes
 from distpro.config.schema import Config
 from distpro.data import DATASETS, build_augment
@@ -36,7 +36,7 @@ def check_names(config: Config) -> None:
         specs.append((DISTANCES, config.pathways.distance, "pathways.distance"))
         specs += [(TRANSFORMS, transform, "pathways.transforms") for transform in config.pathways.transforms]
     specs += [(METRICS, metric, "metrics") for metric in config.metrics]
-    OPTIMIZERS[config.training.optimizer.name]
+    find_optimizer(config.training.optimizer)
     for model in models:
         if ":" not in model.model:
             specs.append((MODELS, {"name": model.model, **model.params}, "model"))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from distpro.data.foreign import from_objects
-from distpro.task import Task
+from distpro.task import TASK_PARTS, Task, check_parts
 from pathways.registry import UserError
 
 OBJECT = "object:"
@@ -39,6 +39,8 @@ class Given:
         for name, model in (("teacher", teacher), ("student", student)):
             if model is not None and not isinstance(model, nn.Module):
                 raise UserError(f"{name} is {type(model).__name__}, not a torch.nn.Module")
+        if task is not None:
+            check_parts(task, "task", TASK_PARTS)
         if isinstance(data, (tuple, list)):
             if len(data) not in (2, 3):
                 raise UserError(f"data holds {len(data)} parts: expected (train, test) or (train, validation, test)")

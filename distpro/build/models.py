@@ -23,8 +23,9 @@ from distpro.models.ensemble import Ensemble, InputAdapter
 from distpro.task import Task
 from distpro.train import distributed
 from pathways.call import Call
-from pathways.probing import probe_shapes
+from pathways.probing import probe_shapes, untouched
 from pathways.registry import UserError
+from pathways.taps import LOGITS
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Pair:
         call: how it meets a model.
         teachers: the places of each teacher by its name; a single one has the name "".
         student_reading: the student's places; None where no term needs them.
+        task: says what the response is, whose shape is that of ``logits``; None: as `response_of` finds it.
     """
 
     teacher: nn.Module | None
@@ -45,6 +47,7 @@ class Pair:
     call: Call
     teachers: Mapping[str, Reading] = field(default_factory=dict)
     student_reading: Reading | None = None
+    task: Task | None = None
     _shapes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
     def teacher_reading(self, name: str | None) -> Reading:
@@ -69,10 +72,20 @@ class Pair:
         """Per-sample shape of each tap of ``teacher`` or ``student``. What has been probed once is known."""
         model = self.teacher if side == "teacher" else self.student
         unknown = [tap for tap in dict.fromkeys(taps) if (side, tap) not in self._shapes]
+        if LOGITS in unknown and model is not None and self.task is not None:
+            unknown.remove(LOGITS)
+            self._shapes[side, LOGITS] = self._response_shape(model, self.task)
         if unknown and model is not None:
             found = probe_shapes(model, unknown, self.call)
             self._shapes |= {(side, tap): shape for tap, shape in found.items()}
         return {tap: self._shapes[side, tap] for tap in taps}
+
+    def _response_shape(self, model: nn.Module, task: Task) -> tuple[int, ...]:
+        with untouched(model):
+            response = task.response(self.call.run(model.eval()))
+        if response is None:
+            raise UserError("reads logits, but the task gives none of the model's output")
+        return tuple(response.shape[1:])
 
 
 def build_network(model: ModelConfig, facts: Mapping[str, Any], load: bool = True) -> nn.Module:
@@ -126,7 +139,7 @@ def build_pair(
         distributed.synchronise_batch_norm(student)
     student = place(student, config)
     example = example_of(config, data)
-    pair = Pair(None, student, example, task.call(example, training=False))
+    pair = Pair(None, student, example, task.call(example, training=False), task=task)
     if not needs_teacher(config):
         return pair
     pair.student_reading = reading_of(config.student, student, pair.call)

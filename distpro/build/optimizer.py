@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from distpro.config.schema import Config
+from distpro.config.schema import Config, OptimizerConfig
 from pathways.registry import Registry, UserError, check_parameters, is_code
 
 OPTIMIZERS = Registry("optimiser", takes_code=True)
@@ -18,14 +19,30 @@ def build_optimizer(config: Config, params: list[nn.Parameter]) -> torch.optim.O
     """The config's optimiser, in its fused form where there is one that serves; ``package.module:name`` is called with
     the parameters, ``lr`` and the config's ``params``."""
     o = config.training.optimizer
-    if is_code(o.name):
-        kind: Callable[..., Any] = OPTIMIZERS[o.name]
-        check_parameters(f"optimiser '{o.name}'", kind, o.params)
-        optimizer = kind(params, lr=o.lr, **o.params)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UserError(f"optimiser '{o.name}' gives {type(optimizer).__name__}, not a torch.optim.Optimizer")
-        return optimizer
-    return OPTIMIZERS[o.name](params, o)
+    kind = find_optimizer(o)
+    if not is_code(o.name):
+        return kind(params, o)
+    optimizer = kind(params, lr=o.lr, **o.params)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optimiser '{o.name}' gives {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    return optimizer
+
+
+def find_optimizer(o: OptimizerConfig) -> Callable[..., Any]:
+    """What makes the optimiser. Raises UserError for an unknown one, and for parameters that it does not take."""
+    kind = OPTIMIZERS[o.name]
+    if not is_code(o.name):
+        if o.params:
+            raise UserError(
+                f"training.optimizer.params: for an optimiser of one's own; {o.name} takes its parameters beside its name"
+            )
+        return kind
+    check_parameters(f"optimiser '{o.name}'", kind, o.params)
+    try:
+        inspect.signature(kind).bind([], lr=o.lr, **o.params)
+    except TypeError as error:
+        raise UserError(f"optimiser '{o.name}' is called with the parameters, lr and params: {error}") from None
+    return kind
 
 
 @OPTIMIZERS.register("sgd")

@@ -42,16 +42,16 @@ class Reading:
         """The same places of a model that is the child ``path`` of another."""
         return replace(
             self,
-            stages=[f"{path}.{tap}" for tap in self.stages],
-            before_relu=[f"{path}.{tap}" for tap in self.before_relu],
-            embedding=None if self.embedding is None else f"{path}.{self.embedding}",
+            stages=[_below(path, tap) for tap in self.stages],
+            before_relu=[_below(path, tap) for tap in self.before_relu],
+            embedding=None if self.embedding is None else _below(path, self.embedding),
             logits=path if self.logits == LOGITS else f"{path}.{self.logits}",
             path=f"{path}.{self.path}" if self.path else path,
         )
 
     def own(self, taps: Sequence[str]) -> list[str]:
         """Taps that are named within this model."""
-        return [self.logits if tap == LOGITS else f"{self.path}.{tap}" if self.path else tap for tap in taps]
+        return [self.logits if tap == LOGITS else _below(self.path, tap) for tap in taps]
 
     def taps(self, kinds: Sequence[str], before_relu: bool) -> list[str]:
         """Taps of the kinds that a loss reads: of ``stages``, ``last``, ``embedding``, ``logits``.
@@ -117,9 +117,24 @@ def _same(output: Tensor, response: Tensor) -> bool:
     return output.shape == response.shape and output.data_ptr() == response.data_ptr()
 
 
+def _below(path: str, tap: str) -> str:
+    """A tap of a model that is the child ``path`` of another, as a tap of that other."""
+    module, point, key = parse_tap(tap)
+    module = ".".join(part for part in (path, "" if module == LOGITS else module) if part)
+    return tap if not path else _named(module, point, key)
+
+
+def _named(module: str, point: str, key: str | None) -> str:
+    return module + ("" if point == "output" else f":{point}") + ("" if key is None else f"[{key}]")
+
+
 def before_relu(model: nn.Module, taps: Sequence[str], call: Call) -> list[str]:
     """Each tap before its last ReLU, where it ends in one."""
-    wanted = [f"{tap}:pre_relu" for tap in taps]
+    places = [parse_tap(tap) for tap in taps]
+    wanted = [
+        _named(module, "pre_relu", key) if point == "output" else tap
+        for tap, (module, point, key) in zip(taps, places, strict=True)
+    ]
     if not wanted or _can_be_read(model, wanted, call):
         return wanted
     return [before if _can_be_read(model, [before], call) else tap for tap, before in zip(taps, wanted, strict=True)]

@@ -55,6 +55,7 @@ def _trainer(
     test: Any,
     folder: Path | None,
     name: str,
+    why_not: str,
 ) -> Trainer:
     rate = config.training.learning_rate
     return Trainer(
@@ -76,6 +77,7 @@ def _trainer(
         evaluate_every=config.tracking.evaluate_every,
         checkpoint_every=config.tracking.checkpoint_every,
         name=name,
+        why_not=why_not,
     )
 
 
@@ -144,7 +146,8 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     )
     objective.cache = build_cache(config, data, objective, example_of(config, data))
     test = build_loader(config, data, data.test, training=False)
-    return _trainer(config, objective, optimizer, searcher, train, test, folder, "search")
+    why_not = train.why_not or validation.why_not
+    return _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
 
 
 def build_retrain(
@@ -179,4 +182,5 @@ def build_retrain(
     objective.cache = build_cache(config, data, objective, example_of(config, data))
     optimizer = build_optimizer(config, objective.trainable_parameters())
     test = build_loader(config, data, data.test, training=False)
-    return _trainer(config, objective, optimizer, weights, train, test, folder, f"retrain ({retrain.weights})")
+    name = f"retrain ({retrain.weights})"
+    return _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)

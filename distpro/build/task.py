@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from distpro.build.given import Given, refuse_object
 from distpro.config.schema import Config
-from distpro.task import Metrics, Task
+from distpro.task import METRIC_PARTS, TASK_PARTS, Metrics, Task, check_parts
 from distpro.tasks import METRICS, TASKS, Together
 from pathways.space import parse_spec
 
@@ -18,12 +18,17 @@ def build_task(config: Config, given: Given | None = None) -> Task:
     name, params = parse_spec(config.task, "task")
     refuse_object("task", name)
     task: Task = TASKS.build(name, **params)
+    check_parts(task, f"task '{name}'", TASK_PARTS)
     return task
 
 
 def metrics_of(config: Config, task: Task) -> Callable[[], Metrics]:
-    """Makes fresh metrics: the task's, and those that the config names beside them."""
+    """Makes fresh metrics: the task's, and those that the config names beside them. Raises UserError for what are
+    none."""
     specs = [parse_spec(spec, "metrics") for spec in config.metrics]
+    check_parts(task.metrics(), "metrics of the task", METRIC_PARTS)
+    for name, params in specs:
+        check_parts(METRICS.build(name, **params), f"metric '{name}'", METRIC_PARTS)
     if not specs:
         return task.metrics
     return lambda: Together([task.metrics(), *(METRICS.build(name, **params) for name, params in specs)])

@@ -146,7 +146,7 @@ class Ensemble(nn.Module):
 
 def _may_name_a_member(name: Any) -> bool:
     """Whether taps and traced code can have the name in them."""
-    return isinstance(name, str) and name not in ("", LOGITS) and not iskeyword(name) and not {".", ":"} & set(name)
+    return isinstance(name, str) and name not in ("", LOGITS) and not iskeyword(name) and not set(".:[]") & set(name)
 
 
 def _normalised(members: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:

@@ -26,7 +26,8 @@ from pathways.space import parse_spec
 
 @dataclass(frozen=True)
 class Description:
-    """Facts of a run before it starts. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
+    """Facts of a run before it starts. ``unmasked``: terms that see positions that do not count (void pixels, padding), for
+    their losses take no mask. ``problems``: why a model's stages were not found, where no term needs them. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
     counts only the parts of the models that a loss depends on."""
 
     teacher: str
@@ -45,6 +46,8 @@ class Description:
     steps: int | None
     batch_size: int
     cache_bytes: int | None = None
+    unmasked: Sequence[str] = ()
+    problems: Sequence[str] = ()
 
     @property
     def step_macs(self) -> float:
@@ -67,8 +70,10 @@ def describe(config: Config, searching: bool) -> Description:
     terms = _term_costs(objective, pair.example)
     steps = None
     if samples is not None:
-        share = 1 - config.search.validation_fraction if searching else 1
-        steps = config.training.epochs * -(-round(samples * share) // config.training.batch_size)
+        cut = searching and getattr(data, "validation", None) is None
+        count = round(samples * (1 - config.search.validation_fraction)) if cut else samples
+        batch = config.training.batch_size * config.training.accumulate
+        steps = config.training.epochs * (count // batch if config.training.drop_last else -(-count // batch))
         steps = min(steps, config.training.max_steps or steps)
     return Description(
         teacher=teacher_name(config) if pair.teacher is not None else "none",
@@ -89,6 +94,8 @@ def describe(config: Config, searching: bool) -> Description:
         passes=_passes(config, searching),
         steps=steps,
         batch_size=config.training.batch_size,
+        unmasked=_unmasked(pair, objective),
+        problems=[r.problem for r in (*pair.teachers.values(), pair.student_reading) if r is not None and r.problem],
         cache_bytes=_cache_bytes(config, objective, pair, samples) if config.cache and samples else None,
     )
 
@@ -99,6 +106,16 @@ def _shapes(pair: Pair, side: str) -> dict[str, tuple[int, ...]]:
     if any(reading is None or reading.problem for reading in readings):
         return {}
     return pair.shapes(side, pair.teacher_taps if side == "teacher" else pair.student_taps)
+
+
+def _unmasked(pair: Pair, objective: Objective) -> list[str]:
+    if objective.task.labels(pair.example)[1] is None:
+        return []
+    return [
+        str(term.key)
+        for term in objective.terms
+        if not (term.by_position or term.masked or getattr(getattr(term, "loss", None), "needs_target", False))
+    ]
 
 
 def _cache_bytes(config: Config, objective: Objective, pair: Pair, samples: int) -> int:
@@ -193,6 +210,9 @@ def as_text(d: Description) -> str:
         + ", ".join(f"{part} {count:g}" for part, count in d.passes.items())
         + f" = {d.step_macs / 1e9:.1f} GMAC",
     ]
+    lines += [f"stages   {problem}" for problem in d.problems]
+    if d.unmasked:
+        lines.append(f"masks    void or padded positions are seen by {', '.join(d.unmasked)}: no mask is taken there")
     if d.steps is not None:
         lines.append(f"run      {d.steps:,} steps = {d.steps * d.step_macs / 1e15:.3f} PMAC")
     if d.cache_bytes is not None:

@@ -204,3 +204,18 @@ def test_parse_spec(spec, parsed):
 def test_parse_spec_errors(spec):
     with pytest.raises(UserError, match="distance: expected a name or"):
         parse_spec(spec, "distance")
+
+
+@pytest.mark.parametrize("transform", ["conv1x1", "conv3x3", "attention"])
+@pytest.mark.parametrize("resize", ["before", "after"])
+def test_a_pathway_follows_the_size_of_the_batch(transform, resize):
+    """Built at one image size, it compares maps of another as one that was built there does."""
+    teacher, student = (nn.Sequential(nn.Conv2d(3, n, 3, stride=s)) for n, s in ((6, 4), (5, 2)))
+    spec = [{"name": transform, "resize": resize}]
+    pathways = {}
+    for size in (17, 33):
+        torch.manual_seed(0)
+        example = torch.zeros(2, 3, size, size)
+        (pathways[size],) = build_pathways(teacher, student, example, ["0"], ["0"], transforms=spec, distance="l2")
+    x = torch.randn(4, 3, 33, 33)
+    assert torch.equal(pathways[17](student(x), teacher(x)), pathways[33](student(x), teacher(x)))

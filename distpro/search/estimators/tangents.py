@@ -26,10 +26,10 @@ def forward_mode(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
-    call: Call,
+    inputs: Any,
     precision: torch.dtype | None = None,
 ) -> Any:
-    """Tangents of the model's output for a call at ``parameters`` along ``direction``, in the structure of the output.
+    """Tangents of the model's output for some inputs (see `Call.of`) at ``parameters`` along ``direction``, in the structure of the output.
 
     Runs with the model's mode (batch statistics in training), attention in its plain form (the fused kernels have no
     forward mode); buffers stay as they are.
@@ -42,6 +42,7 @@ def forward_mode(
     Returns the model's output with every tensor replaced by its tangent (zeros where it does not move).
     """
     buffers = {name: b.clone() for name, b in model.named_buffers()}
+    args, kwargs = Call.of(inputs)
     device = next(iter(parameters.values())).device.type
     autocast = torch.autocast(device, precision, enabled=precision is not None)
     plain = torch.no_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), _FusedBatchNorm()
@@ -52,7 +53,7 @@ def forward_mode(
             name: forward_ad.make_dual(value, direction[name]) if name in direction else value
             for name, value in parameters.items()
         }
-        return map_tensors(_tangent, functional_call(model, (duals, buffers), call.args, dict(call.kwargs)))
+        return map_tensors(_tangent, functional_call(model, (duals, buffers), args, dict(kwargs)))
 
 
 def _tangent(output: Tensor) -> Tensor:
