@@ -24,7 +24,7 @@ from tests.pathways.reference import hooks_on
     params=[
         ("lraspp_mobilenet_v3_large", ["backbone[low]", "backbone[high]", "classifier.cbr:input"]),
         ("deeplabv3_mobilenet_v3_large", ["backbone[out]", "classifier.3:pre_relu", "logits"]),
-        ("fcn_resnet50", ["backbone.layer2", "backbone:input"]),
+        pytest.param(("fcn_resnet50", ["backbone.layer2", "backbone:input"]), marks=pytest.mark.slow),
     ],
     ids=lambda param: param[0],
 )

@@ -14,7 +14,16 @@ from pathways import Tapped
 from pathways.fusing import FrozenConv
 from tests.pathways.reference import NAMES, images, resnet, weighted_sum, written_by_hand
 
-ZOO = ["resnet8", "ResNet50", "wrn_16_1", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "densenet_bc"]
+ZOO = [
+    "resnet8",
+    pytest.param("ResNet50", marks=pytest.mark.slow),
+    "wrn_16_1",
+    "vgg8",
+    "mobilenet_v2",
+    "shufflenet_v1",
+    "shufflenet_v2",
+    "densenet_bc",
+]
 
 
 def trained(name):
