@@ -62,7 +62,7 @@ class Setup:
             channels_last=True,
         )
         self.epochs = options.rounds + 1  # and the one that warms up
-        example = next(self.loader.epoch(0)).x[:2]
+        example = next(self.loader.epoch(0)).inputs[:2]
         self.term = self._term(loss, example)
         self.taps = self.objective().run_teacher(batch_of(example))
 

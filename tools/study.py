@@ -7,6 +7,7 @@
 The file says:
 
     config: search_configs/x.yaml       # pair, data, search and training
+    metric: accuracy                    # what tables show, in percent; the default
     seeds: [0, 1, 2]
     baseline: equal                     # label, or list of them, that the others are compared with, seed by seed
     set: {threads: 1}                   # overrides of every run
@@ -28,7 +29,7 @@ Each run is a `distpro` process of its own; `--jobs` of them run side by side. O
 docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are
 there are not run again. The table goes to docs/results/<study>.md, the figures to docs/figures, and both
 into the pages of docs/ that have a place for them. A run alone, without a row: `--repeat LABEL SEED`, which compares
-its accuracy with the row's.
+its metric with the row's.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Study(StudyFile):
         with open(self.results, "a") as file:
             file.write(json.dumps(row) + "\n")
         (self.out(label, seed) / "checkpoint.pt").unlink(missing_ok=True)
-        print(f"{self.name}: {label}, seed {seed}: {row['accuracy']:.2f} ({row['seconds']:.0f} s)", flush=True)
+        print(f"{self.name}: {label}, seed {seed}: {row[self.metric]:.2f} ({row['seconds']:.0f} s)", flush=True)
 
     def run_all(self, jobs: list[tuple[str, int]], side_by_side: int) -> None:
         """Run rows and keep them."""
@@ -124,11 +125,11 @@ class Study(StudyFile):
         out = out.with_name(f"{out.name}-repeated")
         shutil.rmtree(out, ignore_errors=True)
         row = self.execute(label, seed, out)
-        same = row is not None and (row["accuracy"], row["loss"]) == (kept["accuracy"], kept["loss"])
+        same = row is not None and (row[self.metric], row["loss"]) == (kept[self.metric], kept["loss"])
         print(
-            f"{self.name}: {label}, seed {seed}: row of revision {kept['revision']}: {kept['accuracy']}, {kept['loss']}"
+            f"{self.name}: {label}, seed {seed}: row of revision {kept['revision']}: {kept[self.metric]}, {kept['loss']}"
         )
-        print(f"  now: {row and (row['accuracy'], row['loss'])}: {'the same' if same else 'NOT THE SAME'}")
+        print(f"  now: {row and (row[self.metric], row['loss'])}: {'the same' if same else 'NOT THE SAME'}")
         return same
 
 

@@ -22,7 +22,7 @@ def draw_budgets(study: StudyFile, path: Path) -> None:
             epochs, seconds, means, spreads = zip(*points, strict=True)
             for axis, x in zip(axes, (epochs, seconds), strict=True):
                 axis.errorbar(x, means, spreads, marker="o", markersize=4, capsize=3, label=base)
-    axes[0].set(xlabel="epochs of the training, each with its own learning-rate schedule", ylabel="test accuracy, %")
+    axes[0].set(xlabel="epochs of the training, each with its own learning-rate schedule", ylabel=f"test {study.metric}, %")
     axes[1].set(xlabel="seconds, the search included")
     for axis in axes:
         axis.set_xscale("log", base=2)
@@ -36,7 +36,7 @@ def draw_budgets(study: StudyFile, path: Path) -> None:
 def draw_bars(study: StudyFile, path: Path) -> None:
     """Accuracy of every run: mean, and a dot per seed."""
     plt = _pyplot()
-    found = {k: [r["accuracy"] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
+    found = {k: [r[study.metric] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
     found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
     figure, axis = plt.subplots(figsize=(8, 0.6 + 0.27 * len(found)))
     means = [statistics.mean(values) for values in found.values()]
@@ -49,7 +49,7 @@ def draw_bars(study: StudyFile, path: Path) -> None:
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
     lowest = min(min(values) for values in found.values())
-    axis.set(xlim=(lowest - 3, None), xlabel="test accuracy, %; dots: seeds; blue: learned schedules")
+    axis.set(xlim=(lowest - 3, None), xlabel=f"test {study.metric}, %; dots: seeds; blue: learned schedules")
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
 

@@ -58,6 +58,7 @@ class StudyFile:
             raise SystemExit(f"{path}: name of a search and of a run: {', '.join(both)}")
         self.results = results / f"{self.name}.jsonl"
         self.folder = ROOT / "runs" / self.name
+        self.metric = str(self.content.get("metric", "accuracy"))
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of this study's labels and seeds: of its results file, and those that it shares with other studies."""
@@ -147,4 +148,4 @@ class StudyFile:
         """Accuracies of a run's seeds by epochs, where there are any."""
         found = self.found()
         rows = {n: found.get(at_budget(base, n), {}).values() for n in sorted(self.content["epochs"])}
-        return {n: [r["accuracy"] for r in there] for n, there in rows.items() if there}
+        return {n: [r[self.metric] for r in there] for n, there in rows.items() if there}

@@ -11,6 +11,7 @@ from study_file import ROOT, StudyFile
 
 from distpro.files import write_atomically
 
+METRICS = {"miou": "mIoU"}  # as tables write them
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
@@ -22,7 +23,7 @@ def render(study: StudyFile) -> str:
     baselines = [baseline] if isinstance(baseline, str) else baseline
     compared = "".join(f"paired difference to {label} | " for label in baselines)
     lines = [
-        f"| weights | last-epoch test accuracy, % | n | {compared}seconds a run | with its search |",
+        f"| weights | last-epoch test {METRICS.get(study.metric, study.metric)}, % | n | {compared}seconds a run | with its search |",
         "|---|---|---|---|---|" + "---|" * len(baselines),
     ]
     for label in [*study.runs, *study.searches]:
@@ -33,9 +34,9 @@ def render(study: StudyFile) -> str:
         against = [{} if searching or label == b else found.get(b, {}) for b in baselines]
         values = [
             f"({label})" if searching else label,
-            _spread([r["accuracy"] for r in mine.values()]),
+            _spread([r[study.metric] for r in mine.values()]),
             str(len(mine)),
-            *(_interval([r["accuracy"] - b[s]["accuracy"] for s, r in mine.items() if s in b]) for b in against),
+            *(_interval([r[study.metric] - b[s][study.metric] for s, r in mine.items() if s in b]) for b in against),
             f"{statistics.mean(r['seconds'] for r in mine.values()):.0f}",
             f"{study.seconds(label):.0f}" if study.search_of(label) else "",
         ]
@@ -63,7 +64,7 @@ def reached(study: StudyFile, targets: list[str]) -> list[str]:
     Between two budgets the accuracy is taken to be linear in the logarithm of the epochs.
     """
     found = study.found()
-    goals = [statistics.mean(r["accuracy"] for r in found[t].values()) for t in targets]
+    goals = [statistics.mean(r[study.metric] for r in found[t].values()) for t in targets]
     titles = [f"epochs to {goal:.2f} % ({target})" for goal, target in zip(goals, targets, strict=True)]
     lines = [f"| weights | {' | '.join(titles)} |", "|---|" + "---|" * len(goals)]
     for base in study.content["runs"]:

@@ -15,9 +15,8 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(language):
-    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    return found
+def block(language, number=0):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)[number]
 
 
 def test_the_config_is_valid():
@@ -58,3 +57,27 @@ def test_the_commands_exist(capsys):
         assert command in capsys.readouterr().out
     for path in set(re.findall(r"\b(?:search_configs|retrain_configs|docs|tools|distpro)/[\w/.]+\.\w+", README)):
         assert (ROOT / path).exists(), path
+
+
+def test_own_data_and_models_run_as_objects(tmp_path, monkeypatch):
+    """The block on data and models of one's own, with a config of a few steps."""
+    monkeypatch.chdir(tmp_path)
+    config = {"training": {"max_steps": 4, "batch_size": 8}, "tracking": {"tensorboard": False}}
+    terms = [{"loss": "kd"}, {"loss": "l2", "student_taps": ["0"], "teacher_taps": ["0"]}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "terms": terms}))
+
+    class MyDataset(torch.utils.data.Dataset):
+        def __init__(self, part):
+            generator = torch.Generator().manual_seed(len(part))
+            self.x, self.y = torch.randn(40, 6, generator=generator), torch.arange(40) % 3
+
+        def __len__(self):
+            return len(self.x)
+
+        def __getitem__(self, n):
+            return self.x[n], self.y[n]
+
+    teacher, student = (torch.nn.Sequential(torch.nn.Linear(6, n), torch.nn.Linear(n, 3)) for n in (8, 5))
+    names = {"MyDataset": MyDataset, "teacher": teacher, "student": student, "distpro": distpro}
+    exec(block("python", 1), names)
+    assert names["schedule"].keys == ("kd", "l2") and names["result"].metrics["accuracy"] >= 0

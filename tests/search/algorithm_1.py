@@ -139,7 +139,7 @@ class ByHand:
             self.theta, self.momentum = self.step(*before, self.alpha, batch, t)
             if (t + 1) % self.every == 0:
                 held_out = next(validation)
-                loss = self.task(self.forward(self.theta, held_out.x)[2], held_out.y)
+                loss = self.task(self.forward(self.theta, held_out.inputs)[2], held_out.target)
                 self.update(*torch.autograd.grad(loss, self.alpha))
                 if self.repeats:
                     used = self.alpha

@@ -244,7 +244,7 @@ def test_scalars_are_the_last_recorded_row_and_the_validation_loss():
     scalars = trainer.weights.scalars()
     assert [scalars[f"alpha_tilde/{key}"] for key in ("first", "second", "kd")] == [1, 1, 1]
     assert scalars["alpha/kd"].item() == pytest.approx(1 / 4)
-    expected = F.cross_entropy(student(held_out.x), held_out.y)
+    expected = F.cross_entropy(student(held_out.inputs), held_out.target)
     assert scalars["search/validation_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -325,7 +325,7 @@ def test_a_search_survives_that_everything_is_dropped(estimator, constant):
     optimizer = torch.optim.SGD(alone.trainable_parameters(), **SGD)
     for _, batch in zip(range(STEPS), Batches(10).endless(), strict=False):
         optimizer.zero_grad()
-        alone(*batch)[0].backward()
+        alone(batch)[0].backward()
         optimizer.step()
     for found, truth in zip(objective.student.parameters(), alone.student.parameters(), strict=True):
         assert torch.allclose(found, truth, atol=1e-7)
