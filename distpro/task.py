@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from distpro.batch import Batch
 from pathways.call import Call
+from pathways.registry import UserError
 
 
 class Metrics(Protocol):
@@ -59,3 +60,18 @@ class Task(Protocol):
 
     def metrics(self) -> Metrics:
         """Fresh metrics for one evaluation."""
+
+
+TASK_PARTS = ("headline", "higher_is_better", "model_arguments", "call", "loss", "response", "labels", "metrics")
+METRIC_PARTS = ("update", "state", "merge", "compute")
+
+
+def check_parts(value: Any, what: str, parts: Iterable[str]) -> None:
+    """Raise UserError, beginning with ``what``, for an object that lacks one of these attributes, and for a class."""
+    if isinstance(value, type):
+        raise UserError(f"{what} is the class {value.__name__}: give one of it, {value.__name__}(...)")
+    missing = [part for part in parts if not hasattr(value, part)]
+    if missing:
+        raise UserError(
+            f"{what} is {type(value).__name__}, which has no {', '.join(missing)} (needed: {', '.join(parts)})"
+        )

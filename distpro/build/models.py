@@ -91,7 +91,7 @@ class Pair:
 def build_network(model: ModelConfig, facts: Mapping[str, Any], load: bool = True) -> nn.Module:
     """A model with its checkpoint, if the config names one. ``facts``: what the task says that a model needs to fit the
     data, for instance its number of classes; a model of the user's own is given what it takes of them."""
-    refuse_object("model", model.model)
+    refuse_object("student", model.model)
     wanted = {name: value for name, value in facts.items() if name not in model.params}
     network = build_model(model.model, **accepted(model.model, wanted), **model.params)
     if model.checkpoint and load:
@@ -148,6 +148,7 @@ def build_pair(
         assert member is not None
         network = given.teacher if given.teacher is not None and not name else None
         if network is None:
+            refuse_object("teacher", member.model)
             _check_weights(name, member, load and teacher_state is None)
             network = build_network(member, task.model_arguments(data), load and teacher_state is None)
         if teacher_state is not None:

@@ -8,7 +8,9 @@ alpha.pt          the schedule (search)
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,12 +66,13 @@ def search(
         resume: go on from the folder's checkpoint, to the numbers that an uninterrupted run gives.
         data: (train, test) or (train, validation, test), each a ``torch.utils.data.Dataset`` or ``DataLoader``, in
             place of the config's ``data``.
-        teacher, student, task: objects in place of what the config names.
+        teacher, student, task: objects in place of what the config names. A search trains a copy of the student; a
+            retrain trains it in place, from the weights that it has.
 
     Raises UserError for bad input, `distpro.train.trainer.Interrupted` after SIGINT or SIGTERM (checkpoint and alpha.pt of
     the steps done are written first).
     """
-    given = Given.of(data, teacher, student, task)
+    given = Given.of(data, teacher, copy.deepcopy(student), task)
     checked = _checked(config, overrides, searching=True, given=given)
     _prepare(checked)
     with distributed.started(checked.device):
@@ -221,15 +224,22 @@ def retrain_config(
     stored = schedule.meta.get("config")
     if not isinstance(stored, Mapping):
         raise UserError("this schedule holds no config: give one")
-    checked = for_retrain(_checked(stored, overrides, given=given))
-    for stage in stages_of(checked):
-        for key, name in _code_named_in(stage.config):
-            if f"{key}={name}" not in overrides:
-                raise UserError(
-                    f"the schedule's config names code of its own, {key} '{name}'. A schedule file never runs code by "
-                    f"itself: if you trust it, repeat it as {key}={name}, or give a config"
-                )
+    its_own = {f"{key}={name}" for key, name in _code_of_all(for_retrain(read_config(stored)))}
+    others = [said for said in overrides if said not in its_own]  # to repeat a name changes nothing, it trusts it
+    checked = for_retrain(_checked(stored, others, given=given))
+    said = " ".join(override.partition("=")[2] for override in overrides)
+    for key, name in _code_of_all(checked):
+        if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]|:\w)", said):
+            raise UserError(
+                f"the schedule's config names code of its own, {key} '{name}'. A schedule file never runs code by "
+                f"itself: if you trust it, repeat it as {key}={name}, or give a config"
+            )
     return checked
+
+
+def _code_of_all(config: Config) -> list[tuple[str, str]]:
+    """`_code_named_in` of every training that a config asks for."""
+    return [found for stage in stages_of(config) for found in _code_named_in(stage.config)]
 
 
 def _code_named_in(config: Config) -> list[tuple[str, str]]:

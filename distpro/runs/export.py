@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distpro import build
+from distpro.build.given import OBJECT
 from distpro.build.models import build_network
 from distpro.config.reading import read_config
 from distpro.config.stages import stages_of
+from distpro.files import load_safely
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
 from pathways.call import map_tensors
@@ -38,33 +42,48 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     through = [term.loss for term in config.terms if LOSSES[term.loss].deploys]  # type: ignore[attr-defined]
     if through:
         raise UserError(f"{folder}: the student answers through its term '{through[0]}', which cannot be exported yet")
+    if format == "safetensors":
+        return _write_safetensors(load_safely(weights), path)
+    for name in (config.student.model, config.data.name, str(config.task)):
+        if name.startswith(OBJECT):
+            raise UserError(
+                f"{folder}: '{name}' was handed over as an object, which {format} needs: export safetensors"
+            )
     data = build.build_data(config)
     task = build.build_task(config)
     model = build_network(config.student, task.model_arguments(data), load=False).eval()
     load_checkpoint(model, weights)
     args, kwargs = task.call(data.example(2), training=False)
-    if format != "safetensors" and any(isinstance(value, list) for value in [*args, *kwargs.values()]):
+    if any(isinstance(value, list) for value in [*args, *kwargs.values()]):
         raise UserError(f"{folder}: the student takes a list, which no {format} file can stand for: export safetensors")
     dynamic: Any = tuple(map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, list(args)))
     if kwargs:
         dynamic = map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, dict(kwargs))
     try:
-        if format == "safetensors":
-            from safetensors.torch import save_file
-
-            save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
-        elif format == "pt2":
+        if format == "pt2":
             torch.export.save(torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic), path)
         else:
             onnx = {"dynamo": True, "dynamic_shapes": dynamic, "verbose": False}
             torch.onnx.export(model, args, str(path), kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
     except ImportError as error:
-        raise UserError(f"export to {format} needs a package more: pip install 'distpro[export]' ({error})") from None
+        raise _package_missing(format, error) from None
     except Exception as error:  # a model may do what cannot be written down
-        if format == "safetensors":
-            raise
         reason = str(error).strip().splitlines()[:1] or [""]
         raise UserError(
             f"{folder}: '{config.student.model}' cannot be exported to {format}: {type(error).__name__}: {reason[0]}"
         ) from error
     return path
+
+
+def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> Path:
+    """Weights by name; what is shared is written twice, as the format has it."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise _package_missing("safetensors", error) from None
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
+    return path
+
+
+def _package_missing(format: str, error: ImportError) -> UserError:
+    return UserError(f"export to {format} needs a package more: pip install 'distpro[export]' ({error})")

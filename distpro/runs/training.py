@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distpro.build.device import note_emulation
 from distpro.config.schema import Config
 from distpro.console import note
 from distpro.files import save_atomically, write_atomically
@@ -50,8 +51,11 @@ def run_training(
 ) -> dict[str, float]:
     """Train with tracking; everything that a finished run leaves in its folder but its weights. ``ended`` is called
     before the result is written, which says that the training has ended."""
+    note_emulation(config)
     if resume:
         trainer.resume()
+    if trainer.folder is not None and trainer.why_not:
+        note(f"a resumed run will not come to the same numbers: {trainer.why_not}")
     if trainer.objective.cache is not None:
         note(trainer.objective.cache.describe())
     if trainer.folder is None or not distributed.is_main():

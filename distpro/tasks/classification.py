@@ -36,7 +36,13 @@ class Classification:
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean cross entropy of the response (N, K)."""
-        return F.cross_entropy(response_of(output), batch.target, label_smoothing=self.label_smoothing)
+        response, target = response_of(output), batch.target
+        if response.dim() != 2 or target.shape not in (response.shape[:1], response.shape):
+            raise UserError(
+                f"classification needs a row of classes and one label per sample, got a response {tuple(response.shape)} "
+                f"and targets {tuple(target.shape)}; another task?"
+            )
+        return F.cross_entropy(response, target, label_smoothing=self.label_smoothing)
 
     def response(self, output: Any) -> Tensor | None:
         return response_of(output)

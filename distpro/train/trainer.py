@@ -58,6 +58,7 @@ class Trainer:
         log_every: steps between two log rows; evaluate_every, checkpoint_every: epochs.
         on_checkpoint: called after every checkpoint, also on interruption.
         name: what the progress line calls the run.
+        why_not: why its loaders do not give the same batches again, in words; "" where they do.
     """
 
     objective: Objective
@@ -80,6 +81,7 @@ class Trainer:
     checkpoint_every: int = 1
     on_checkpoint: Callable[[], None] = lambda: None
     name: str = "train"
+    why_not: str = ""
 
     def __post_init__(self) -> None:
         self.step = 0
@@ -261,6 +263,9 @@ class Trainer:
         self._share_statistics()
         if last or epoch % self.evaluate_every == 0:
             metrics = self.test()
+            if self.task.headline not in metrics:
+                known = ", ".join(metrics) or "there are none"
+                raise UserError(f"the task's headline '{self.task.headline}' is none of its metrics ({known})")
             self.history.append({"epoch": epoch, "step": self.step, **metrics})
             self._record({f"test/{name}": value for name, value in metrics.items()})
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -285,9 +290,6 @@ class Trainer:
         if not self.history:
             return {}
         headline = self.task.headline
-        if headline not in self.history[-1]:
-            known = ", ".join(name for name in self.history[-1] if name not in ("epoch", "step"))
-            raise UserError(f"the task's headline '{headline}' is none of its metrics ({known})")
         best = (max if self.task.higher_is_better else min)(row[headline] for row in self.history)
         return {**self.history[-1], f"best_{headline}": best, "seconds": self.seconds}
 
