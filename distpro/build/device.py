@@ -34,14 +34,17 @@ def fastest_precision(device: torch.device, searching: bool = False) -> str:
 
 
 def settle_precision(config: Config, searching: bool = False) -> Config:
-    """The config with ``precision: auto`` replaced by the device's fastest. Says so, once, if the device only emulates
-    the precision that a config names."""
+    """The config with ``precision: auto`` replaced by the fastest of its device."""
+    if config.precision != "auto":
+        return config
+    return config.model_copy(update={"precision": fastest_precision(device_of(config), searching)})
+
+
+def note_emulation(config: Config) -> None:
+    """Say, once, if the device only emulates the config's precision."""
     device = device_of(config)
-    if config.precision == "auto":
-        return config.model_copy(update={"precision": fastest_precision(device, searching)})
-    if device.type in ("cpu", "cuda") and not _computes_in(config.precision, device) and not distributed.local_rank():
+    if config.precision != "auto" and device.type in ("cpu", "cuda") and not _computes_in(config.precision, device):
         _say_emulated(config.precision, "CPU" if device.type == "cpu" else "GPU")
-    return config
 
 
 @cache

@@ -47,16 +47,18 @@ def test_the_default_is_the_fastest_of_the_device(units, capsys):
 def test_an_emulated_precision_is_taken_and_said_once(precision, unit, units, capsys):
     chosen = config(precision=precision)
     units(unit)
-    assert device.settle_precision(chosen) == chosen
+    device.note_emulation(chosen)
     assert capsys.readouterr().out == ""
     units()
-    assert device.settle_precision(chosen) == device.settle_precision(chosen) == chosen
+    assert device.settle_precision(chosen) == chosen
+    device.note_emulation(chosen)
+    device.note_emulation(chosen)
     assert capsys.readouterr().out == f"precision: {precision} {ADVICE}\n"
 
 
 def test_float32_is_nowhere_emulated(units, capsys):
     units()
-    device.settle_precision(config(precision="float32"))
+    device.note_emulation(config(precision="float32"))
     assert capsys.readouterr().out == ""
 
 
@@ -64,9 +66,9 @@ def test_an_old_gpu_emulates_bfloat16(monkeypatch, capsys):
     monkeypatch.setattr(device, "device_of", lambda config: torch.device("cuda"))
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        device.settle_precision(config(precision="float16"))
+        device.note_emulation(config(precision="float16"))
         assert capsys.readouterr().out == ""
-        device.settle_precision(config(precision="bfloat16"))
+        device.note_emulation(config(precision="bfloat16"))
         assert capsys.readouterr().out == (
             "" if native else f"precision: bfloat16 {ADVICE}\n".replace("this CPU", "this GPU")
         )

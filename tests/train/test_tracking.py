@@ -166,7 +166,7 @@ def test_without_tensorboard_nothing_else_is_written(tmp_path):
 
 def test_slow_libraries_are_imported_when_needed():
     code = (
-        "import sys, distpro.tracking, distpro.plots, distpro.explain\n"
+        "import sys, distpro.train.tracking, distpro.report.plots, distpro.report.words\n"
         "print([m for m in ('tensorboard', 'torch.utils.tensorboard', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
