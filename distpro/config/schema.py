@@ -9,12 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from distpro.process import parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
 from pathways.registry import UserError
+from pathways.space import Spec
 
-Spec = str | dict[str, Any]
-"""A name, or {name: ..., parameters}, or {name: {parameters}}."""
-
-
-Moving = float | dict[str, Any]
+ProcessSpec = float | dict[str, Any]
 """A number, or a process {name: {parameters}}, see `distpro.process`."""
 
 
@@ -224,7 +221,7 @@ class Config(Section):
     )
     student: ModelConfig
     freeze: list[str] = Field([], description="modules of the student that do not train")
-    task_weight: Moving = Field(1.0, description="of the task loss, a number or a process; 0: not computed")
+    task_weight: ProcessSpec = Field(1.0, description="of the task loss, a number or a process; 0: not computed")
     prune: bool = Field(True, description="run only the parts of the models that a loss depends on")
     cache: CacheConfig | None = None
     teacher_training: bool = Field(False, description="run the teacher in training mode (a fault of ReviewKD's code)")
