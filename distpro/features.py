@@ -168,3 +168,17 @@ def at_size(labels: Tensor, size: Sequence[int]) -> Tensor:
         torch.arange(new, device=labels.device) * old // new for new, old in zip(size, labels.shape[1:], strict=True)
     )
     return labels[:, rows[:, None], columns]
+
+
+def own_views(read: Features) -> dict[str, Tensor]:
+    """A view of each tensor that keeps its gradient in the backward pass, if it gets one."""
+    views = {tap: f.view_as(f) for tap, f in read.items()}
+    for view in views.values():
+        if view.requires_grad:
+            view.retain_grad()
+    return views
+
+
+def unwrap(tensors: list[Any]) -> Any:
+    """The one tensor of a list of one, as losses that read one tensor take it; any other list as it is."""
+    return tensors[0] if len(tensors) == 1 else tensors

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch, batch_of
-from distpro.features import Cache, Features, Reader, TrainingPass
+from distpro.features import Cache, Features, Reader, TrainingPass, own_views, unwrap
 from distpro.process import Clock
 from distpro.schedule import Schedule
 from distpro.task import Task
@@ -263,7 +263,7 @@ class Objective(nn.Module):
             if term is None:
                 return self.task.call(batch, self.student.training).run(self.student.model)
             _, features = self.run_student(batch, None)
-            return term.loss.predict(_unwrap([features[tap] for tap in term.student_taps]))  # type: ignore[operator,union-attr]
+            return term.loss.predict(unwrap([features[tap] for tap in term.student_taps]))  # type: ignore[operator,union-attr]
 
     def task_loss_of(self, output: Any, batch: Batch, reader: Reader | None = None) -> Tensor:
         """Task loss in full precision, of each sample's first row."""
@@ -301,10 +301,7 @@ class Objective(nn.Module):
                     continue
                 read = reader.taps_of(term, term.student_taps, student)
                 if views is not None:
-                    read = {tap: f.view_as(f) for tap, f in read.items()}
-                    for view in read.values():
-                        if view.requires_grad:
-                            view.retain_grad()
+                    read = own_views(read)
                     views.append(read)
                 every = (lambda x: x) if term.rows == "all" else reader.first_rows
                 ours = [every(f) for f in read.values()]
@@ -316,9 +313,9 @@ class Objective(nn.Module):
                 if term.by_position and any(len(x) == 0 for x in ours):  # no position counts: no mean to take
                     losses += [sum(x.sum() for x in ours)] * count  # type: ignore[list-item]
                     continue
-                more = {"mask": _unwrap([reader.mask_of(x) for x in ours or theirs])} if term.masked else {}
+                more = {"mask": unwrap([reader.mask_of(x) for x in ours or theirs])} if term.masked else {}
                 target = reader.target(bool(term.by_position), student or teacher)
-                value = term(_unwrap(ours), _unwrap(theirs), target=target, index=batch.index, **more)
+                value = term(unwrap(ours), unwrap(theirs), target=target, index=batch.index, **more)
                 found = list(value.unbind()) if value.dim() else [value]
                 if len(found) != count:
                     raise UserError(
@@ -353,11 +350,8 @@ class Objective(nn.Module):
             teacher = self.run_teacher(batch)
         output, features = self.run_student(batch)
         reader = Reader(self.task, batch)
-        task = (
-            self.task_loss_of(output, batch, reader)
-            if output is not None and self.computes_task
-            else torch.zeros((), device=self.device)
-        )
+        computes = output is not None and self.computes_task
+        task = self.task_loss_of(output, batch, reader) if computes else torch.zeros((), device=self.device)
         loss = task * self.task_weight_at(self._step)
         views: list[dict[str, Tensor]] = [] if needed else [{} for _ in self.terms]
         values = torch.zeros(len(self.entries), device=task.device)
@@ -404,7 +398,3 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 def _run_each(pathways: Sequence[nn.Module], student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
     return [pathway(ours, theirs) for pathway, ours, theirs in zip(pathways, student, teacher, strict=True)]
-
-
-def _unwrap(tensors: list[Any]) -> Any:
-    return tensors[0] if len(tensors) == 1 else tensors
