@@ -1,0 +1,135 @@
+"""What is no model, no data, no task, or does not go together, is said in a short message before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+import distpro
+from distpro.cli import main
+from tests import own_models
+from tests.digits import settings as digits
+from tests.runs.test_any_model import HERE, settings
+
+GIVEN = {
+    "a word for a model": ({"student": "resnet8"}, "student is str, not a torch.nn.Module"),
+    "a class for a model": ({"teacher": own_models.Tagger}, "teacher is type, not a torch.nn.Module"),
+    "numbers for data": ({"data": (1, 2)}, "data: the train part is int; it must be a torch.utils.data.Dataset or"),
+    "a word for data": ({"data": "digits"}, "data is str: expected (train, test) or (train, validation, test)"),
+    "one data set": ({"data": own_models.texts()[0]}, "data is Texts: expected (train, test) or"),
+    "four data sets": ({"data": own_models.texts() * 2}, "data holds 6 parts: expected (train, test) or"),
+    "a word for a task": ({"task": "tagging"}, "task is str, which has no headline, higher_is_better, model_arguments"),
+    "a class for a task": ({"task": own_models.Tagging}, "task is the class Tagging: give one of it, Tagging(...)"),
+}
+
+
+class Silent(own_models.Tagging):
+    response = property()  # as if there were none
+
+
+class Misnamed(own_models.Tagging):
+    headline = "accuracy"
+
+
+class NoMetrics(own_models.Tagging):
+    def metrics(self):
+        return lambda output, batch: 0.0
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_objects_that_are_none(case, tmp_path):
+    objects, message = GIVEN[case]
+    with pytest.raises(distpro.UserError) as caught:
+        distpro.search(settings("texts", tmp_path), out=tmp_path / "run", **objects)
+    assert message in str(caught.value) and len(str(caught.value)) < 250
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_that_lack_something(tmp_path):
+    config = settings("tagger", tmp_path, {"training": {"max_steps": 4}})
+    with pytest.raises(distpro.UserError, match=r"task is Silent, which has no response \(needed: headline, "):
+        distpro.search(config, task=Silent())
+    with pytest.raises(distpro.UserError, match="metrics of the task is function, which has no update, state, merge"):
+        distpro.search(config, task=NoMetrics())
+    # not at the end of the training, but at its first evaluation
+    with pytest.raises(distpro.UserError, match=r"the task's headline 'accuracy' is none of its metrics \(tags\)"):
+        distpro.search(config, out=tmp_path / "run", task=Misnamed())
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def scores_of(output):
+    return output["hidden"][..., :3]
+
+
+class Elsewhere(own_models.Tagging):
+    """The response is what the task says, not what the output calls logits."""
+
+    def response(self, output):
+        return scores_of(output)
+
+
+def test_terms_are_built_for_the_tasks_own_response(tmp_path):
+    """Three of the eight channels of ``hidden``: what `dkd` reads is (N, L, 3) of both models, and the search runs."""
+    config = settings("tagger", tmp_path, {"pathways": None, "terms": [{"loss": "dkd"}], "training": {"max_steps": 2}})
+    schedule = distpro.search(config, task=Elsewhere())
+    assert schedule.keys == ("dkd",) and schedule.weights.isfinite().all()
+
+
+WRITTEN = {
+    "accumulate": ({"training": {"accumulate": 2}}, "training.accumulate: a search's step is one batch"),
+    "unknown optimiser": (
+        {"training": {"optimizer": {"name": "admw"}}},
+        "unknown optimiser 'admw'; did you mean 'adamw'? (allowed: adam, adamw, sgd)",
+    ),
+    "parameters of a known optimiser": (
+        {"training": {"optimizer": {"name": "adamw", "params": {"amsgrad": True}}}},
+        "training.optimizer.params: for an optimiser of one's own; adamw takes its parameters beside its name",
+    ),
+    "an optimiser that is none": (
+        {"training": {"optimizer": {"name": f"{HERE}:Tagger"}}},
+        f"optimiser '{HERE}:Tagger' is called with the parameters, lr and params: got an unexpected keyword argument",
+    ),
+    "an optimiser without the parameter": (
+        {"training": {"optimizer": {"name": "torch.optim:RMSprop", "params": {"alpa": 0.9}}}},
+        "optimiser 'torch.optim:RMSprop' has no parameter 'alpa'; did you mean 'alpha'?",
+    ),
+    "augment": ({"data": {"augment": ["flip"]}}, "augment is for distpro's own data sets; a Dataset augments itself"),
+    "cache": ({"cache": {"folder": "cache"}}, "cache: for distpro's own data sets"),
+    "classes": ({"data": {"classes": 2}}, f"classes: dataset '{HERE}:texts' brings its own samples as they are"),
+    "data that are none": ({"data": {"name": f"{HERE}:Mean", "params": {"measure": 1, "count": None}}}, "'count'"),
+    "a task that is none": ({"task": f"{HERE}:texts"}, f"task '{HERE}:texts' is tuple, which has no headline"),
+    "a metric that is none": ({"metrics": [f"{HERE}:Tagging"]}, f"metric '{HERE}:Tagging' is Tagging, which has no update"),
+    "unknown metric": ({"metrics": ["confsion"]}, "unknown metric 'confsion'; did you mean 'confusion'?"),
+    "unknown task": ({"task": "segmentaton"}, "unknown task 'segmentaton'; did you mean 'segmentation'?"),
+    "no such module": ({"data": {"name": "nowhere.at_all:texts"}}, "cannot import 'nowhere.at_all' (ModuleNotFoundError"),
+    "no such name": ({"task": f"{HERE}:Taging"}, f"task '{HERE}:Taging': '{HERE}' has no 'Taging'; did you mean 'Tagging'?"),
+    "a model that is none": ({"student": {"model": f"{HERE}:texts", "params": None}}, f"model '{HERE}:texts' gives tuple, not a torch.nn.Module"),
+    "another task's labels": (
+        {"data": {"name": f"{HERE}:tagged_texts"}},
+        "classification needs a row of classes and one label per sample, got a response (8, 3) and targets (8, 7)",
+    ),
+    "another task's response": ({"task": "segmentation"}, "segmentation needs a response (N, K, H, W), got (8, 3)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_the_command_says_it_in_one_line(case, tmp_path, monkeypatch, capsys):
+    change, message = WRITTEN[case]
+    config = settings("texts", tmp_path, change)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cfg.yaml").write_text(yaml.safe_dump(config))
+    assert main(["search", "cfg.yaml", "--out", "run"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("distpro: ") and len(said.splitlines()) == 1, said
+    assert len(said) < 330 and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_metrics_of_one_name(tmp_path):
+    config = digits(changes={"metrics": ["tests.runs.test_wrong_parts:Accuracy"], "training": {"max_steps": 1}})
+    with pytest.raises(distpro.UserError, match="metrics: two give 'accuracy'"):
+        distpro.train(config)
+
+
+def Accuracy():
+    return own_models.Mean(lambda output, batch: {"accuracy": torch.zeros(())})
