@@ -74,8 +74,6 @@ class Segmentation:
 def pixel_cross_entropy(response: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy of dense logits (N, K, h, w) at the size of label maps (N, H, W), over the pixels that count; 0
     where none does."""
-    if response.dim() != 4:
-        raise UserError(f"segmentation needs a response (N, K, H, W), got {tuple(response.shape)}")
     response = _at(response, tuple(target.shape[1:]))
     total = F.cross_entropy(
         response, target, ignore_index=VOID, label_smoothing=label_smoothing, reduction="sum"
@@ -84,6 +82,9 @@ def pixel_cross_entropy(response: Tensor, target: Tensor, label_smoothing: float
 
 
 def _at(response: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The response at the size of the label maps. Raises UserError for one that is no map."""
+    if response.dim() != 4:
+        raise UserError(f"segmentation needs a response (N, K, H, W), got {tuple(response.shape)}")
     if tuple(response.shape[2:]) == size:
         return response
     return F.interpolate(response, size, mode="bilinear", align_corners=False)

@@ -1,0 +1,119 @@
+"""The CamVid configs as they are shipped, on small images and for a few steps: teacher, search, resume, retrains."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+import distpro
+from distpro.files import load_safely
+from distpro.schedule import Schedule
+from distpro.train.trainer import Interrupted, Trainer
+from tests.conftest import ROOT
+from tests.runs.test_resume import differences, stop_after
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "threads=1",
+    "precision=float32",
+    "data.samples=16",
+    "data.params={image_size: [48, 64]}",
+    "data.augment=[{scale: {range: [0.75, 1.5]}}, {crop: {size: [32, 48]}}, flip]",
+    "training.batch_size=4",
+    "tracking={tensorboard: false, log_every: 1}",
+]
+SEARCH = ROOT / "search_configs" / "camvid_deeplabv3_lraspp.yaml"
+RETRAINS = sorted((ROOT / "retrain_configs").glob("camvid_*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def found(data_folder, monkeypatch):
+    """Where the configs' relative root begins."""
+    if not (data_folder / "camvid").is_dir():
+        pytest.skip(f"no CamVid in {data_folder}")
+    monkeypatch.setenv("DISTPRO_DATA", str(data_folder))
+
+
+@pytest.fixture(scope="module")
+def made():
+    """What the tests of this module leave to one another."""
+    return {}
+
+
+@pytest.fixture
+def teacher(made, tmp_path_factory):
+    """The teacher's config, trained for two steps."""
+    if "teacher" not in made:
+        made["teacher"] = tmp_path_factory.mktemp("camvid") / "teacher"
+        overrides = [*SMALL, "training.max_steps=2"]
+        result = distpro.train(ROOT / "search_configs" / "camvid_teacher.yaml", made["teacher"], overrides)
+        assert result.metrics["step"] == 2 and 0 <= result.metrics["miou"] <= 100
+    return made["teacher"]
+
+
+def overrides_of(teacher, steps):
+    return [*SMALL, f"teacher.checkpoint={teacher / 'student.pt'}", f"training.max_steps={steps}"]
+
+
+def searched(teacher, out, resume=False):
+    """Seven steps, four of them an epoch."""
+    return distpro.search(SEARCH, out, [*overrides_of(teacher, 7), "training.epochs=2"], resume)
+
+
+@pytest.fixture
+def search(made, teacher):
+    if "search" not in made:
+        made["search"] = teacher.parent / "search"
+        searched(teacher, made["search"])
+    return made["search"]
+
+
+def test_the_search_learns_weights_of_its_terms(search):
+    schedule = Schedule.load(search / "alpha.pt")
+    assert len(schedule) == 7 and schedule.weights.isfinite().all() and len(schedule.keys) == len(set(schedule.keys))
+    assert {"kd", "cwd", "ifvd"} <= set(schedule.keys)
+    assert sum("<-" in key for key in schedule.keys) == 6  # three pairs of places, two transforms
+    assert (schedule.alpha_tilde[0] != schedule.alpha_tilde[-1]).all()
+    assert schedule.meta["data"]["validation"] == 101
+    result = json.loads((search / "result.json").read_text())
+    assert 0 <= result["miou"] <= 100 and math.isfinite(result["loss"])
+
+
+def test_a_search_that_is_stopped_and_one_that_dies_come_to_the_same(search, teacher, tmp_path, monkeypatch):
+    """Stopped after step 3; resumed, it fails after 6 and goes on from the checkpoint of the epoch's end, 4."""
+    stop_after(monkeypatch, [3])
+    with pytest.raises(Interrupted):
+        searched(teacher, tmp_path)
+    original = Trainer.train_step
+
+    def die(self, batch):
+        if self.step == 6:
+            raise MemoryError
+        original(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", die)
+    with pytest.raises(MemoryError):
+        searched(teacher, tmp_path, resume=True)
+    assert load_safely(tmp_path / "checkpoint.pt")["step"] == 4
+    monkeypatch.setattr(Trainer, "train_step", original)
+    searched(teacher, tmp_path, resume=True)
+    ours, theirs = (Schedule.load(folder / "alpha.pt") for folder in (tmp_path, search))
+    assert torch.equal(ours.alpha_tilde, theirs.alpha_tilde) and torch.equal(ours.weights, theirs.weights)
+    states = [load_safely(folder / "checkpoint.pt") for folder in (tmp_path, search)]
+    for state in states:
+        del state["seconds"]
+    assert differences(*states) == []
+
+
+@pytest.mark.parametrize("config", RETRAINS, ids=lambda path: path.stem)
+def test_a_retrain(config, search, teacher, tmp_path):
+    schedule = search / "alpha.pt" if config.stem == "camvid_searched" else None
+    result = distpro.retrain(config, schedule, tmp_path / "run", overrides_of(teacher, 2))
+    assert result.metrics["step"] == 2 and 0 <= result.metrics["miou"] <= 100
+    assert all(math.isfinite(value) for value in result.metrics.values())
+    found = distpro.evaluate(tmp_path / "run")
+    assert found == pytest.approx({name: result.metrics[name] for name in found}, rel=1e-5)
