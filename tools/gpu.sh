@@ -47,7 +47,7 @@ Path(sys.argv[1], "environment.json").write_text(json.dumps(facts, indent=1, def
 print(json.dumps(facts, indent=1, default=str))
 END
 
-part tests 150 "$python" -m pytest -m cuda -p no:cacheprovider -rs tests/test_cuda.py tests/data
+part tests 150 "$python" -m pytest -m cuda -p no:cacheprovider -rs tests
 
 data=${DISTPRO_DATA:-}/cifar10.npz
 if [ ! -f "$data" ]; then
