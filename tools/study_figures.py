@@ -22,7 +22,9 @@ def draw_budgets(study: StudyFile, path: Path) -> None:
             epochs, seconds, means, spreads = zip(*points, strict=True)
             for axis, x in zip(axes, (epochs, seconds), strict=True):
                 axis.errorbar(x, means, spreads, marker="o", markersize=4, capsize=3, label=base)
-    axes[0].set(xlabel="epochs of the training, each with its own learning-rate schedule", ylabel=f"test {study.metric}, %")
+    axes[0].set(
+        xlabel="epochs of the training, each with its own learning-rate schedule", ylabel=f"test {study.metric}, %"
+    )
     axes[1].set(xlabel="seconds, the search included")
     for axis in axes:
         axis.set_xscale("log", base=2)
