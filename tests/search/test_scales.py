@@ -54,11 +54,11 @@ def test_gradient_is_the_ratio_of_the_norms():
     """Against one backward pass per loss, over the parameters of student and term."""
     objective = objective_of([("2", 3.0), ("5", 0.1)])
     norms = torch.zeros(3, 2, dtype=torch.float64)
-    for column, (x, y, _) in enumerate(batches()):
+    for column, one in enumerate(batches()):
         for row, weights in enumerate(([0.0, 0.0], [1.0, 0.0], [0.0, 1.0])):
             objective.task_weight = float(row == 0)
             objective.zero_grad()
-            objective.training_pass(batch_of(x, y), weights).loss.backward()
+            objective.training_pass(one, weights).loss.backward()
             params = objective.trainable_parameters()
             norms[row, column] = sum(p.grad.double().square().sum() for p in params if p.grad is not None) ** 0.5
     objective.task_weight = 1.0

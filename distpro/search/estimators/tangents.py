@@ -15,10 +15,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from distpro.search.estimators.swap import swapped
 from pathways.call import Call, map_tensors
 
 
@@ -29,7 +29,7 @@ def forward_mode(
     inputs: Any,
     precision: torch.dtype | None = None,
 ) -> Any:
-    """Tangents of the model's output for some inputs (see `Call.of`) at ``parameters`` along ``direction``, in the structure of the output.
+    """Tangents of the model's output for ``inputs`` (see `Call.of`) at ``parameters`` along ``direction``.
 
     Runs with the model's mode (batch statistics in training), attention in its plain form (the fused kernels have no
     forward mode); buffers stay as they are.
@@ -41,19 +41,18 @@ def forward_mode(
 
     Returns the model's output with every tensor replaced by its tangent (zeros where it does not move).
     """
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    args, kwargs = Call.of(inputs)
     device = next(iter(parameters.values())).device.type
     autocast = torch.autocast(device, precision, enabled=precision is not None)
     plain = torch.no_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), _FusedBatchNorm()
     with ExitStack() as contexts:
         for context in (*plain, autocast):
             contexts.enter_context(context)
-        duals = {
-            name: forward_ad.make_dual(value, direction[name]) if name in direction else value
-            for name, value in parameters.items()
+        values = {
+            own: forward_ad.make_dual(parameters[name], direction[name]) if name in direction else parameters[name]
+            for name, own in model.named_parameters()
         }
-        return map_tensors(_tangent, functional_call(model, (duals, buffers), args, dict(kwargs)))
+        contexts.enter_context(swapped(model, {**values, **{b: b.clone() for b in model.buffers()}}))
+        return map_tensors(_tangent, Call.of(inputs).run(model))
 
 
 def _tangent(output: Tensor) -> Tensor:

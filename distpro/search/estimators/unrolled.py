@@ -7,12 +7,12 @@ from typing import Any
 
 import higher
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.objective import Objective
 from distpro.search.estimators.base import Estimator, TrainingStep
+from distpro.search.estimators.swap import swapped
 from distpro.train.state import no_trace, set_random_state
 from pathways.registry import UserError
 
@@ -81,7 +81,6 @@ class Unrolled(Estimator):
         self._learning_rates.append({"lr": [float(g["lr"]) for g in self.optimizer.param_groups]})
 
     def __call__(self, step: TrainingStep, validation: Batch) -> Tensor:
-        names = {p: n for n, p in self.objective.named_parameters()}
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         values: Sequence[Tensor] = [self._steps[0].theta[p].detach().requires_grad_() for p in params]
         weights = step.weights.detach().clone().requires_grad_()
@@ -91,34 +90,17 @@ class Unrolled(Estimator):
         with no_trace(self.objective.student, self.objective.terms), torch.enable_grad():
             for past, rates in zip(self._steps, self._learning_rates, strict=True):
                 set_random_state(past.state)
-                named = {names[p]: value for p, value in zip(params, values, strict=True)}
-                loss = functional_call(
-                    _LossOf(self.objective),
-                    {f"objective.{n}": v for n, v in named.items()},
-                    (past.batch, past.scale * weights, past.done.teacher or None),
-                )
+                with swapped(self.objective, dict(zip(params, values, strict=True))):
+                    taught = past.done.teacher or None
+                    loss = self.objective.training_pass(past.batch, past.scale * weights, teacher=taught).loss
                 values = self._differentiable.step(loss, params=values, override=rates, grad_callback=clip)
-            named = {names[p]: value for p, value in zip(params, values, strict=True)}
-            self.validation_loss = functional_call(
-                _LossOf(self.objective), {f"objective.{n}": v for n, v in named.items()}, (validation,)
-            )
+            with swapped(self.objective, dict(zip(params, values, strict=True))):
+                output, _ = self.objective.run_student(validation)
+                self.validation_loss = self.objective.task_loss_of(output, validation)
             (h,) = torch.autograd.grad(self.validation_loss, weights)
         self.validation_loss = self.validation_loss.detach()
         self._steps, self._learning_rates = [], []
         return h
-
-
-class _LossOf(nn.Module):
-    """The objective's loss as a module's forward, so that functional_call can swap student and terms alike."""
-
-    def __init__(self, objective: Objective):
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, batch: Batch, weights: Tensor | None = None, teacher: Any = None) -> Tensor:
-        if weights is None:
-            return self.objective.task_loss_of(self.objective.run_student(batch)[0], batch)
-        return self.objective.training_pass(batch, weights, teacher=teacher).loss
 
 
 def _clip(max_norm: float, groups: Sequence[Sequence[int]]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
