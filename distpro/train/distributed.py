@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import TorchFunctionMode
 
 from pathways.registry import UserError
 
@@ -84,9 +90,35 @@ def average(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+@torch.no_grad()
+def average_where_any(values: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor | None]:
+    """The mean over the ranks of each value, in place where this rank has it. One that only other ranks have counts as
+    zero, with the shape of its entry in ``like``; one that no rank has stays None.
+
+    Which values there are may differ from rank to rank (a layer that is dropped, a branch that is not taken); their
+    number and order must not. Two exchanges: who has which, and the values that any rank has.
+    """
+    values = list(values)
+    if world_size() == 1 or not values:
+        return values
+    like = list(like)
+    present = total(torch.tensor([float(v is not None) for v in values], device=like[0].device)).tolist()
+    averaged = [
+        (torch.zeros_like(x) if v is None else v) if count else None
+        for v, x, count in zip(values, like, present, strict=True)
+    ]
+    average(v for v in averaged if v is not None)
+    return averaged
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients that there are. All ranks have them for the same parameters: weights are theirs alike."""
-    average(p.grad for p in parameters if p.grad is not None)
+    """Average the gradients over the ranks, parameter by parameter, see `average_where_any`. All ranks call it with the
+    same parameters."""
+    parameters = list(parameters)
+    for parameter, gradient in zip(
+        parameters, average_where_any([p.grad for p in parameters], parameters), strict=True
+    ):
+        parameter.grad = gradient
 
 
 def total(tensor: Tensor) -> Tensor:
@@ -121,42 +153,136 @@ def share(batch_size: int) -> int:
     return batch_size // world_size()
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks; so is the gradient's."""
+class _Standardise(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) per channel of (N, C, ...) over the batch of all ranks, whose parts may differ in
+    size, and the statistics: mean and variance (C,), and how many values a channel has. They have no gradient.
+
+    A rank's mean is taken off before anything is squared, and the ranks' means and sums of squares are merged in float64
+    (Chan, Golub & LeVeque 1983), so that a mean much larger than the deviation costs no digits.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return total(x)
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axes, shape = _but_channels(x)
+        own = x.numel() // x.shape[1]
+        anchor = x.mean(axes) if own else x.new_zeros(x.shape[1])
+        centred = x - anchor.view(shape)
+        rest = centred.mean(axes) if own else anchor  # what rounding has left in
+        squares = (centred - rest.view(shape)).square().sum(axes)
+        count = x.new_full((x.shape[1],), own, dtype=torch.float64)
+        parts = torch.stack([count, anchor.double() + rest.double(), squares.double()])
+        gathered = [torch.empty_like(parts) for _ in range(world_size())]
+        dist.all_gather(gathered, parts)
+        counts, means, sums = torch.stack(gathered).unbind(1)
+        n = counts.sum(0)
+        if own < 2 and n.min() < 2:
+            raise UserError(
+                "batch normalisation: one value per channel has no statistics; use larger batches, or drop_last"
+            )
+        mean = (counts * means).sum(0) / n
+        variance = (sums + counts * (means - mean).square()).sum(0) / n
+        scale = (variance + eps).rsqrt().to(x.dtype)
+        standard = (centred - (mean - anchor).to(x.dtype).view(shape)) * scale.view(shape)
+        ctx.save_for_backward(standard, scale, n)
+        ctx.mark_non_differentiable(mean, variance, n)
+        return standard, mean, variance, n
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return total(gradient)
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        standard, scale, n = ctx.saved_tensors
+        axes, shape = _but_channels(standard)
+        sums = total(torch.stack([gradient.sum(axes), (gradient * standard).sum(axes)]))
+        mean, along = (sums / n).to(standard.dtype)
+        return (gradient - mean.view(shape) - standard * along.view(shape)) * scale.view(shape), None
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the batch of all ranks, on any device. (N, C, H, W)."""
+def _but_channels(x: Tensor) -> tuple[list[int], list[int]]:
+    """The dimensions of (N, C, ...) other than the channels', and the shape that gives (C,) to them."""
+    return [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
 
-    def forward(self, x: Tensor) -> Tensor:
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` in training, over the batch of all ranks; half precision reckons in float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y, mean, variance, n = _Standardise.apply(wide, eps)
+    with torch.no_grad():
+        for running, new in ((running_mean, mean), (running_var, variance * n / (n - 1))):
+            if running is not None:
+                running.lerp_(new.to(running.dtype), momentum)
+    _, shape = _but_channels(x)
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype)
+
+
+class _BatchOfAllRanks(TorchFunctionMode):
+    """Inside, `torch.nn.functional.batch_norm` in training takes the batch of all ranks. ``met``: whether it was called."""
+
+    met = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.batch_norm:
+            return func(*args, **kwargs)
+        self.met = True
+        training = kwargs["training"] if "training" in kwargs else len(args) > 5 and args[5]
+        if training:
+            if "input" in kwargs:
+                kwargs = {**kwargs, "x": kwargs["input"]}
+                del kwargs["input"]
+            return _batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm over the batch of all ranks, on any device, while training: a base that goes before a class of BatchNorm.
+
+    That class's forward runs, whatever it does beside normalising (timm's layers put an activation behind it), as long
+    as it normalises by `torch.nn.functional.batch_norm`. Raises UserError where it does not.
+    """
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.training or world_size() == 1:
-            return super().forward(x)
-        wide = x.float()
-        count = wide.numel() / wide.shape[1] * world_size()
-        sums = _Sum.apply(torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))]))
-        mean, square = sums / count
-        variance = square - mean.square()
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-                momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)  # type: ignore[arg-type]
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * count / (count - 1), momentum)
-        scale = (variance + self.eps).rsqrt() * (self.weight if self.weight is not None else 1)
-        shift = (self.bias if self.bias is not None else 0) - mean * scale
-        return (wide * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
+            return super().forward(x, *args, **kwargs)
+        with _BatchOfAllRanks() as ranks:
+            y = super().forward(x, *args, **kwargs)
+        if not ranks.met:
+            raise _cannot_synchronise(type(self).__mro__[2], "does not normalise by torch.nn.functional.batch_norm")
+        return y
+
+
+def _cannot_synchronise(kind: type, why: str) -> UserError:
+    return UserError(
+        f"sync_batch_norm: {kind.__module__}.{kind.__qualname__} {why}; leave sync_batch_norm out, or use another layer"
+    )
+
+
+@cache
+def _synchronised(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Sync{kind.__name__}", (SyncBatchNorm, kind), {"__module__": __name__})
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Turn the model's BatchNorm2d layers, in place, into ones over the batch of all ranks."""
+    """Turn the model's BatchNorm layers, in place, into ones over the batch of all ranks: those of PyTorch and of any class
+    that is derived from them (timm's). Raises UserError for one that cannot be."""
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm2d
+        if not isinstance(module, _BatchNorm) or isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)):
+            continue
+        if isinstance(module, LazyModuleMixin):
+            raise _cannot_synchronise(type(module), "does not know its width before its first batch")
+        module.__class__ = _synchronised(type(module))
