@@ -285,4 +285,4 @@ def synchronise_batch_norm(model: nn.Module) -> None:
             continue
         if isinstance(module, LazyModuleMixin):
             raise _cannot_synchronise(type(module), "does not know its width before its first batch")
-        module.__class__ = _synchronised(type(module))
+        module.__class__ = _synchronised(type(module))  # type: ignore[assignment, arg-type]
