@@ -140,6 +140,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
+def divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """The terms p_t (log p_t - log p_s) of a KL divergence, entry by entry, of logarithms of probabilities.
+
+    Where p_t is 0 the term and its derivatives are 0, whatever p_s is; where p_s alone is 0 it is +inf.
+    """
+    p = log_t.exp()
+    zero = p == 0  # set before the product, as 0 * inf has no value and no derivative
+    return p * (log_t.masked_fill(zero, 0) - log_s.masked_fill(zero, 0))
+
+
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps (N, C, H, W) at the smaller of their heights and widths, by average pooling."""
     size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]

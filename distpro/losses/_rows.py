@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.losses._maps import full, one_pair, same_shapes
+from distpro.losses._maps import divergence, full, one_pair, same_shapes
 from distpro.losses.base import DistillationLoss, Shape, Tensors, as_list, single
 from pathways.registry import UserError
 
@@ -123,9 +123,25 @@ def logit_rows(logits: Tensor) -> Tensor:
 
 
 def kl_rows(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
-    """T^2 KL(softmax(t/T) || softmax(s/T)) of each row of logits (M, K), shape (M,)."""
-    log_p = F.log_softmax(student / temperature, dim=1)
-    return F.kl_div(log_p, F.softmax(teacher / temperature, dim=1), reduction="none").sum(1) * temperature**2
+    """T^2 KL(softmax(t/T) || softmax(s/T)) of each row of logits (M, K), shape (M,).
+
+    A class whose logits are -inf in both is left out; where only the student's is, the divergence is +inf.
+    """
+    log_s, log_t = (F.log_softmax(softened(x, temperature), dim=1) for x in (student, teacher))
+    return divergence(log_s, log_t).sum(1) * temperature**2
+
+
+def softened(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """logits / T, where a logit of -inf has no derivative by T, which may be a parameter."""
+    if not isinstance(temperature, Tensor):
+        return logits / temperature
+    out = absent(logits)
+    return (logits.masked_fill(out, 0) / temperature).masked_fill(out, -math.inf)
+
+
+def absent(logits: Tensor) -> Tensor:
+    """Where a class is not there: its logit is -inf."""
+    return logits == -math.inf
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm1d, CrossLevels, full, pooled
+from distpro.losses._options import COUNT
 from distpro.losses.at import attention_map
 from distpro.losses.base import LOSSES, Shape, Tensors
 
@@ -36,6 +37,7 @@ class AttentionFeature(CrossLevels):
     reads = "features of all stages; the numbers may differ"
     taps = ("stages",)
     formula = "sum_t mean_n sum_s att_(t,s) mean_hw (a(s) - a(t))^2"
+    ranges = {"dim": COUNT}
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), dim: int = 128):
         super().__init__(student_shapes, teacher_shapes)

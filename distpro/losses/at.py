@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, linalg
 
 from distpro.losses._masks import MaskedLevels, mean_counted, same_size_counted
+from distpro.losses._options import POSITIVE
 from distpro.losses.base import LOSSES, Shape, one_of
 
 
@@ -34,6 +35,7 @@ class AttentionTransfer(MaskedLevels):
     needs_shapes = False
     scalars = ("p",)
     formula = "mean (a(s) - a(t))^2, a(f) = normalise(mean_c |f|^p)"
+    ranges = {"p": POSITIVE}
 
     def __init__(
         self,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from distpro.losses._options import Range, check_options, check_range
 from pathways.registry import Registry, UserError, nearest
 
 LOSSES = Registry("loss", takes_code=True)
@@ -49,6 +50,7 @@ class DistillationLoss(nn.Module):
     deploys: ClassVar[bool] = False  # the deployed student answers through its `predict(student) -> logits (N, K)`
     pretrain_reads: ClassVar[str] = ""  # what `pretrain` reads: teacher | both
     scalars: ClassVar[tuple[str, ...]] = ()  # options, numbers or lists of them, that may change from call to call
+    ranges: ClassVar[Mapping[str, Range]] = {}  # what numbers options may be; any finite one where nothing is said
     uses_teacher: bool = True  # False for losses that stand in for a teacher
     needs_target: bool = False
     needs_index: bool = False
@@ -57,6 +59,12 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.student_shapes = [tuple(s) for s in student_shapes]
         self.teacher_shapes = [tuple(s) for s in teacher_shapes]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module; raises UserError for a scalar that moves out of its range."""
+        if name in self.ranges:
+            check_range(self.what, name, value, self.ranges[name])
+        super().__setattr__(name, value)
 
     @property
     def what(self) -> str:
@@ -127,8 +135,12 @@ def build_loss(
     >>> kd(torch.zeros(2, 10), torch.zeros(2, 10)).item()
     0.0
 
-    Raises UserError for an unknown name or parameter, or for shapes that the loss cannot compare.
+    Raises UserError for an unknown name or parameter, for a value that a parameter cannot have, or for shapes that the
+    loss cannot compare.
     """
+    kind = LOSSES[name]
+    if isinstance(kind, type) and issubclass(kind, DistillationLoss):
+        check_options(f"loss '{name}'", kind, params)
     return LOSSES.build(name, student_shapes=student_shapes, teacher_shapes=teacher_shapes, **params)
 
 

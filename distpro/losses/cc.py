@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from distpro.losses._maps import full, matmul
+from distpro.losses._options import COUNT, NOT_NEGATIVE
 from distpro.losses._rows import RelationLoss, linear_embeds
 from distpro.losses.base import LOSSES, Shape, one_of
 from pathways.registry import UserError
@@ -35,6 +36,7 @@ class CorrelationCongruence(RelationLoss):
     year = 2019
     scalars = ("gamma",)
     formula = "mean_i <|e_s - e_t|_i, |e_s - e_t|_(i+1)>, or |K_s - K_t|_F / N^2"
+    ranges = {"feat_dim": COUNT, "max_p": NOT_NEGATIVE}
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.losses._maps import full, matmul
+from distpro.losses._options import COUNT, POSITIVE, SHARE
 from distpro.losses._rows import linear_embeds
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
 from pathways.registry import UserError
@@ -50,6 +51,7 @@ class Contrastive(DistillationLoss):
     formula = "-log h(e_s, m_t+) - sum_neg log(1 - h(e_s, m_t-)) + the same with s, t exchanged"
     needs_index = True
     scalars = ("nce_t", "nce_m")
+    ranges = {"feat_dim": COUNT, "nce_k": COUNT, "nce_t": POSITIVE, "nce_m": SHARE}
 
     memory_s: Tensor
     memory_t: Tensor

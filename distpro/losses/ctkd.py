@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from distpro.losses._options import NOT_NEGATIVE, POSITIVE
 from distpro.losses._rows import ResponseLoss, softened_kl
 from distpro.losses.base import LOSSES, Shape
 from pathways.registry import UserError
@@ -35,6 +36,7 @@ class CurriculumTemperature(ResponseLoss):
     formula = "T^2 KL(softmax(t/T) || softmax(s/T)), T = start + span sigmoid(theta) with reversed gradient"
 
     scalars = ("start", "span")
+    ranges = {"start": POSITIVE, "span": NOT_NEGATIVE}
 
     step: Tensor
 

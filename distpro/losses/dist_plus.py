@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distpro.losses._maps import full, same_shapes, same_size
+from distpro.losses._options import NOT_NEGATIVE, POSITIVE
 from distpro.losses._rows import logit_rows, two
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, one_of, option_of
 from distpro.losses.dist import DIST, pearson
@@ -37,6 +38,7 @@ class DISTPlus(DistillationLoss):
     taps = ("logits", "last")
     scalars = ("beta", "gamma", "iota", "kappa", "tau")
     formula = "DIST(logits) + iota (1 - rho over channels) + kappa (1 - rho over samples of the map)"
+    ranges = {"tau": POSITIVE, "eps": NOT_NEGATIVE}
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from distpro.losses._options import POSITIVE
 from distpro.losses._rows import ResponseLoss
 from distpro.losses.base import LOSSES, Shape
 from distpro.losses.dkd_nontarget import nontarget_part
@@ -32,6 +33,7 @@ class DKD(ResponseLoss):
     formula = "alpha KL(b_t || b_s) + beta KL(q_t || q_s), b = [p_y, 1 - p_y], q = p without y"
     needs_target = True
     scalars = ("alpha", "beta", "temperature")
+    ranges = {"temperature": POSITIVE}
 
     def __init__(
         self,

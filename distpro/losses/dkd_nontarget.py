@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from distpro.losses._options import POSITIVE
 from distpro.losses._rows import ResponseLoss, softened_kl
 from distpro.losses.base import LOSSES, Shape
 from distpro.losses.dkd_target import EXCLUDED
@@ -34,6 +35,7 @@ class NonTargetClasses(ResponseLoss):
     formula = "T^2 KL(q_t || q_s), q = p without y"
     needs_target = True
     scalars = ("temperature",)
+    ranges = {"temperature": POSITIVE}
 
     def __init__(
         self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), temperature: float = 4.0

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpro.losses._maps import divergence
+from distpro.losses._options import POSITIVE
 from distpro.losses._rows import ResponseLoss
 from distpro.losses.base import LOSSES, Shape
 
@@ -25,7 +27,7 @@ EXCLUDED = -1e9  # logit of a class that is not there: its probability is exactl
 def target_part(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Scalar TCKD of logits (M, K) and labels (M,)."""
     log_s, log_t = (_binary(x / temperature, labels[:, None]) for x in (student, teacher))
-    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+    return divergence(log_s, log_t).sum(1).mean() * temperature**2
 
 
 def _binary(logits: Tensor, label: Tensor) -> Tensor:
@@ -45,6 +47,7 @@ class TargetClass(ResponseLoss):
     formula = "T^2 KL(b_t || b_s), b = [p_y, 1 - p_y]"
     needs_target = True
     scalars = ("temperature",)
+    ranges = {"temperature": POSITIVE}
 
     def __init__(
         self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), temperature: float = 4.0

@@ -23,6 +23,7 @@ from torch import Tensor, linalg, nn
 
 from distpro.losses._maps import BatchNorm2d, full, one_pair, same_size
 from distpro.losses._masks import mean_counted, same_size_counted
+from distpro.losses._options import POSITIVE
 from distpro.losses.at import attention_map
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, one_of, single
 from pathways.registry import UserError
@@ -84,6 +85,7 @@ class FactorTransfer(DistillationLoss):
     pretrain_reads = "teacher"
     formula = "mean |a(translator(s)) - a(encoder(t))|, a(f) = normalise(mean_c f^2)"
     stages = 2
+    ranges = {"rate": POSITIVE}
 
     def __init__(
         self,

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distpro.losses._maps import PairedLevels, same_size
-from distpro.losses.base import LOSSES, Shape, option_of
+from distpro.losses._options import COUNT, NOT_NEGATIVE
+from distpro.losses.base import LOSSES, Shape, one_of, option_of
 from pathways.distances import HCL
+from pathways.registry import UserError
 
 
 @LOSSES.register("hcl")
@@ -33,6 +35,7 @@ class HierarchicalContext(PairedLevels):
     equal_channels = True
     scalars = ("level_weights",)
     formula = "sum_l w_l MSE(pool_l(s), pool_l(t)) / sum_l w_l"
+    ranges = {"levels": COUNT, "level_weights": NOT_NEGATIVE, "decay": NOT_NEGATIVE}
 
     def __init__(
         self,
@@ -44,6 +47,9 @@ class HierarchicalContext(PairedLevels):
         pooling: str = "avg",
     ):
         super().__init__(student_shapes, teacher_shapes)
+        one_of(f"{self.what}: pooling", pooling, ("avg", "max"))
+        if level_weights is not None and not any(level_weights):
+            raise UserError("loss 'hcl': level_weights must not all be 0")
         self.distance = HCL(levels, level_weights, decay, pooling)
 
     level_weights = option_of("distance", "level_weights")

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.losses._maps import full, matmul, one_pair, same_size
+from distpro.losses._maps import divergence, full, matmul, one_pair, same_size
+from distpro.losses._options import COUNT
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
 from pathways.registry import UserError
 
@@ -31,7 +32,7 @@ from pathways.registry import UserError
 def pixel_kd(student: Tensor, teacher: Tensor) -> Tensor:
     """KL divergence of per-pixel class distributions from logits (N, K, H, W): mean over *all* elements, T = 1."""
     log_s, log_t = F.log_softmax(full(student), dim=1), F.log_softmax(full(teacher.detach()), dim=1)
-    return F.kl_div(log_s, log_t, reduction="none", log_target=True).mean()
+    return divergence(log_s, log_t).mean()
 
 
 @LOSSES.register("ifvd")
@@ -47,6 +48,7 @@ class IntraClassVariation(DistillationLoss):
     needs = ("num_classes",)
     formula = "mean (M(s) - M(t))^2, M(f) = cos(f, class centre of f)"
     needs_target = True
+    ranges = {"num_classes": COUNT}
 
     def __init__(
         self,

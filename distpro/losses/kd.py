@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from distpro.losses._options import POSITIVE
 from distpro.losses._rows import ResponseLoss, softened_kl
 from distpro.losses.base import LOSSES, Shape
 
@@ -29,6 +30,7 @@ class KD(ResponseLoss):
     year = 2015
     scalars = ("temperature", "ce_weight")
     formula = "T^2 KL(softmax(t/T) || softmax(s/T))"
+    ranges = {"temperature": POSITIVE}
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from torch import Tensor, linalg, nn
 
 from distpro.losses._maps import BatchNorm2d, full, one_pair
 from distpro.losses._masks import counted, fitted, masks_of, mean_square, same_size_counted
+from distpro.losses._options import POSITIVE
 from distpro.losses.base import LOSSES, DistillationLoss, Mask, Shape, Tensors, single
 from distpro.losses.ft import Paraphraser, order, unit_distance
 
@@ -48,6 +49,7 @@ class KnowledgeAdaptation(DistillationLoss):
     stages = 2
     masked = True
     scalars = ("adaptation_weight", "affinity_weight")
+    ranges = {"rate": POSITIVE}
 
     def __init__(
         self,

@@ -13,18 +13,28 @@ base temperature; their weight for this term is 9, next to a cross-entropy of we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from distpro.losses._rows import ResponseLoss
+from distpro.losses._options import NOT_NEGATIVE, POSITIVE
+from distpro.losses._rows import ResponseLoss, absent
 from distpro.losses.base import LOSSES, Shape, build_loss, one_of, option_of
 
 
 def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    """Logits (M, K) with zero mean and unit (unbiased) standard deviation in every row."""
-    return (logits - logits.mean(1, keepdim=True)) / (eps + logits.std(1, keepdim=True))
+    """Logits (M, K) with zero mean and unit (unbiased) standard deviation in every row, over the classes that are there:
+    logits of -inf stay."""
+    out = absent(logits)
+    count = (~out).sum(1, keepdim=True)
+    present = logits.masked_fill(out, 0)
+    centred = (present - present.sum(1, keepdim=True) / count).masked_fill(out, 0)
+    variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    flat = variance == 0  # where the root has no derivative
+    deviation = variance.masked_fill(flat, 1).sqrt().masked_fill(flat, 0)
+    return (centred / (eps + deviation)).masked_fill(out, -math.inf)
 
 
 @LOSSES.register("logit_std")
@@ -36,6 +46,7 @@ class LogitStandardization(ResponseLoss):
     year = 2024
     scalars = ("temperature", "alpha", "beta")
     formula = "T^2 KL(softmax(z(t)/T) || softmax(z(s)/T)), z = standardise over classes"
+    ranges = {"temperature": POSITIVE, "eps": NOT_NEGATIVE}
 
     def __init__(
         self,

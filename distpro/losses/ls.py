@@ -2,7 +2,8 @@
 
     loss = (1 - e) * CE(s, y) + e * mean over classes of -log softmax(s)
 
-Logits (N, K) or (N, K, H, W), labels (N,) or (N, H, W). ``smoothing`` e = 0.1. *This is a task loss*: the objective
+Logits (N, K) or (N, K, H, W), labels (N,) or (N, H, W). ``smoothing`` e = 0.1. A class whose logit is -inf is
+left out of the mean. *This is a task loss*: the objective
 should not add another cross-entropy. The teacher's tensors are ignored. Departure: none.
 """
 
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.losses._rows import ResponseLoss
+from distpro.losses._options import SHARE
+from distpro.losses._rows import ResponseLoss, absent
 from distpro.losses.base import LOSSES, Shape
 
 
@@ -28,6 +30,7 @@ class LabelSmoothing(ResponseLoss):
     needs_target = True
     uses_teacher = False
     scalars = ("smoothing",)
+    ranges = {"smoothing": SHARE}
 
     def __init__(
         self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), smoothing: float = 0.1
@@ -36,4 +39,8 @@ class LabelSmoothing(ResponseLoss):
         self.smoothing = smoothing
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        return F.cross_entropy(student, self.labels(target, student), label_smoothing=self.smoothing)
+        out = absent(student)
+        log_p = F.log_softmax(student, dim=1)
+        uniform = log_p.masked_fill(out, 0).sum(1) / (~out).sum(1)
+        task = F.nll_loss(log_p, self.labels(target, student))
+        return (1 - self.smoothing) * task - self.smoothing * uniform.mean()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from distpro.losses._maps import full, resized
 from distpro.losses._masks import MaskedLevels, counted, fitted, resized_counted
+from distpro.losses._options import SHARE
 from distpro.losses.base import LOSSES, Shape, one_of
 from pathways.registry import UserError
 
@@ -37,6 +38,7 @@ class MaskedGeneration(MaskedLevels):
     taps = ("last",)
     scalars = ("ratio", "alpha")
     formula = "alpha / N sum (G(mask * align(s)) - t)^2"
+    ranges = {"ratio": SHARE}
 
     def __init__(
         self,

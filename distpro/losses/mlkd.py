@@ -6,7 +6,7 @@
 
 with P (N, K) the rows p = softmax(logits / T): agreement instance by instance, between the instances of the batch, and
 between the classes. Logits (N, K), or (N, K, H, W) with every position a sample; at most 16384 rows, as all pairs of
-them are compared. ``temperatures`` = (2, 3, 4, 5, 6) as in the paper. With ``standardize`` the KL part sees logits as
+them are compared; K counts the classes that are there, with a logit above -inf. ``temperatures`` = (2, 3, 4, 5, 6) as in the paper. With ``standardize`` the KL part sees logits as
 `logit_std` makes them (MLKD+LS of Sun et al., CVPR 2024).
 
 The method also feeds a strongly augmented view of each image: give both views as one batch. Departures: the authors'
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.losses._maps import matmul
-from distpro.losses._rows import ResponseLoss, softened_kl
+from distpro.losses._options import POSITIVE
+from distpro.losses._rows import ResponseLoss, absent, softened_kl
 from distpro.losses.base import LOSSES, Shape
 from distpro.losses.logit_std import standardized
 from pathways.registry import UserError
@@ -38,6 +39,7 @@ class MultiLevel(ResponseLoss):
     largest_batch = 16384
     scalars = ("temperatures",)
     formula = "sum_T T^2 KL(p_t || p_s) + |P_s P_s^T - P_t P_t^T|^2 / N + |P_s^T P_s - P_t^T P_t|^2 / K"
+    ranges = {"temperatures": POSITIVE}
 
     def __init__(
         self,
@@ -55,9 +57,10 @@ class MultiLevel(ResponseLoss):
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         loss = student.new_zeros(())
         z_s, z_t = (standardized(x) if self.standardize else x for x in (student, teacher))
+        classes = (~(absent(student) & absent(teacher))).any(0).sum()
         for temperature in self.temperatures:
             p_s, p_t = (F.softmax(x / temperature, dim=1) for x in (student, teacher))
             between_samples = (matmul(p_s, p_s.T) - matmul(p_t, p_t.T)).square().sum() / len(p_s)
-            between_classes = (matmul(p_s.T, p_s) - matmul(p_t.T, p_t)).square().sum() / p_s.shape[1]
+            between_classes = (matmul(p_s.T, p_s) - matmul(p_t.T, p_t)).square().sum() / classes
             loss = loss + softened_kl(z_s, z_t, temperature) + between_samples + between_classes
         return loss

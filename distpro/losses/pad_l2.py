@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm1d, full, one_pair
+from distpro.losses._options import NOT_NEGATIVE
 from distpro.losses._rows import pooled_embedding
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
 from distpro.losses.l2 import projection
@@ -36,6 +37,7 @@ class PrimeAwareL2(DistillationLoss):
     pretrain_reads = "both"
     formula = "mean (e - t)^2 / (eps + exp(v)) + v, e = project(s), v = BN(W e)"
     stages = 2
+    ranges = {"eps": NOT_NEGATIVE}
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), eps: float = 1e-6):
         super().__init__(student_shapes, teacher_shapes)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distpro.losses._maps import matmul
+from distpro.losses._options import NOT_NEGATIVE
 from distpro.losses._rows import RelationLoss
 from distpro.losses.base import LOSSES, Shape
 
@@ -27,6 +28,7 @@ class ProbabilisticTransfer(RelationLoss):
     paper = "Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018"
     year = 2018
     formula = "mean p_t log(p_t / p_s), p = row-normalised (1 + cos) / 2"
+    ranges = {"eps": NOT_NEGATIVE}
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), eps: float = 1e-7):
         super().__init__(student_shapes, teacher_shapes)

@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm2d, full, paired_shapes, pairs
+from distpro.losses._options import COUNT, check_options
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors
+from distpro.losses.hcl import HierarchicalContext
 from pathways.distances import HCL
 from pathways.registry import UserError, check_parameters
 
@@ -90,6 +92,7 @@ class KnowledgeReview(DistillationLoss):
     taps = ("stages", "embedding")
     before_relu = "teacher"
     formula = "sum_k HCL(out_k, t_k), out_k = BN(conv3x3(ABF(f_k, r_(k+1))))"
+    ranges = {"mid_channels": COUNT}
 
     def __init__(
         self,
@@ -138,7 +141,9 @@ class KnowledgeReview(DistillationLoss):
 
 def _distance(hcl: bool | Mapping[str, Any]) -> nn.Module:
     if isinstance(hcl, Mapping):
-        check_parameters("option 'hcl' of loss 'review'", HCL, hcl)
+        what = "option 'hcl' of loss 'review'"
+        check_parameters(what, HCL, hcl)
+        check_options(what, HCL, hcl, HierarchicalContext.ranges)
         return HCL(**hcl)
     if not isinstance(hcl, bool):
         raise UserError(f"option 'hcl' of loss 'review' must be true, false or a mapping, got {hcl!r}")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.losses._maps import matmul
+from distpro.losses._options import POSITIVE
 from distpro.losses._rows import RelationLoss
 from distpro.losses.base import LOSSES, Shape
 
@@ -35,6 +36,7 @@ class Relational(RelationLoss):
     formula = "w_d huber(d^s - d^t) + w_a huber(a^s - a^t)"
     smallest_batch = 2
     scalars = ("w_d", "w_a")
+    ranges = {"eps": POSITIVE}
 
     def __init__(
         self,

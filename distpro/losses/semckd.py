@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm2d, CrossLevels, full, matmul, same_size
+from distpro.losses._options import COUNT, POSITIVE
 from distpro.losses.base import LOSSES, Shape, Tensors
 from pathways.registry import UserError
 
@@ -41,6 +42,7 @@ class SemanticCalibration(CrossLevels):
     needs = ("batch_size",)
     scalars = ("soft",)
     formula = "1/(N S) sum_(n,s,t) att_(s,t) mean (P_st(s) - t)^2"
+    ranges = {"batch_size": COUNT, "soft": POSITIVE, "factor": COUNT}
 
     def __init__(
         self,

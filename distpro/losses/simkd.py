@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm2d, full, one_pair, pooled, same_size
+from distpro.losses._options import COUNT
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, single
 from pathways.registry import UserError
 
@@ -36,6 +37,7 @@ class SimKD(DistillationLoss):
     needs = ("classifier",)
     deploys = True
     formula = "mean (P(s) - t)^2"
+    ranges = {"factor": COUNT}
 
     classifier_weight: Tensor | None
     classifier_bias: Tensor | None

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, linalg
 
 from distpro.losses._maps import matmul
-from distpro.losses._rows import ResponseLoss, kl_rows
+from distpro.losses._options import POSITIVE
+from distpro.losses._rows import ResponseLoss, absent, kl_rows
 from distpro.losses.base import LOSSES, Shape, one_of
 
 
@@ -40,6 +41,7 @@ class Streamlined(ResponseLoss):
     smallest_batch = 2
     largest_batch = 16384
     scalars = ("temperature", "tikhonov", "instance_weight", "direction_weight")
+    ranges = {"temperature": POSITIVE, "tikhonov": POSITIVE}
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class Streamlined(ResponseLoss):
         return (rows * _low(F.softmax(teacher, dim=1).amax(1))).mean()
 
     def _direction(self, student: Tensor, teacher: Tensor) -> Tensor:
+        out = absent(student) | absent(teacher)
+        student, teacher = (x.masked_fill(out, 0) for x in (student, teacher))  # a cosine over the others
         d = _similarities(student) - _similarities(teacher)
         if self.form == "paper":
             return self._mahalanobis(d)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from distpro.losses._maps import BatchNorm1d, full, same_shapes
+from distpro.losses._options import POSITIVE
 from distpro.losses._rows import pooled_embedding, softened_kl, two
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors
 from pathways.registry import UserError
@@ -32,6 +33,7 @@ class SimpleRecipe(DistillationLoss):
     taps = ("logits", "last")
     scalars = ("exponent", "temperature")
     formula = "2 log sum |BN(W f_s) - BN(f_t)|^a + KL(softmax(t/T) || softmax(s/T))"
+    ranges = {"exponent": POSITIVE, "temperature": POSITIVE}
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.losses._maps import full, matmul, same_shapes
+from distpro.losses._options import POSITIVE, SHARE
 from distpro.losses._rows import checked_labels, kl_rows, softened_kl, two
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors
 from pathways.registry import UserError
@@ -49,6 +50,7 @@ class SelfSupervised(DistillationLoss):
     stages = 2
     scalars = ("kd_t", "tf_t", "ss_t", "tf_ratio", "ss_ratio", "ce_weight", "kd_weight", "tf_weight", "ss_weight")
     needs_target = True
+    ranges = {"kd_t": POSITIVE, "tf_t": POSITIVE, "ss_t": POSITIVE, "tf_ratio": SHARE, "ss_ratio": SHARE}
 
     def __init__(
         self,

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, linalg
 
 from distpro.losses._maps import PairedLevels, matmul, same_size
+from distpro.losses._options import Range
 from distpro.losses.base import LOSSES, Shape
-from pathways.registry import UserError
 
 
 @LOSSES.register("structured")
@@ -36,11 +36,10 @@ class PairWise(PairedLevels):
     taps = ("last",)
     needs_shapes = False
     formula = "mean_(n,a,b) (cos(s_a, s_b) - cos(t_a, t_b))^2 of max-pooled maps"
+    ranges = {"scale": Range(0, 1, above=True)}
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), scale: float = 0.5):
         super().__init__(student_shapes, teacher_shapes)
-        if not 0 < scale <= 1:
-            raise UserError(f"loss 'structured': scale must be above 0 and at most 1, got {scale}")
         self.scale = scale
 
     def level(self, i: int, student: Tensor, teacher: Tensor) -> Tensor:

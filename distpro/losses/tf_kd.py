@@ -11,18 +11,21 @@ Logits (N, K), labels (N,). ``temperature`` = 20, ``multiplier`` m = 1, ``alpha`
 authors tune them by network: for ResNet-18 on CIFAR-100 a = 0.95, T = 6, m = 50 (self) and m = 100 (virtual).
 
 Departures from the paper, kept because the published numbers come from them: the mean is over all batch * K elements,
-K times smaller than the mean over the batch that `kd` takes; the virtual form has no T^2 and softens the teacher
+K times smaller than the mean over the batch that `kd` takes (K counts the classes that are there, with a logit above
+-inf); the virtual form has no T^2 and softens the teacher
 alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.losses._rows import ResponseLoss, softened_kl
+from distpro.losses._options import POSITIVE, SHARE
+from distpro.losses._rows import ResponseLoss, absent, kl_rows
 from distpro.losses.base import LOSSES, Shape, one_of
 
 
@@ -36,6 +39,7 @@ class TeacherFree(ResponseLoss):
     formula = "(1 - a) CE(s, y) + a m T^2 KL(softmax(t/T) || softmax(s/T)) / K"
     needs_target = True
     scalars = ("alpha", "temperature", "multiplier", "correct")
+    ranges = {"temperature": POSITIVE, "correct": SHARE}
 
     def __init__(
         self,
@@ -55,11 +59,13 @@ class TeacherFree(ResponseLoss):
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         target = self.labels(target, student)
         if self.uses_teacher:
-            soft = softened_kl(student, teacher, self.temperature)
+            rows = kl_rows(student, teacher, self.temperature)
         else:
-            soft = softened_kl(student, self.virtual(student, target) / self.temperature, 1.0)
+            teacher = self.virtual(student, target).masked_fill(absent(student), -math.inf)
+            rows = kl_rows(student, teacher / self.temperature, 1.0)
+        classes = (~(absent(student) & absent(teacher))).sum(1)
         task = F.cross_entropy(student, target)
-        return (1 - self.alpha) * task + self.alpha * self.multiplier * soft / student.shape[1]
+        return (1 - self.alpha) * task + self.alpha * self.multiplier * (rows / classes).mean()
 
     def virtual(self, student: Tensor, target: Tensor) -> Tensor:
         """Output (N, K) of the virtual teacher."""

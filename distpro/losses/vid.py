@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from distpro.losses._maps import full
 from distpro.losses._masks import MaskedLevels, mean_counted, same_size_counted
+from distpro.losses._options import COUNT, NOT_NEGATIVE, POSITIVE
 from distpro.losses.base import LOSSES, Shape
+from pathways.registry import UserError
 
 
 class _Gaussian(nn.Module):
@@ -57,6 +59,7 @@ class VariationalInformation(MaskedLevels):
     reads = "features of all stages"
     taps = ("stages",)
     formula = "mean 1/2 ((mu(s) - t)^2 / var_c + log var_c)"
+    ranges = {"mid_channels": COUNT, "variance": POSITIVE, "eps": NOT_NEGATIVE}
 
     def __init__(
         self,
@@ -67,6 +70,8 @@ class VariationalInformation(MaskedLevels):
         eps: float = 1e-5,
     ):
         super().__init__(student_shapes, teacher_shapes)
+        if variance <= eps:
+            raise UserError(f"loss 'vid': variance must be above eps, got {variance} and {eps}")
         self.gaussians = nn.ModuleList(
             _Gaussian(s[0], mid_channels or t[0], t[0], variance, eps) for s, t in self.shapes
         )
