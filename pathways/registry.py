@@ -59,7 +59,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         entry = self[name]
         check_parameters(f"{self.kind} '{name}'", entry, params)
         try:
-            inspect.signature(entry).bind(*args, **params)
+            _signature(f"{self.kind} '{name}'", entry).bind(*args, **params)
         except TypeError as error:
             raise UserError(f"{self.kind} '{name}': {error}") from None
         return entry(*args, **params)
@@ -106,13 +106,20 @@ def import_entry(what: str, name: str) -> Callable[..., Any]:
     return entry
 
 
+def _signature(what: str, entry: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(entry)
+    except ValueError:  # a builtin that does not say
+        raise UserError(f"{what}: {getattr(entry, '__name__', entry)} does not say which parameters it takes") from None
+
+
 _SCALARS: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
 
 
 def check_parameters(what: str, entry: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise UserError if ``entry`` takes no parameter of one of the names in ``params``, or takes a number, a truth
     value or a word where ``params`` has something else."""
-    accepted = inspect.signature(entry).parameters
+    accepted = _signature(what, entry).parameters
     if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return
     for name, value in params.items():

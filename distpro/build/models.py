@@ -142,7 +142,7 @@ def build_pair(
     pair = Pair(None, student, example, task.call(example, training=False), task=task)
     if not needs_teacher(config):
         return pair
-    pair.student_reading = reading_of(config.student, student, pair.call)
+    pair.student_reading = reading_of(config.student, student, pair.call, task.response)
     models, readings = {}, {}
     for name, member in ({"": config.teacher} if config.teacher else config.teachers).items():
         assert member is not None
@@ -154,7 +154,7 @@ def build_pair(
         if teacher_state is not None:
             network.load_state_dict(teacher_state)
         network = place(network, config).eval()
-        readings[name] = reading_of(member, network, _resized(pair.call, member))
+        readings[name] = reading_of(member, network, _resized(pair.call, member), task.response)
         if member.input is not None:
             network = _adapted(network, member, data)
             readings[name] = readings[name].within("model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,9 @@ from pathways.call import Call
 from pathways.probing import find_stages, probe_shapes, untouched
 from pathways.registry import UserError
 from pathways.taps import LOGITS, check_taps, parse_tap, response_of
+
+Response = Callable[[Any], Tensor | None]
+"""A model's whole output → what logit losses read of it, see `distpro.task.Task.response`."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,13 @@ class Reading:
         return found
 
 
-def reading_of(config: ModelConfig, model: nn.Module, call: Call) -> Reading:
-    """The places that the config names; else those that the model states; else its stages as found by a probe."""
+def reading_of(config: ModelConfig, model: nn.Module, call: Call, response: Response = response_of) -> Reading:
+    """The places that the config names; else those that the model states; else its stages as found by a probe.
+
+    ``response``: what the task calls the model's response.
+    """
     stated = stage_taps(model)
-    found = _classifier(model, call)
+    found = _classifier(model, call, response)
     embedding = stated.embedding if stated is not None else f"{found}:input" if found else None
     classifier = model.get_submodule(found) if found else None
     assert classifier is None or isinstance(classifier, nn.Linear)
@@ -92,7 +98,7 @@ def reading_of(config: ModelConfig, model: nn.Module, call: Call) -> Reading:
     return Reading(stages, before_relu(model, stages, call), embedding, classifier)
 
 
-def _classifier(model: nn.Module, call: Call) -> str | None:
+def _classifier(model: nn.Module, call: Call, response_in: Response) -> str | None:
     """Name of the linear layer whose output is the model's response: not just any last one, which in a detector is a
     box's head."""
     outputs: list[tuple[str, Tensor]] = []
@@ -104,12 +110,14 @@ def _classifier(model: nn.Module, call: Call) -> str | None:
     try:
         with untouched(model):
             model.eval()
-            response = response_of(call.run(model))
+            response = response_in(call.run(model))
     except UserError:  # a response that only the task can name
         return None
     finally:
         for handle in handles:
             handle.remove()
+    if response is None:
+        return None
     return next((n for n, out in reversed(outputs) if out is response or _same(out, response)), None)
 
 

@@ -57,7 +57,7 @@ class Segmentation:
         return (batch.target, batch.target != VOID) if isinstance(batch.target, Tensor) else (None, None)
 
     def metrics(self) -> ConfusionMatrix:
-        return ConfusionMatrix()
+        return ConfusionMatrix(with_loss=True)
 
     def pictures(self, output: Any, batch: Batch, count: int = 4) -> Tensor:
         """For the log: image, labels and prediction of the first samples side by side, uint8 (count, 3, H, 3 W)."""
@@ -104,11 +104,12 @@ def palette(count: int) -> Tensor:
 
 @METRICS.register("confusion")
 class ConfusionMatrix:
-    """Mean intersection over union and pixel accuracy, in percent, and the mean cross entropy, over all pixels that
-    count. A class that is neither in the labels nor in the predictions of the whole set is left out of the mean
+    """Mean intersection over union and pixel accuracy, in percent, over all pixels that count; ``with_loss`` the mean
+    cross entropy too. A class that is neither in the labels nor in the predictions of the whole set is left out of the mean
     (Everingham et al., Pascal VOC). The matrix stays on the device and is added up over processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_loss: bool = False) -> None:
+        self.with_loss = with_loss
         self._matrix: Tensor | None = None  # (K, K) int64: label, prediction
         self._loss: Tensor | None = None
 
@@ -140,8 +141,8 @@ class ConfusionMatrix:
         hits = matrix.diagonal()
         union = matrix.sum(0) + matrix.sum(1) - hits
         seen = union > 0
-        return {
+        found = {
             "miou": 100 * (hits[seen] / union[seen]).mean().item(),
             "pixel_accuracy": 100 * (hits.sum() / pixels).item(),
-            "loss": (self._loss / pixels).item(),
         }
+        return found | ({"loss": (self._loss / pixels).item()} if self.with_loss else {})

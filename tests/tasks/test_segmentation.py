@@ -56,7 +56,7 @@ def by_hand(pairs):
 
 
 def measured(pairs):
-    metrics = ConfusionMatrix()
+    metrics = ConfusionMatrix(with_loss=True)
     for logits, batch in pairs:
         metrics.update(logits, batch)
     return metrics
@@ -135,7 +135,7 @@ def test_by_name_beside_another_task():
     logits, batch = batch_of(0)
     twice = Together([ConfusionMatrix(), METRICS["confusion"]()])
     twice.update(logits, batch)
-    with pytest.raises(UserError, match="metrics: two give 'loss'"):
+    with pytest.raises(UserError, match="metrics: two give 'miou'"):
         twice.compute()
 
 

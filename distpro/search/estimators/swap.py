@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ def swapped(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]
     As `torch.func.functional_call`, but for modules that are reachable by two names, which that leaves with plain
     tensors in place of their parameters, and for recurrent layers, which keep a list of their weights beside.
     """
-    kept: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    kept: list[tuple[Any, str, Tensor]] = []
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     flat = [(module, module._flat_weights) for module in recurrent]
     try:

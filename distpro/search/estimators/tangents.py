@@ -47,11 +47,11 @@ def forward_mode(
     with ExitStack() as contexts:
         for context in (*plain, autocast):
             contexts.enter_context(context)
-        values = {
+        values: dict[Tensor, Tensor] = {
             own: forward_ad.make_dual(parameters[name], direction[name]) if name in direction else parameters[name]
             for name, own in model.named_parameters()
         }
-        contexts.enter_context(swapped(model, {**values, **{b: b.clone() for b in model.buffers()}}))
+        contexts.enter_context(swapped(model, values | {b: b.clone() for b in model.buffers()}))
         return map_tensors(_tangent, Call.of(inputs).run(model))
 
 
