@@ -47,12 +47,22 @@ def _cifar(dataset: str, kind: str, root: str | None, download: bool) -> Source:
 
 
 @DATASETS.register("npz")
-def npz(root: str | None = None) -> Source:
-    """A numpy archive: ``x_train`` and ``x_test`` uint8 (N, H, W, C), ``y_train`` and ``y_test`` whole numbers (N,),
-    ``names`` of the classes (optional)."""
+def npz(root: str | None = None, channels: int | None = None) -> Source:
+    """A numpy archive: ``x_train`` and ``x_test`` uint8 (N, H, W, C), (N, H, W) or, of 1 or 3 channels, (N, C, H, W);
+    ``y_train`` and ``y_test`` whole numbers (N,), ``names`` of the classes (optional).
+
+    channels: 1 keeps grey images as they are, 3 repeats them to three channels, which is the default: the built-in models
+    take three. Images with colours stay as they are.
+    """
+    if channels not in (None, 1, 3):
+        raise UserError(f"dataset 'npz': channels must be 1 or 3, got {channels!r}")
     path = locate("dataset 'npz'", root)
     arrays = _read_npz(path)
     _check_arrays(path, arrays)
+    if channels == 1 and arrays["x_train"].shape[3] != 1:
+        raise UserError(f"{path}: channels is 1, but the images have {arrays['x_train'].shape[3]}")
+    if channels != 1 and arrays["x_train"].shape[3] == 1:
+        arrays |= {f"x_{part}": arrays[f"x_{part}"].repeat(3, axis=3) for part in ("train", "test")}
     count = 1 + max(int(arrays["y_train"].max()), int(arrays["y_test"].max()))
     names = [str(n) for n in arrays.get("names", range(count))]
     if len(names) < count:
@@ -69,14 +79,28 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a readable .npz of plain arrays ({error})") from None
 
 
+def _channels_last(what: str, x: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, C) of (N, H, W), (N, H, W, C) or (N, C, H, W). Raises UserError where it may be either."""
+    if x.ndim == 3:
+        return x[..., None]
+    first, last = x.shape[1], x.shape[3]
+    either = first in (1, 3) and last in (1, 3)
+    other = last > 4 and first not in (1, 3) and x.shape[2] == last != first  # channels-first, by its square images
+    if either or other:
+        raise UserError(f"{what}: {x.shape} may be (N, C, H, W) or (N, H, W, C); store images as (N, H, W, C)")
+    return x.transpose(0, 2, 3, 1) if first in (1, 3) and last > 4 else x
+
+
 def _check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Raise UserError for what is not as `npz` says; images become (N, H, W, C)."""
     missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)} (it holds {', '.join(arrays) or 'nothing'})")
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.size == 0:
-            raise UserError(f"{path}: x_{part} must be uint8 (N, H, W, C), got {x.dtype} {x.shape}")
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.size == 0:
+            raise UserError(f"{path}: x_{part} must be uint8 (N, H, W, C) or (N, H, W), got {x.dtype} {x.shape}")
+        arrays[f"x_{part}"] = _channels_last(f"{path}: x_{part}", x)
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
             raise UserError(f"{path}: y_{part} must be {len(x)} labels from 0, got {y.dtype} {y.shape}")
     shapes = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]

@@ -145,8 +145,18 @@ def load_data(
     if mean is None or std is None:
         found = (source.mean, source.std) if source.mean and source.std else statistics(source.train)
         mean, std = mean or found[0], std or found[1]
+    _check_units(mean, std)
     signature = _signature(name, source)
     return Dataset(source.train, source.test, source.names, tuple(mean), tuple(std), signature, source.validation)
+
+
+def _check_units(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise UserError for numbers that images in 0-1 cannot have, such as those of bytes."""
+    if not all(math.isfinite(x) for x in (*mean, *std)):
+        raise UserError(f"mean and std must be finite, got {list(mean)} and {list(std)}")
+    if max(*mean, *std) > 1:
+        got = f"got {list(mean)} and {list(std)}"
+        raise UserError(f"mean and std are in 0-1 units, as of images whose white is 1, {got}: divide them by 255")
 
 
 def _with_classes(source: Source, classes: int | Sequence[int | str]) -> Source:

@@ -138,9 +138,16 @@ class ImageFiles:
         return torch.from_numpy(out)
 
     def open(self, row: int) -> Image.Image:
-        """One image in full resolution, RGB. Raises UserError if the file is damaged."""
+        """One image in full resolution, RGB of 8 bits. Raises UserError if the file is damaged, or does not say which of its
+        values is white."""
         try:
-            return Image.open(io.BytesIO(self.store.read(self.names[row]))).convert("RGB")
+            image = Image.open(io.BytesIO(self.store.read(self.names[row])))
+            if not _white_is_known(image):
+                kind = "floating-point" if image.mode == "F" else "32-bit"
+                raise UserError(f"has {kind} pixels, of which no value is known to be white: save it with 8 or 16 bits")
+            return _eight_bits(image).convert("RGB")
+        except UserError as error:
+            raise UserError(f"{self._place(row)} {error}") from None
         except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
             raise UserError(f"{self._place(row)} is not a readable image ({error})") from None
 
@@ -157,6 +164,23 @@ class ImageFiles:
 
     def _place(self, row: int) -> str:
         return f"{self.store.path}: {self.names[row]}"
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether white is 65535. Versions of Pillow open 16-bit grey as I;16 or as I; PNG and PGM have no more bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _white_is_known(image: Image.Image) -> bool:
+    return image.mode not in ("I", "F") or _is_16_bit(image)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image with its values rounded to 8 bits, which Pillow would cut off at 255; any other as it is."""
+    if not _is_16_bit(image):
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _centre(image: Image.Image, resize: int, size: tuple[int, int]) -> Image.Image:

@@ -87,8 +87,21 @@ def test_signature_tells_sets_apart(npz, tmp_path):
     "change, message",
     [
         ({"y_test": None}, "lacks y_test"),
-        ({"x_train": np.zeros((40, 4, 6, 3), np.float32)}, r"x_train must be uint8 \(N, H, W, C\), got float32"),
-        ({"x_train": np.zeros((40, 4, 6), np.uint8)}, "x_train must be uint8"),
+        ({"x_train": np.zeros((40, 4, 6, 3), np.float32)}, r"x_train must be uint8 .* got float32 \(40, 4, 6, 3\)"),
+        (
+            {"x_train": np.zeros((40, 4), np.uint8)},
+            r"x_train must be uint8 \(N, H, W, C\) or \(N, H, W\), got uint8 \(40, 4\)",
+        ),
+        ({"x_train": np.zeros((40, 4, 6), np.uint8)}, r"x_train are \(4, 6, 1\), those of x_test \(4, 6, 3\)"),
+        (
+            {"x_train": np.zeros((40, 3, 9, 3), np.uint8)},
+            r"x_train: \(40, 3, 9, 3\) may be \(N, C, H, W\) or \(N, H, W, C\)",
+        ),
+        ({"x_train": np.zeros((40, 1, 9, 1), np.uint8)}, r"x_train: \(40, 1, 9, 1\) may be"),
+        (
+            {"x_train": np.zeros((40, 5, 8, 8), np.uint8)},
+            r"x_train: \(40, 5, 8, 8\) may be .*; store images as \(N, H, W, C\)",
+        ),
         ({"x_test": np.zeros((20, 5, 5, 3), np.uint8)}, r"x_train are \(4, 6, 3\), those of x_test \(5, 5, 3\)"),
         ({"y_train": np.zeros(39, np.int64)}, "y_train must be 40 labels"),
         ({"y_train": np.zeros(40)}, "y_train must be 40 labels from 0, got float64"),
@@ -102,6 +115,61 @@ def test_wrong_npz(tmp_path, change, message):
     np.savez(tmp_path / "set.npz", **content)
     with pytest.raises(UserError, match=message):
         load_data("npz", tmp_path / "set.npz")
+
+
+@pytest.mark.parametrize(
+    ("store", "channels"),
+    [
+        (lambda x: x.transpose(0, 3, 1, 2), 3),
+        (lambda x: x[..., 0], 1),
+        (lambda x: x[..., :1], 1),
+        (lambda x: x[..., :1].transpose(0, 3, 1, 2), 1),
+        (lambda x: x[..., [0, 1]], 2),
+        (lambda x: x[..., [0, 1, 2, 0, 1]], 5),
+    ],
+    ids=["channels first", "grey", "grey, last", "grey, first", "two channels", "five channels"],
+)
+def test_layouts(tmp_path, store, channels):
+    """Every pixel is where it was; grey images have three channels, or one if asked for."""
+    stored = arrays()
+    plain = {part: stored[f"x_{part}"] for part in ("train", "test")}
+    stored |= {f"x_{part}": store(x) for part, x in plain.items()}
+    np.savez(tmp_path / "set.npz", **stored)
+    data = load_data("npz", tmp_path / "set.npz")
+    shown = [0, 0, 0] if channels == 1 else [0, 1, 2, 0, 1][:channels]
+    for part, x in plain.items():
+        assert np.array_equal(getattr(data, part).images.permute(0, 2, 3, 1).numpy(), x[..., shown])
+    assert data.image_shape == (len(shown), 4, 6) and len(data.mean) == len(shown)
+    if channels == 1:
+        kept = load_data("npz", tmp_path / "set.npz", channels=1)
+        assert np.array_equal(kept.train.images[:, 0].numpy(), plain["train"][..., 0])
+    else:
+        with pytest.raises(UserError, match=f"channels is 1, but the images have {channels}"):
+            load_data("npz", tmp_path / "set.npz", channels=1)
+
+
+def test_channels_of_npz_are_1_or_3(npz):
+    for wrong in (2, "grey"):
+        with pytest.raises(UserError, match="channels"):
+            load_data("npz", npz, channels=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": [123.675, 116.28, 103.53]}, r"in 0-1 units.*got \[123.675, 116.28, 103.53\].*divide them by 255"),
+        ({"std": [58.395, 57.12, 57.375]}, "in 0-1 units"),
+        ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 1.5, 0.5]}, "in 0-1 units"),
+        ({"mean": [float("nan"), 0.5, 0.5]}, "mean and std must be finite"),
+    ],
+)
+def test_mean_and_std_in_other_units(npz, options, message):
+    with pytest.raises(UserError, match=message):
+        load_data("npz", npz, **options)
+
+
+def test_mean_and_std_that_leave_images_as_they_are(npz):
+    assert load_data("npz", npz, mean=[0.0] * 3, std=[1.0] * 3).std == (1.0, 1.0, 1.0)
 
 
 def test_damaged_npz(npz):

@@ -246,3 +246,69 @@ def test_wrong_archives(tree, tmp_path):
 def test_the_random_part_comes_first_of_the_augmentations(tree):
     with pytest.raises(UserError, match="'resized_crop' must be the first"):
         loader(load(tree, stream=True), augment=["flip", "resized_crop"])
+
+
+# Depths of colour
+
+
+def saved(folder, values, name="0.png", **options):
+    """A folder whose every image is the one of these values."""
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            place = folder / part / label
+            place.mkdir(parents=True, exist_ok=True)
+            (values if isinstance(values, Image.Image) else Image.fromarray(values)).save(place / name, **options)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.tif"])
+def test_16_bits_are_rounded_to_8(tmp_path, name):
+    """Every value of 16 bits, in a square of 256: v / 65535 as the nearest n / 255."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    images = load_data("folder", saved(tmp_path, values, name)).train.images
+    expected = [round(v * 255 / 65535) for v in range(65536)]  # of no v is it half-way, as 65535 = 255 * 257
+    assert torch.equal(images[0], torch.tensor(expected, dtype=torch.uint8).view(1, 256, 256).expand(3, -1, -1))
+    assert images.float().mean() == 127.5
+
+
+def test_16_bits_in_a_pgm(tmp_path):
+    values = np.array([[0, 257, 65535], [514, 32896, 129]], np.uint16)
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        content = b"P5 3 2 65535 " + values.astype(">u2").tobytes()
+        (tmp_path / part / "a" / "0.ppm").write_bytes(content)
+    found = load_data("folder", tmp_path).train.images[0, 0]
+    assert found.tolist() == [[0, 1, 255], [2, 128, 1]]
+
+
+def test_16_bits_resized_and_streamed(tmp_path):
+    """As the same image of 8 bits."""
+    rng = np.random.default_rng(0)
+    eight = rng.integers(0, 256, (20, 30), np.uint8)
+    deep, plain = saved(tmp_path / "deep", eight.astype(np.uint16) * 257), saved(tmp_path / "plain", eight)
+    for stream in (False, True):
+        images = [
+            next(loader(load_data("folder", root, image_size=8, stream=stream), augment=[]).epoch(0)).inputs
+            for root in (deep, plain)
+        ]
+        assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((4, 4), 0.5, np.float32), "0.tif has floating-point pixels, of which no value is known to be white"),
+        (np.full((4, 4), 70000, np.int32), "0.tif has 32-bit pixels"),
+    ],
+)
+def test_where_white_is_not_known(tmp_path, values, message):
+    with pytest.raises(UserError, match=message):
+        load_data("folder", saved(tmp_path, values, "0.tif"))
+
+
+def test_grey_palette_and_black_and_white(tmp_path):
+    values = np.array([[0, 255], [255, 0]], np.uint8)
+    for mode in ("L", "LA", "P", "1"):
+        image = Image.fromarray(values).convert(mode)
+        images = load_data("folder", saved(tmp_path / mode, image)).train.images
+        assert torch.equal(images[0], torch.tensor(values).expand(3, 2, 2)), mode
