@@ -255,12 +255,11 @@ class SyncBatchNorm(_BatchNorm):
     as it normalises by `torch.nn.functional.batch_norm`. Raises UserError where it does not.
     """
 
-    @torch.compiler.disable
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.training or world_size() == 1:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(input, *args, **kwargs)
         with _BatchOfAllRanks() as ranks:
-            y = super().forward(x, *args, **kwargs)
+            y = super().forward(input, *args, **kwargs)
         if not ranks.met:
             raise _cannot_synchronise(type(self).__mro__[2], "does not normalise by torch.nn.functional.batch_norm")
         return y
@@ -274,7 +273,8 @@ def _cannot_synchronise(kind: type, why: str) -> UserError:
 
 @cache
 def _synchronised(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Sync{kind.__name__}", (SyncBatchNorm, kind), {"__module__": __name__})
+    forward = torch.compiler.disable(SyncBatchNorm.forward)  # here, as it imports the compiler
+    return type(f"Sync{kind.__name__}", (SyncBatchNorm, kind), {"__module__": __name__, "forward": forward})
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
