@@ -18,6 +18,7 @@ the instance part's mask, too, only multiplies a mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,11 +75,14 @@ class Streamlined(ResponseLoss):
 
     def _direction(self, student: Tensor, teacher: Tensor) -> Tensor:
         out = absent(student) | absent(teacher)
-        student, teacher = (x.masked_fill(out, 0) for x in (student, teacher))  # a cosine over the others
-        d = _similarities(student) - _similarities(teacher)
+        ours, theirs = (x.masked_fill(out, 0) for x in (student, teacher))  # a cosine over the other classes
+        d = _similarities(ours) - _similarities(theirs)
         if self.form == "paper":
             return self._mahalanobis(d)
-        return self._mahalanobis(d / student.shape[1]) * _low(F.softmax(teacher, dim=1).sum(0)).mean()
+        there = (~out).any(0)
+        confidence = F.softmax(teacher, dim=1).sum(0).masked_fill(~there, math.nan)
+        share = (confidence <= confidence.nanquantile(0.5)).sum() / there.sum()
+        return self._mahalanobis(d / there.sum()) * share
 
     def _mahalanobis(self, d: Tensor) -> Tensor:
         """Mean length of the rows of (N, N) where their regularised covariance is the unit of length."""

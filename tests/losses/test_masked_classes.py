@@ -16,7 +16,15 @@ ROWS = [  # each row a loss of its own
     ("ctkd", {}), ("logit_std", {}), ("logit_std", {"of": "dkd"}), ("tf_kd", {}), ("tf_kd", {"form": "self", "alpha": 0.3}),
     ("ls", {}),
 ]  # fmt: skip
-ALL = [*ROWS, ("tf_kd", {"form": "virtual"}), ("mlkd", {}), ("mlkd", {"standardize": True}), ("dist", {}), ("skd", {})]
+ALL = [
+    *ROWS,
+    ("tf_kd", {"form": "virtual"}),
+    ("mlkd", {}),
+    ("mlkd", {"standardize": True}),
+    ("dist", {}),
+    ("skd", {}),
+    ("skd", {"form": "code"}),
+]
 BOTH = pytest.mark.parametrize(("name", "params"), ALL, ids=[f"{n}-{'-'.join(map(str, p.values()))}" for n, p in ALL])
 
 
