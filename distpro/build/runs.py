@@ -18,6 +18,7 @@ from distpro.build.objective import build_objective
 from distpro.build.optimizer import build_optimizer
 from distpro.build.task import metrics_of
 from distpro.config.schema import Config
+from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Schedule
@@ -26,6 +27,7 @@ from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
 from distpro.train import distributed
+from distpro.train.checks import check_last_batch
 from distpro.train.rates import LearningRate
 from distpro.train.trainer import Trainer
 from distpro.weights import Weights, replay
@@ -147,7 +149,9 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     objective.cache = build_cache(config, data, objective, example_of(config, data))
     test = build_loader(config, data, data.test, training=False)
     why_not = train.why_not or validation.why_not
-    return _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
+    trainer = _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
+    _check_last_batch(trainer, config, train_part)
+    return trainer
 
 
 def build_retrain(
@@ -183,4 +187,11 @@ def build_retrain(
     optimizer = build_optimizer(config, objective.trainable_parameters())
     test = build_loader(config, data, data.test, training=False)
     name = f"retrain ({retrain.weights})"
-    return _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)
+    trainer = _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)
+    _check_last_batch(trainer, config, data.train)
+    return trainer
+
+
+def _check_last_batch(trainer: Trainer, config: Config, part: Any) -> None:
+    samples = len(part) if isinstance(part, Split) else None
+    check_last_batch(trainer, samples, config.training.batch_size, config.training.drop_last)

@@ -77,6 +77,6 @@ class Estimator:
             loss = self.objective.task_loss_of(output, validation)
             gradients = torch.autograd.grad(loss, params, allow_unused=True)
         self.validation_loss = loss.detach()
-        v = {p: g for p, g in zip(params, gradients, strict=True) if g is not None}
-        distributed.average(v.values())
+        averaged = distributed.average_where_any(gradients, params)
+        v = {p: g for p, g in zip(params, averaged, strict=True) if g is not None}
         return self.derivative(v, step.theta)
