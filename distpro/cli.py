@@ -22,6 +22,7 @@ KINDS = (
     "models",
     "datasets",
     "tasks",
+    "metrics",
     "weightings",
     "processes",
     "estimators",
@@ -272,13 +273,25 @@ def _list(options: argparse.Namespace) -> None:
     from distpro.process import PROCESSES
     from distpro.search.estimators.base import ESTIMATORS
     from distpro.search.weighting import WEIGHTINGS
-    from distpro.tasks import TASKS
+    from distpro.tasks import METRICS, TASKS
     from pathways import DISTANCES, TRANSFORMS
 
     found: dict[str, Any] = dict(
         zip(
             KINDS,
-            (LOSSES, TRANSFORMS, DISTANCES, MODELS, DATASETS, TASKS, WEIGHTINGS, PROCESSES, ESTIMATORS, presets()),
+            (
+                LOSSES,
+                TRANSFORMS,
+                DISTANCES,
+                MODELS,
+                DATASETS,
+                TASKS,
+                METRICS,
+                WEIGHTINGS,
+                PROCESSES,
+                ESTIMATORS,
+                presets(),
+            ),
             strict=True,
         )
     )

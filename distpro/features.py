@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distpro.batch import Batch
 from distpro.task import Task
@@ -72,13 +72,14 @@ class Reader:
         self.labels, self.mask = task.labels(batch)
         self._chosen: dict[tuple[int, ...], Tensor | None] = {}
 
-    def taps_of(self, term: Any, taps: Sequence[str], features: Features) -> dict[str, Tensor]:
-        """What a term reads, in the order of its taps; of the response its counted positions, if it reads those."""
+    def names_of(self, term: Any, taps: Sequence[str], features: Features) -> list[str]:
+        """The features that a term reads, in the order of its taps: of the response its counted positions, if it reads
+        those. Raises UserError where the task gives no response."""
         by_position = term.by_position and POSITIONS in features
         names = [POSITIONS if tap == LOGITS and by_position else tap for tap in taps]
         if LOGITS in names and LOGITS not in features:
             raise UserError(f"term '{term.key}' reads logits, but the task gives none of the model's output")
-        return {name: features[name] for name in names}
+        return names
 
     # A sample's rows
 
@@ -182,3 +183,18 @@ def own_views(read: Features) -> dict[str, Tensor]:
 def unwrap(tensors: list[Any]) -> Any:
     """The one tensor of a list of one, as losses that read one tensor take it; any other list as it is."""
     return tensors[0] if len(tensors) == 1 else tensors
+
+
+def scalar(loss: Any) -> Tensor:
+    """A task's loss as it is. Raises UserError for what is no scalar."""
+    if not isinstance(loss, Tensor) or loss.dim():
+        found = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(f"the task's loss must be a scalar tensor, got {found}")
+    return loss
+
+
+def check_apart(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise UserError where the two share a parameter that the student trains: the teacher's are frozen."""
+    trained = {p for p in student.parameters() if p.requires_grad}
+    if any(p in trained for p in teacher.parameters()):
+        raise UserError("objective: teacher and student share parameters, which would freeze the student's; copy them")

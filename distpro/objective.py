@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch, batch_of
-from distpro.features import Cache, Features, Reader, TrainingPass, own_views, unwrap
+from distpro.features import Cache, Features, Reader, TrainingPass, check_apart, own_views, scalar, unwrap
 from distpro.process import Clock
 from distpro.schedule import Schedule
 from distpro.task import Task
@@ -39,10 +39,8 @@ class Objective(nn.Module):
     Args:
         teacher: any module, or None where no term needs one. It is frozen and runs in evaluation mode.
         student: any module.
-        terms: pathways, `Term`s, or any module with ``key``, ``student_taps`` and ``teacher_taps`` that is called as
-            they are.
-        example_input: one batch of inputs, see `distpro.batch.Batch`; with it, traced taps are checked against the
-            model itself.
+        terms: pathways, `Term`s, or modules with ``key``, ``student_taps``, ``teacher_taps`` that are called alike.
+        example_input: a batch's inputs, see `Batch`; with it, traced taps are checked against the model itself.
         task: what the models do, `distpro.task.Task`; classification by default.
         task_loss: ``task_loss(output, target) → scalar`` in place of the task's own loss.
         precision: dtype of autocast (``torch.bfloat16``, ``torch.float16``), or None for full precision.
@@ -88,6 +86,7 @@ class Objective(nn.Module):
         if teacher is None and any(term.teacher_taps for term in self._given):  # type: ignore[union-attr]
             raise UserError("objective: distillation terms need a teacher")
         if teacher is not None:
+            check_apart(teacher, student)
             teacher.requires_grad_(False)
         self._weights_at = weights_of(self._given, {})
         self._set_terms(self._given, student, teacher)
@@ -100,8 +99,8 @@ class Objective(nn.Module):
         if len({e.key for e in self.entries}) != len(self.entries):
             raise UserError(f"objective: two terms have one key among {', '.join(e.key for e in self.entries)}")
         ours, theirs = ([tap for t in terms for tap in getattr(t, side)] for side in ("student_taps", "teacher_taps"))
-        wanted = self.computes_task or LOGITS in ours
-        self.student = self._tapped(getattr(self, "student", None), student, ours, wanted)
+        self._reads_response = LOGITS in ours or LOGITS in theirs
+        self.student = self._tapped(getattr(self, "student", None), student, ours, self.computes_task or LOGITS in ours)
         self.teacher: Tapped | None = None if teacher is None else getattr(self, "teacher", None)
         if teacher is not None:
             frozen = not self.teacher_training
@@ -252,7 +251,8 @@ class Objective(nn.Module):
         return output, self._with_response(output, features)
 
     def _with_response(self, output: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        response = None if output is None else self.task.response(output)
+        wanted = isinstance(output, Tensor) or (output is not None and self._reads_response)
+        response = self.task.response(output) if wanted else None
         return features if response is None else {**features, LOGITS: response}
 
     def predict(self, batch: Batch) -> Any:
@@ -268,7 +268,7 @@ class Objective(nn.Module):
     def task_loss_of(self, output: Any, batch: Batch, reader: Reader | None = None) -> Tensor:
         """Task loss in full precision, of each sample's first row."""
         output = (reader or Reader(self.task, batch)).plain(output)
-        return self.task.loss(output, batch) if self.task_loss is None else self.task_loss(output, batch.target)
+        return scalar(self.task.loss(output, batch) if self.task_loss is None else self.task_loss(output, batch.target))
 
     def term_losses(
         self,
@@ -299,13 +299,14 @@ class Objective(nn.Module):
                     if views is not None:
                         views.append({})
                     continue
-                read = reader.taps_of(term, term.student_taps, student)
+                names = reader.names_of(term, term.student_taps, student)
+                read = {name: student[name] for name in names}
                 if views is not None:
                     read = own_views(read)
                     views.append(read)
                 every = (lambda x: x) if term.rows == "all" else reader.first_rows
-                ours = [every(f) for f in read.values()]
-                theirs = [every(f) for f in reader.taps_of(term, term.teacher_taps, teacher).values()]
+                ours = [every(read[name]) for name in names]
+                theirs = [every(teacher[name]) for name in reader.names_of(term, term.teacher_taps, teacher)]
                 if isinstance(term, Pathway):
                     pathways.append((len(losses), term, ours[0], theirs[0]))
                     losses.append(None)
@@ -318,9 +319,8 @@ class Objective(nn.Module):
                 value = term(unwrap(ours), unwrap(theirs), target=target, index=batch.index, **more)
                 found = list(value.unbind()) if value.dim() else [value]
                 if len(found) != count:
-                    raise UserError(
-                        f"term '{term.key}' gives {len(found)} losses for {count} teacher taps; weight it whole"
-                    )
+                    given = f"term '{term.key}' gives {len(found)} losses for {count} teacher taps"
+                    raise UserError(f"{given}; weight it whole")
                 losses += found
             if pathways:
                 places, *parts = zip(*pathways, strict=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from distpro.data.foreign import from_objects
+from distpro.data.foreign import adopt, from_objects
 from distpro.task import TASK_PARTS, Task, check_parts
 from pathways.registry import UserError
 
@@ -34,13 +35,16 @@ class Given:
     def of(
         cls, data: Any = None, teacher: nn.Module | None = None, student: nn.Module | None = None, task: Any = None
     ) -> Given:
-        """Check what was handed over. ``data``: (train, test) or (train, validation, test) of Datasets or DataLoaders, or
+        """Check what was handed over. ``data``: (train, test) or (train, validation, test) of Datasets or DataLoaders, a
+        mapping of such parts, or
         a set that `distpro.data` has loaded. Raises UserError for anything else."""
         for name, model in (("teacher", teacher), ("student", student)):
             if model is not None and not isinstance(model, nn.Module):
                 raise UserError(f"{name} is {type(model).__name__}, not a torch.nn.Module")
         if task is not None:
             check_parts(task, "task", TASK_PARTS)
+        if isinstance(data, Mapping):
+            data = adopt(data)
         if isinstance(data, (tuple, list)):
             if len(data) not in (2, 3):
                 raise UserError(f"data holds {len(data)} parts: expected (train, test) or (train, validation, test)")

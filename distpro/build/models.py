@@ -139,7 +139,8 @@ def build_pair(
         distributed.synchronise_batch_norm(student)
     student = place(student, config)
     example = example_of(config, data)
-    pair = Pair(None, student, example, task.call(example, training=False), task=task)
+    pair = Pair(None, student, example, task.call(example, False), task=task)
+    _check_runs("student", student, pair.call)
     if not needs_teacher(config):
         return pair
     pair.student_reading = reading_of(config.student, student, pair.call, task.response)
@@ -154,6 +155,7 @@ def build_pair(
         if teacher_state is not None:
             network.load_state_dict(teacher_state)
         network = place(network, config).eval()
+        _check_runs("teacher", network, _resized(pair.call, member))
         readings[name] = reading_of(member, network, _resized(pair.call, member), task.response)
         if member.input is not None:
             network = _adapted(network, member, data)
@@ -169,6 +171,20 @@ def build_pair(
         pair.teacher = place(pair.teacher, config).eval()
     pair.teachers = readings
     return pair
+
+
+def _check_runs(what: str, network: nn.Module, call: Call) -> None:
+    """Raise UserError in one line where two samples of the data do not pass through a model."""
+    try:
+        with untouched(network):
+            call.run(network.eval())
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model does with inputs that are not its own
+        reason = next(iter(str(error).splitlines()), "")[:160]
+        raise UserError(
+            f"{what}: two samples of the data do not pass through it ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _check_weights(name: str, member: ModelConfig, load: bool) -> None:

@@ -19,6 +19,8 @@ def build_optimizer(config: Config, params: list[nn.Parameter]) -> torch.optim.O
     """The config's optimiser, in its fused form where there is one that serves; ``package.module:name`` is called with
     the parameters, ``lr`` and the config's ``params``."""
     o = config.training.optimizer
+    if not params:
+        raise UserError("there is nothing to train: neither the student nor a term has a parameter that is not frozen")
     kind = find_optimizer(o)
     if not is_code(o.name):
         return kind(params, o)

@@ -194,7 +194,9 @@ def as_batch(part: Any, value: Any, to_batch: Callable[[Any], Batch] | None = No
     inputs, target = _halves(value)
     if isinstance(inputs, tuple) and isinstance(target, tuple | list) and all(isinstance(t, Mapping) for t in target):
         inputs, target = list(inputs), list(target)
-    return Batch(inputs, target, _count(inputs))
+    samples = _count(inputs)
+    check_targets(samples, target)
+    return Batch(inputs, target, samples)
 
 
 def _halves(value: Any) -> tuple[Any, Any]:
@@ -220,6 +222,15 @@ def _count(inputs: Any) -> int:
             f"data: the inputs of a batch hold no tensor whose first size is the samples ({type_name(inputs)})"
         )
     return len(first)
+
+
+def check_targets(samples: int, target: Any) -> None:
+    """Raise UserError where a batch's target is a tensor with another number of rows than there are samples."""
+    if isinstance(target, Tensor) and target.ndim and len(target) != samples:
+        raise UserError(
+            f"data: the first tensor of a batch's inputs has {samples} rows, but there are {len(target)} targets; "
+            "give whole Batches, or a to_batch function"
+        )
 
 
 def placed(batch: Batch, device: str | torch.device, channels_last: bool) -> Batch:

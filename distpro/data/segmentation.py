@@ -148,7 +148,11 @@ class _Tree:
         name = next((tree[PurePosixPath(listing)] for tree in self.trees if PurePosixPath(listing) in tree), None)
         if name is None:
             raise UserError(f"{self.store.path}: no list {listing} (lists: null takes all images of a folder)")
-        words = [line.split()[0] for line in self.store.read(name).decode("utf-8").splitlines() if line.strip()]
+        try:
+            lines = self.store.read(name).decode("utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.store.path}: {listing} is not a text file") from None
+        words = [line.split()[0] for line in lines if line.strip()]
         files = [PurePosixPath(word) for word in words]
         return [file.stem if file.suffix.lower() in SUFFIXES else file.name for file in files]
 

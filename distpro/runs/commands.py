@@ -3,7 +3,7 @@
 config.yaml       the resolved config          metrics.jsonl     numbers by step, as in TensorBoard
 environment.json  versions, machine, revision  checkpoint.pt     whole state, for --resume
 result.json       final metrics                student.pt        the trained student's weights
-alpha.pt          the schedule (search)
+alpha.pt          the schedule (search)        data.json         what the data were
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _search(checked: Config, out: str | Path | None, resume: bool, given: Given)
             searcher.schedule(trainer.steps_per_epoch, meta).save(folder / "alpha.pt")
 
     trainer.on_checkpoint = write
-    run_training(trainer, checked, resume, searcher)
+    run_training(trainer, checked, resume, searcher, signature=data.signature)
     return searcher.schedule(trainer.steps_per_epoch, meta)
 
 
@@ -140,8 +140,9 @@ def _retrain(
     folder = open_folder(out, checked, resume)
     if checked.stages:
         return retrain_stages(checked, stages, learned, folder, resume, given)
-    trainer = build.build_retrain(checked, build.build_data(checked, given), learned, folder, given=given)
-    metrics = run_training(trainer, checked, resume, None)
+    data = build.build_data(checked, given)
+    trainer = build.build_retrain(checked, data, learned, folder, given=given)
+    metrics = run_training(trainer, checked, resume, None, signature=data.signature)
     if folder is not None:
         save_student(trainer.objective, folder)
     return Result(metrics, folder)

@@ -53,7 +53,7 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     task = build.build_task(config)
     model = build_network(config.student, task.model_arguments(data), load=False).eval()
     load_checkpoint(model, weights)
-    args, kwargs = task.call(data.example(2), training=False)
+    args, kwargs = task.call(data.example(2), False)
     if any(isinstance(value, list) for value in [*args, *kwargs.values()]):
         raise UserError(f"{folder}: the student takes a list, which no {format} file can stand for: export safetensors")
     dynamic: Any = tuple(map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, list(args)))

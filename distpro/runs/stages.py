@@ -48,7 +48,12 @@ def retrain_stages(
         first = Given(given.data, given.teacher, None if n else given.student, given.task)
         trainer = build.build_retrain(settings, data, schedule, inner, taken, first)
         metrics = run_training(
-            trainer, settings, going_on, None, ended=partial(save_student, trainer.objective, terms=True)
+            trainer,
+            settings,
+            going_on,
+            None,
+            ended=partial(save_student, trainer.objective, terms=True),
+            signature=data.signature,
         )
         student = {k: v.detach().clone() for k, v in trainer.objective.student.model.state_dict().items()}
         carry = Carry(student, None, {**carry.terms, **term_states(trainer.objective)})

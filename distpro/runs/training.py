@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from distpro.console import note
 from distpro.files import save_atomically, write_atomically
 from distpro.objective import Objective, Term
 from distpro.report.plots import heatmap_figure, schedule_figure
-from distpro.runs.folder import as_yaml, flat, record
+from distpro.runs.folder import as_yaml, check_data, flat, record
 from distpro.search.searcher import Searcher
 from distpro.train import distributed
 from distpro.train.tracking import Tracker
@@ -48,9 +48,13 @@ def run_training(
     resume: bool,
     searcher: Searcher | None,
     ended: Callable[[Path], None] = lambda folder: None,
+    signature: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Train with tracking; everything that a finished run leaves in its folder but its weights. ``ended`` is called
-    before the result is written, which says that the training has ended."""
+    before the result is written, which says that the training has ended. ``signature``: plain values that state the data;
+    a resumed run must have the same."""
+    if resume and trainer.folder is not None and signature is not None:
+        check_data(trainer.folder, signature)
     note_emulation(config)
     if resume:
         trainer.resume()
@@ -61,7 +65,7 @@ def run_training(
     if trainer.folder is None or not distributed.is_main():
         return trainer.fit()
     if not resume:
-        record(config, trainer.folder)
+        record(config, trainer.folder, signature)
     first = trainer.step + 1 if resume else None
     with Tracker(trainer.folder, resume_step=first, tensorboard=config.tracking.tensorboard) as tracker:
         trainer.tracker = tracker

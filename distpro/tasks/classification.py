@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.batch import Batch
+from distpro.tasks.labels import as_labels, check_range, check_smoothing
 from pathways.call import Call
 from pathways.registry import UserError
 from pathways.taps import response_of
@@ -26,7 +27,7 @@ class Classification:
     higher_is_better = True
 
     def __init__(self, label_smoothing: float = 0.0):
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = check_smoothing("classification", label_smoothing)
 
     def model_arguments(self, data: Any) -> dict[str, Any]:
         return {} if data.num_classes is None else {"num_classes": data.num_classes}
@@ -36,22 +37,34 @@ class Classification:
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean cross entropy of the response (N, K)."""
-        response, target = response_of(output), batch.target
+        response, target = response_of(output), _target(batch)
         if response.dim() != 2 or target.shape not in (response.shape[:1], response.shape):
             raise UserError(
                 f"classification needs a row of classes and one label per sample, got a response {tuple(response.shape)} "
                 f"and targets {tuple(target.shape)}; another task?"
             )
+        if target.dim() == 1:
+            check_range("classification", target, response.shape[1])
         return F.cross_entropy(response, target, label_smoothing=self.label_smoothing)
 
     def response(self, output: Any) -> Tensor | None:
         return response_of(output)
 
     def labels(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        return (batch.target if isinstance(batch.target, Tensor) else None), None
+        target = batch.target  # a loss of somebody's own may have targets of any kind
+        if not isinstance(target, Tensor):
+            return None, None
+        return (target if target.is_floating_point() or target.is_complex() else target.long()), None
 
     def metrics(self) -> Accuracy:
         return Accuracy()
+
+
+def _target(batch: Batch) -> Tensor:
+    """Labels (N,) int64, or probabilities (N, K)."""
+    target = batch.target
+    soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2
+    return target if soft else as_labels("classification", target)
 
 
 class Accuracy:
@@ -63,20 +76,23 @@ class Accuracy:
         self._samples = 0
 
     def update(self, output: Any, batch: Batch) -> None:
-        """Take in a batch with ``target`` (N,). Raises UserError for a response that is no row of classes a sample."""
-        response, target = response_of(output), batch.target
+        """Take in a batch with ``target`` (N,), or (N, K) of which the largest is the label. Raises UserError for a response that is no row of classes a sample."""
+        response, target = response_of(output), _target(batch)
         if response.dim() != 2 or len(response) != len(target):
             raise UserError(
                 f"accuracy needs one row of classes per label, got a response {tuple(response.shape)} for {len(target)} labels"
             )
-        ranked = response.topk(min(5, response.shape[1]), dim=1).indices == target[:, None]
+        if target.dim() == 1:
+            check_range("classification", target, response.shape[1])
+        labels = target.argmax(1) if target.dim() == 2 else target
+        ranked = response.topk(min(5, response.shape[1]), dim=1).indices == labels[:, None]
         for name, value in (
             ("accuracy", 100 * ranked[:, 0].sum()),
             ("top5", 100 * ranked.any(1).sum()),
             ("loss", F.cross_entropy(response.float(), target, reduction="sum")),
         ):
             self._sums[name] = self._sums.get(name, 0) + value.double()
-        self._samples += batch.samples
+        self._samples += len(target)
 
     def state(self) -> dict[str, Any]:
         return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "samples": self._samples}

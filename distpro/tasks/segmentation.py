@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.batch import Batch
+from distpro.tasks.labels import as_labels, check_range, check_smoothing
 from distpro.tasks.metrics import METRICS
 from pathways.call import Call
 from pathways.registry import UserError
@@ -34,7 +35,8 @@ class Segmentation:
     higher_is_better = True
 
     def __init__(self, aux_weight: float = 0.4, label_smoothing: float = 0.0):
-        self.aux_weight, self.label_smoothing = aux_weight, label_smoothing
+        self.aux_weight = aux_weight
+        self.label_smoothing = check_smoothing("segmentation", label_smoothing)
 
     def model_arguments(self, data: Any) -> dict[str, Any]:
         return {} if data.num_classes is None else {"num_classes": data.num_classes}
@@ -44,24 +46,32 @@ class Segmentation:
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean cross entropy over the pixels that count, 0 where none does."""
-        loss = pixel_cross_entropy(response_of(output), batch.target, self.label_smoothing)
+        target = _target(batch)
+        loss = pixel_cross_entropy(response_of(output), target, self.label_smoothing)
         aux = output.get("aux") if isinstance(output, Mapping) else None
         if aux is None or not self.aux_weight:
             return loss
-        return loss + self.aux_weight * pixel_cross_entropy(aux, batch.target, self.label_smoothing)
+        return loss + self.aux_weight * pixel_cross_entropy(aux, target, self.label_smoothing)
 
     def response(self, output: Any) -> Tensor | None:
         return response_of(output)
 
     def labels(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        return (batch.target, batch.target != VOID) if isinstance(batch.target, Tensor) else (None, None)
+        if batch.target is None:
+            return None, None
+        target = _target(batch)
+        return target, target != VOID
 
     def metrics(self) -> ConfusionMatrix:
         return ConfusionMatrix(with_loss=True)
 
-    def pictures(self, output: Any, batch: Batch, count: int = 4) -> Tensor:
-        """For the log: image, labels and prediction of the first samples side by side, uint8 (count, 3, H, 3 W)."""
-        images, target = batch.call.args[0][:count].float(), batch.target[:count]
+    def pictures(self, output: Any, batch: Batch, count: int = 4) -> Tensor | None:
+        """For the log: image, labels and prediction of the first samples side by side, uint8 (count, 3, H, 3 W). None where
+        the inputs are no images (N, 1 or 3, H, W)."""
+        images, target = batch.call.sole, _target(batch)[:count]
+        if images is None or images.dim() != 4 or images.shape[1] not in (1, 3):
+            return None
+        images = images[:count].float().expand(-1, 3, -1, -1)
         low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
         shown = (255 * (images - low) / (high - low).clamp(min=1e-6)).byte()
         size = tuple(target.shape[1:])
@@ -75,6 +85,7 @@ def pixel_cross_entropy(response: Tensor, target: Tensor, label_smoothing: float
     """Mean cross entropy of dense logits (N, K, h, w) at the size of label maps (N, H, W), over the pixels that count; 0
     where none does."""
     response = _at(response, tuple(target.shape[1:]))
+    check_range("segmentation", target, response.shape[1], VOID)
     total = F.cross_entropy(
         response, target, ignore_index=VOID, label_smoothing=label_smoothing, reduction="sum"
     )  # the mean over no pixel would be nan
@@ -87,7 +98,18 @@ def _at(response: Tensor, size: tuple[int, ...]) -> Tensor:
         raise UserError(f"segmentation needs a response (N, K, H, W), got {tuple(response.shape)}")
     if tuple(response.shape[2:]) == size:
         return response
+    (h, w), (height, width) = response.shape[2:], size
+    if abs(h * width - w * height) > height + width:  # rounding of strides aside, one shape is the other, scaled
+        raise UserError(f"segmentation: a response of {h}x{w} does not fit label maps of {height}x{width}: transposed?")
     return F.interpolate(response, size, mode="bilinear", align_corners=False)
+
+
+def _target(batch: Batch) -> Tensor:
+    """Label maps (N, H, W) int64."""
+    target = as_labels("segmentation", batch.target)
+    if target.dim() != 3:
+        raise UserError(f"segmentation: labels are maps (N, H, W), got {tuple(target.shape)}")
+    return target
 
 
 def palette(count: int) -> Tensor:
@@ -115,8 +137,10 @@ class ConfusionMatrix:
 
     def update(self, output: Any, batch: Batch) -> None:
         """Take in a batch with ``target`` (N, H, W)."""
-        response = _at(response_of(output).float(), tuple(batch.target.shape[1:]))
-        count, target = response.shape[1], batch.target
+        target = _target(batch)
+        response = _at(response_of(output).float(), tuple(target.shape[1:]))
+        count = response.shape[1]
+        check_range("segmentation", target, count, VOID)
         counts = target != VOID
         labels, predicted = target[counts], response.argmax(1)[counts]
         matrix = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
@@ -137,7 +161,9 @@ class ConfusionMatrix:
     def compute(self) -> dict[str, float]:
         if self._matrix is None or self._loss is None:
             return {}
-        matrix, pixels = self._matrix.double(), self._matrix.sum().clamp(min=1)
+        matrix, pixels = self._matrix.double(), self._matrix.sum()
+        if pixels == 0:
+            raise UserError("segmentation: every pixel of the evaluation is void (255), there is nothing to measure")
         hits = matrix.diagonal()
         union = matrix.sum(0) + matrix.sum(1) - hits
         seen = union > 0

@@ -33,4 +33,4 @@ def evaluate(
             seen = None
     objective.train(was_training)
     metrics.merge(distributed.gather(metrics.state()))
-    return metrics.compute()
+    return {name: float(value) for name, value in metrics.compute().items()}

@@ -282,8 +282,9 @@ class Trainer:
     def _show(self, output: Any, batch: Batch) -> None:
         """Pictures of predictions, of a task that makes some."""
         pictures = getattr(self.task, "pictures", None)
-        if pictures is not None and self.tracker is not None:
-            self.tracker.images("test/predictions", pictures(output, batch), self.step)
+        shown = pictures(output, batch) if pictures is not None and self.tracker is not None else None
+        if shown is not None and self.tracker is not None:
+            self.tracker.images("test/predictions", shown, self.step)
 
     def result(self) -> dict[str, float]:
         """Metrics of the last evaluation, the best headline metric beside them, and the time taken."""

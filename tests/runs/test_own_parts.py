@@ -20,6 +20,7 @@ from distpro.runs.export import export
 from distpro.schedule import Schedule
 from distpro.train.tracking import read_metrics
 from distpro.train.trainer import Interrupted
+from pathways import UserError
 from tests.runs.test_resume import differences, stop_after
 
 SOURCE = '''
@@ -439,3 +440,18 @@ def test_a_schedule_that_is_trusted_repeats_its_code(own, tmp_path, monkeypatch)
     another = [f"metrics=[{{{own}:Hits: {{scale: 1}}}}]", *(said for said in trusted if "metrics" not in said)]
     result = distpro.retrain(schedule="search/alpha.pt", overrides=another)
     assert result.metrics["hits"] <= 1
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path):
+    """Of the same type, with another number of samples."""
+
+    def data(count):
+        generator = torch.Generator().manual_seed(count)
+        return torch.utils.data.TensorDataset(torch.randn(count, 4, generator=generator), torch.arange(count) % 3)
+
+    config = {"training": {"max_steps": 2, "batch_size": 8}, "tracking": {"tensorboard": False}}
+    student = torch.nn.Linear(4, 3)
+    distpro.train(config, data=(data(16), data(16)), student=student, out=tmp_path / "run")
+    with pytest.raises(UserError, match="the data have changed since the run began"):
+        distpro.train(config, data=(data(24), data(16)), student=student, out=tmp_path / "run", resume=True)
+    distpro.train(config, data=(data(16), data(16)), student=student, out=tmp_path / "run", resume=True)

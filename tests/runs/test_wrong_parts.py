@@ -109,7 +109,7 @@ WRITTEN = {
         {"data": {"name": f"{HERE}:tagged_texts"}},
         "classification needs a row of classes and one label per sample, got a response (8, 3) and targets (8, 7)",
     ),
-    "another task's response": ({"task": "segmentation"}, "segmentation needs a response (N, K, H, W), got (8, 3)"),
+    "another task's response": ({"task": "segmentation"}, "segmentation: labels are maps (N, H, W), got (8,)"),
 }  # fmt: skip
 
 
