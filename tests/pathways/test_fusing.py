@@ -20,9 +20,9 @@ ZOO = [
     "wrn_16_1",
     "vgg8",
     "mobilenet_v2",
-    "shufflenet_v1",
+    pytest.param("shufflenet_v1", marks=pytest.mark.slow),
     "shufflenet_v2",
-    "densenet_bc",
+    pytest.param("densenet_bc", marks=pytest.mark.slow),
 ]
 
 
