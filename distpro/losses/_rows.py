@@ -127,8 +127,12 @@ def kl_rows(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Te
 
     A class whose logits are -inf in both is left out; where only the student's is, the divergence is +inf.
     """
-    log_s, log_t = (F.log_softmax(softened(x, temperature), dim=1) for x in (student, teacher))
-    return divergence(log_s, log_t).sum(1) * temperature**2
+    log_s = F.log_softmax(softened(student, temperature), dim=1)
+    if isinstance(temperature, Tensor):  # whose gradient goes through the teacher's probabilities too
+        return divergence(log_s, F.log_softmax(softened(teacher, temperature), dim=1)).sum(1) * temperature**2
+    target = F.softmax(softened(teacher, temperature), dim=1)
+    log_s = log_s.masked_fill((target == 0) & absent(student), 0)
+    return F.kl_div(log_s, target, reduction="none").sum(1) * temperature**2
 
 
 def softened(logits: Tensor, temperature: float | Tensor) -> Tensor:

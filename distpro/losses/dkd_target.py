@@ -10,13 +10,13 @@ a sum, so that sure predictions stay finite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.losses._maps import divergence
 from distpro.losses._options import POSITIVE
 from distpro.losses._rows import ResponseLoss
 from distpro.losses.base import LOSSES, Shape
@@ -27,7 +27,9 @@ EXCLUDED = -1e9  # logit of a class that is not there: its probability is exactl
 def target_part(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Scalar TCKD of logits (M, K) and labels (M,)."""
     log_s, log_t = (_binary(x / temperature, labels[:, None]) for x in (student, teacher))
-    return divergence(log_s, log_t).sum(1).mean() * temperature**2
+    neither = (log_s == -math.inf) & (log_t == -math.inf)
+    log_s, log_t = log_s.masked_fill(neither, 0), log_t.masked_fill(neither, 0)
+    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _binary(logits: Tensor, label: Tensor) -> Tensor:
