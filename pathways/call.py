@@ -98,3 +98,8 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(function, inner) for inner in value)
     return value
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """The model's output for inputs of any kind, see `Call.of`."""
+    return Call.of(inputs).run(model)
