@@ -118,6 +118,13 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
             raise UserError(
                 "sync_batch_norm: forward_mode cannot see through it; use finite_difference, or leave it out"
             )
+    horizon = search.steps_back(total)
+    if horizon > 1:
+        if estimator_name not in ("sweep", "unrolled"):
+            raise UserError(
+                f"search.estimator: {estimator_name} looks one step back (allowed with a horizon of {horizon}: sweep, unrolled)"
+            )
+        estimator_params = {"steps": horizon, **estimator_params}
     clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
     weighting_name, weighting_params = parse_spec(search.weighting, "search.weighting")
@@ -140,6 +147,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         threshold=search.threshold,
         revive_every=search.revive_every,
         repeats=search.repeats,
+        validation_batches=search.validation_batches,
         scale=distill_scale(config, len(train)),
         measure=None if how == "none" else measure,
         rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)

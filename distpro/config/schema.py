@@ -140,16 +140,21 @@ class TrainingConfig(Section):
 
 
 class SearchConfig(Section):
-    """How α is learned (Section 3.2 and 3.3)."""
+    """How the weights are learned. What is null takes the value that goes with the horizon, see `_BY_HORIZON`."""
 
-    estimator: Spec = "forward_mode"
-    weighting: Spec = "biased_softmax"
-    optimizer: Literal["adam", "sgd"] = "adam"
-    learning_rate: float = Field(0.05, gt=0, description="γ")
+    horizon: int | float | Literal["whole"] = Field(
+        1,
+        description="training steps that a gradient looks back: 1 (the paper, Section 3.2 and 3.3), a number of them, or a "
+        "fraction of the training, whole: all of it",
+    )
+    estimator: Spec | None = None
+    weighting: Spec | None = None
+    optimizer: Literal["adam", "sgd", "relative"] | None = Field(None, description="of α̃")
+    learning_rate: float | None = Field(None, gt=0, description="γ; of relative steps, their size")
     betas: tuple[float, float] = (0.5, 0.999)
-    momentum: float = Field(0.0, ge=0, lt=1)
+    momentum: float | None = Field(None, ge=0, lt=1)
     per_rate: bool = Field(False, description="divide h by the learning rate's factor, to which it is proportional")
-    every: int = Field(1, ge=1, description="steps between two updates of α")
+    every: int = Field(1, ge=1, description="steps between two updates of α; at least the horizon")
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     normalise: Literal["none", "loss", "gradient"] | None = Field(
         None,
@@ -157,9 +162,41 @@ class SearchConfig(Section):
     )
     normalise_batches: int = Field(4, gt=0, description="training batches to measure the terms' size on")
     validation_batch_size: int | None = Field(None, gt=0)
+    validation_batches: int = Field(1, gt=0, description="batches of the validation part that one update of α looks at")
     threshold: float | None = Field(None, description="τ during the search; null drops nothing")
     revive_every: int = Field(0, ge=0, description="with a threshold: compute all terms in every so many updates")
     repeats: bool = Field(False, description="take each step again with the weights that it has led to")
+
+    @field_validator("horizon")
+    @classmethod
+    def _some_steps(cls, horizon: Any) -> Any:
+        if not isinstance(horizon, str) and not (horizon >= 1 if isinstance(horizon, int) else 0 < horizon < 1):
+            raise ValueError("a number of steps from 1, a fraction between 0 and 1, or whole")
+        return horizon
+
+    @model_validator(mode="after")
+    def _by_horizon(self) -> SearchConfig:
+        for name, (one, more) in _BY_HORIZON.items():
+            if getattr(self, name) is None:
+                setattr(self, name, one if self.horizon == 1 else more)
+        return self
+
+    def steps_back(self, total: int) -> int:
+        """The horizon in steps, of a training of ``total``."""
+        if self.horizon == "whole":
+            return total
+        steps = self.horizon if isinstance(self.horizon, int) else round(self.horizon * total)
+        return min(max(steps, 1), total)
+
+
+_BY_HORIZON: dict[str, tuple[Any, Any]] = {
+    "estimator": ("forward_mode", "sweep"),
+    "weighting": ("biased_softmax", "log"),
+    "optimizer": ("adam", "relative"),
+    "learning_rate": (0.05, 1.0),
+    "momentum": (0.0, 0.5),
+}
+"""What a search takes where its config says nothing: with a horizon of one step, and with a longer one."""
 
 
 class RetrainConfig(Section):

@@ -143,6 +143,9 @@ def _passes(config: Config, searching: bool) -> dict[str, float]:
         }.get(name, {})
         for part, count in extra.items():
             passes[part] += count / config.search.every
+        if name == "sweep":  # in every step: forward and backward again, and the derivative of both
+            passes["student"] += 9.0
+            passes["terms"] += 9.0
         if config.search.repeats:
             passes = {
                 part: count + (1 if part == "teacher" else 3) / config.search.every for part, count in passes.items()

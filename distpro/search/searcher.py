@@ -17,6 +17,7 @@ from distpro.features import TrainingPass
 from distpro.objective import Objective
 from distpro.schedule import Schedule, drop
 from distpro.search.estimators.base import Estimator, TrainingStep
+from distpro.search.relative import RelativeStep
 from distpro.search.weighting import Weighting
 from distpro.train import distributed
 from pathways.registry import UserError
@@ -38,7 +39,7 @@ class Searcher:
         weighting: α̃ → w.
         validation: ``validation(start)`` gives the endless batches of D_val from number ``start`` on.
         total_steps: T_search.
-        learning_rate, optimizer, betas, momentum: of α̃'s own optimiser, ``adam`` or ``sgd``.
+        learning_rate, optimizer, betas, momentum: of α̃'s own optimiser, ``adam``, ``sgd`` or ``relative``.
         every: steps between two updates of α̃.
         threshold: τ, drops terms during the search (their computation too); None drops none.
         repeats: take each step again with the weights that it has led to, as DARTS and a literal Algorithm 1 do; about
@@ -48,6 +49,7 @@ class Searcher:
             called once, before the first step. None leaves the losses as they are.
         rate: the learning rate's factor in the present step, by which h is divided: h is proportional to the learning
             rate, and an optimiser of α̃ with a long memory (Adam) would take small steps for long after it has dropped.
+        validation_batches: batches of D_val that one update looks at.
         revive_every: with a threshold, all terms are computed again in the first of every so many updates, so that a
             dropped term has a signal and may come back; 0 never.
     """
@@ -70,6 +72,7 @@ class Searcher:
         scale: float | Callable[[int], float] = 1.0,
         measure: Callable[[], Tensor] | None = None,
         rate: Callable[[], float] = lambda: 1.0,
+        validation_batches: int = 1,
     ):
         learned = [n for n, constant in enumerate(objective.constants_at(0)) if constant is None]
         if not learned:
@@ -87,9 +90,12 @@ class Searcher:
         self._measure, self._rate = measure, rate
         self.scales = torch.ones(len(learned), device=device)
         count = len(learned)
-        self.alpha_tilde = torch.ones(count, device=device, requires_grad=True)
-        if optimizer == "adam":
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam([self.alpha_tilde], lr=learning_rate, betas=betas)
+        self.validation_batches = validation_batches
+        self.alpha_tilde = weighting.start(count).to(device).requires_grad_()
+        if optimizer == "relative":
+            self.optimizer: torch.optim.Optimizer = RelativeStep([self.alpha_tilde], lr=learning_rate, momentum=momentum)
+        elif optimizer == "adam":
+            self.optimizer = torch.optim.Adam([self.alpha_tilde], lr=learning_rate, betas=betas)
         else:
             self.optimizer = torch.optim.SGD([self.alpha_tilde], lr=learning_rate, momentum=momentum)
         self.history = torch.zeros(2, total_steps, count, device=device)  # α̃ and w per step, kept on the device
@@ -104,6 +110,8 @@ class Searcher:
     @torch.no_grad()
     def weights(self, step: int) -> Tensor | list[float]:
         """λ·w of every entry: a tensor, or a list whose zeros are terms that the threshold has dropped."""
+        if self.watches(step):
+            self.estimator.before_pass()
         if step == 0 and self._measure is not None:
             self.scales = self._measure()[self.learned].to(self.scales)
         weights = self.weighting(self.alpha_tilde)
@@ -141,15 +149,16 @@ class Searcher:
         """After the backward pass, before the parameters move. ``state``: random state before the forward pass."""
         theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
         scale = torch.ones_like(self._weights).index_copy_(0, self.learned, self.scale(step) * self.scales)
-        self._current = TrainingStep(batch, self._weights, scale, theta, state, done)
+        self._current = TrainingStep(batch, self._weights, scale, theta, state, done, step)
         self.estimator.before_step(self._current)
 
     def after_update(self, step: int) -> bool:
         """After the parameters have moved: update α̃ if this step is one to do so, and say whether it was."""
         if self._current is None or not self.updates_after(step):
             return False
-        h = self.estimator(self._current, next(self.validation))
-        self.validation_steps += 1
+        validation = [next(self.validation) for _ in range(self.validation_batches)]
+        h = self.estimator(self._current, validation)
+        self.validation_steps += len(validation)
         self._current = None
         h = h / (self._rate() or 1.0)
         distributed.average([h, self.estimator.validation_loss])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ class Weighting:
 
     def __call__(self, alpha_tilde: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def start(self, count: int) -> Tensor:
+        """α̃ before the first step, (N,)."""
+        return torch.ones(count)
 
     def pull_back(self, alpha_tilde: Tensor, gradient: Tensor) -> Tensor:
         """(∂w/∂α̃)ᵀ · gradient, shape (N,): turns dL_val/dw into dL_val/dα̃."""
@@ -69,3 +75,15 @@ class Sigmoid(Weighting):
 
     def __call__(self, alpha_tilde: Tensor) -> Tensor:
         return alpha_tilde.sigmoid()
+
+
+@WEIGHTINGS.register("log")
+class Log(Weighting):
+    """w = exp(α̃): each weight moves by a factor, and how hard all terms pull together is free. Starts at 1 / (N + 1) each, as
+    biased softmax does."""
+
+    def start(self, count: int) -> Tensor:
+        return torch.full((count,), -math.log(count + 1))
+
+    def __call__(self, alpha_tilde: Tensor) -> Tensor:
+        return alpha_tilde.exp()

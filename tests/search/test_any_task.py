@@ -127,7 +127,7 @@ def estimate(make, name, **params):
         if n == 2:
             estimator.before_step(step)
         optimizer.step()
-    return estimator(step, batches[3])
+    return estimator(step, [batches[3]])
 
 
 @pytest.mark.parametrize("make", [dense, tokens])

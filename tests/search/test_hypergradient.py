@@ -88,6 +88,8 @@ class Case:
     def step(self, batch, weights, estimator=None, capture=False):
         self.optimizer.zero_grad()
         state = random_state(self.objective.student)
+        if estimator is not None:
+            estimator.before_pass()
         capture = capture or (estimator is not None and estimator.needs_views)
         done = self.objective.training_pass(batch, self.scale * weights, capture)
         done.loss.backward()
@@ -107,7 +109,7 @@ class Case:
         estimator = ESTIMATORS.build(name, self.objective, self.optimizer, self.max_norm, self.clip_by, **params)
         for batch in self.batches[:steps]:
             last = self.step(batch, self.weights, estimator)
-        return estimator(last, self.validation)
+        return estimator(last, [self.validation])
 
     def validation_loss(self, weights, steps=1):
         """L_val after real steps with these weights: the function whose gradient is asked for."""
@@ -206,7 +208,7 @@ def test_an_estimate_leaves_no_trace(name):
         capture = ESTIMATORS.build(name, case.objective, case.optimizer).needs_views  # it fixes the order of sums
         step = case.step(case.batches[0], case.weights, built, capture)
         if built is not None:
-            built(step, case.validation)
+            built(step, [case.validation])
         results.append(
             copy.deepcopy(
                 (
@@ -310,7 +312,7 @@ def test_golden_hypergradients(name, estimator, golden_folder):
     step = TrainingStep(batch, weights, 1.0, theta, random_state(student), done)
     built.before_step(step)
     optimizer.step()
-    h = built(step, batch_of(arrays["x_val"], arrays["y_val"]))
+    h = built(step, [batch_of(arrays["x_val"], arrays["y_val"])])
 
     assert torch.allclose(done.terms.double(), arrays["terms"], rtol=1e-5)
     for p in objective.trainable_parameters():

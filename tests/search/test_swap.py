@@ -104,5 +104,5 @@ def test_a_training_step_knows_its_own_parameters():
     step = TrainingStep(batch, torch.ones(1), 1.0, theta, state, done)
     estimator.before_step(step)
     optimizer.step()
-    assert estimator(step, batch).isfinite().all()
+    assert estimator(step, [batch]).isfinite().all()
     assert student[2].weight is student[0].weight and isinstance(student[0].weight, nn.Parameter)

@@ -12,8 +12,9 @@ from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.finite_difference import FiniteDifference
 from distpro.search.estimators.forward_mode import ForwardMode
 from distpro.search.estimators.step import StepDerivative
+from distpro.search.estimators.sweep import Sweep
 
-__all__ = ["ESTIMATORS", "Estimator", "FiniteDifference", "ForwardMode", "StepDerivative", "TrainingStep"]
+__all__ = ["ESTIMATORS", "Estimator", "FiniteDifference", "ForwardMode", "StepDerivative", "Sweep", "TrainingStep"]
 
 
 @ESTIMATORS.register("unrolled")

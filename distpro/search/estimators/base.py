@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ class TrainingStep:
         theta: trainable parameters before the step.
         state: random state before the forward pass.
         done: the forward pass, backward done.
+        number: of the step in the training.
     """
 
     batch: Batch
@@ -37,6 +39,7 @@ class TrainingStep:
     theta: dict[nn.Parameter, Tensor]
     state: dict[str, Tensor]
     done: TrainingPass
+    number: int = 0
 
 
 class Estimator:
@@ -61,22 +64,34 @@ class Estimator:
         self.derivative = StepDerivative(optimizer, max_norm, objective.clip_groups(clip_by))
         self.validation_loss = torch.zeros(())
 
+    def before_pass(self) -> None:
+        """Before the forward pass of a step that counts."""
+
     def before_step(self, step: TrainingStep) -> None:
         """After the backward pass of a step that counts, before clipping and ``optimizer.step()``."""
         self.derivative.before_step()
 
-    def __call__(self, step: TrainingStep, validation: Batch) -> Tensor:
-        """h = ∂L_val/∂w, (N,), after ``optimizer.step()``."""
+    def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
+        """h = ∂L_val/∂w, (N,), after ``optimizer.step()``. L_val is the mean over the samples of the batches."""
         raise NotImplementedError
 
-    def direction(self, step: TrainingStep, validation: Batch) -> dict[nn.Parameter, Tensor]:
-        """u = (∂θ_{t+1}/∂g)ᵀ ∇L_val(θ_{t+1}). One forward and one backward pass of the student."""
+    def direction(self, step: TrainingStep, validation: Sequence[Batch]) -> dict[nn.Parameter, Tensor]:
+        """u = (∂θ_{t+1}/∂g)ᵀ ∇L_val(θ_{t+1}). A forward and a backward pass of the student per batch."""
+        return self.derivative(self.validation_gradient(validation), step.theta)
+
+    def validation_gradient(self, batches: Sequence[Batch]) -> dict[nn.Parameter, Tensor]:
+        """∇L_val at the student's parameters as they are now, of those that have one; notes the loss."""
         params = [p for p in self.objective.student.parameters() if p.requires_grad]
+        samples = sum(batch.samples for batch in batches)
+        loss, summed = torch.zeros(()), list[Tensor | None]([None] * len(params))
         with no_trace(self.objective.student):
-            output, _ = self.objective.run_student(validation)
-            loss = self.objective.task_loss_of(output, validation)
-            gradients = torch.autograd.grad(loss, params, allow_unused=True)
-        self.validation_loss = loss.detach()
-        averaged = distributed.average_where_any(gradients, params)
-        v = {p: g for p, g in zip(params, averaged, strict=True) if g is not None}
-        return self.derivative(v, step.theta)
+            for number, batch in enumerate(batches):
+                output, _ = self.objective.run_student(batch)
+                part = self.objective.task_loss_of(output, batch)
+                part = part if len(batches) == 1 else part * (batch.samples / samples)
+                gradients = torch.autograd.grad(part, params, allow_unused=True)
+                summed = [g if s is None else s if g is None else s + g for s, g in zip(summed, gradients, strict=True)]
+                loss = loss + part.detach() if number else part.detach()
+        self.validation_loss = loss
+        averaged = distributed.average_where_any(summed, params)
+        return {p: g for p, g in zip(params, averaged, strict=True) if g is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class FiniteDifference(Estimator):
         self.epsilon = epsilon
 
     @torch.no_grad()
-    def __call__(self, step: TrainingStep, validation: Batch) -> Tensor:
+    def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
         with torch.enable_grad():
             u = self.direction(step, validation)
         norm = torch.nn.utils.get_total_norm(list(u.values()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ class ForwardMode(Estimator):
             raise UserError(f"forward_mode: precision is '{precision}' (allowed: float32, bfloat16)")
         self.precision = allowed[precision]
 
-    def __call__(self, step: TrainingStep, validation: Batch) -> Tensor:
+    def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
         u = self.direction(step, validation)
         tangents = self.feature_tangents(step, u)
         clipped = self.derivative.clip_factors()

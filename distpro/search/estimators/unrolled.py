@@ -80,7 +80,7 @@ class Unrolled(Estimator):
         self._steps.append(step)
         self._learning_rates.append({"lr": [float(g["lr"]) for g in self.optimizer.param_groups]})
 
-    def __call__(self, step: TrainingStep, validation: Batch) -> Tensor:
+    def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         values: Sequence[Tensor] = [self._steps[0].theta[p].detach().requires_grad_() for p in params]
         weights = step.weights.detach().clone().requires_grad_()
@@ -95,8 +95,11 @@ class Unrolled(Estimator):
                     loss = self.objective.training_pass(past.batch, past.scale * weights, teacher=taught).loss
                 values = self._differentiable.step(loss, params=values, override=rates, grad_callback=clip)
             with swapped(self.objective, dict(zip(params, values, strict=True))):
-                output, _ = self.objective.run_student(validation)
-                self.validation_loss = self.objective.task_loss_of(output, validation)
+                losses = [
+                    self.objective.task_loss_of(self.objective.run_student(batch)[0], batch) * batch.samples
+                    for batch in validation
+                ]
+            self.validation_loss = torch.stack(losses).sum() / sum(batch.samples for batch in validation)
             (h,) = torch.autograd.grad(self.validation_loss, weights)
         self.validation_loss = self.validation_loss.detach()
         self._steps, self._learning_rates = [], []

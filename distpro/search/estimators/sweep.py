@@ -1,0 +1,175 @@
+"""The exact hypergradient over a horizon of training steps, by a backward sweep through them.
+
+A training is a chain of steps s_{t+1} = Φ_t(s_t, w(t)), s the parameters and the optimiser's state. The sweep goes back
+through it (reverse mode; Maclaurin et al. 2015) with the adjoints a of the parameters and b of the optimiser's state.
+Φ is the gradient g = ∇L_t(θ; w), then clipping and the optimiser's elementwise step, so that per step
+
+    u, a', b'  = (∂(θ', s') / ∂(g, θ, s))ᵀ (a, b)       elementwise
+    h_j(t)     = λ s_j ⟨∇ℓ_j(θ_t), u⟩                   the one-step search's inner product, with a better direction
+    a          = a' + ∇²L_t(θ_t; w(t)) u                one exact Hessian-vector product
+
+(Kemaev et al. 2025 call this form mixed-mode.) With a horizon of one step it is the one-step search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distpro.batch import Batch
+from distpro.objective import Objective
+from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
+from distpro.search.estimators.differentiable import State, clip, differentiable_step
+from distpro.search.estimators.swap import swapped
+from distpro.train import distributed
+from distpro.train.state import no_trace, set_random_state
+from pathways.registry import UserError
+
+
+@dataclass
+class _Kept:
+    """A training step as the sweep repeats it: the step, the optimiser's state and settings before it, and the buffers."""
+
+    step: TrainingStep
+    states: list[State]
+    groups: list[dict[str, Any]]
+    buffers: list[Tensor]
+
+
+@ESTIMATORS.register("sweep")
+class Sweep(Estimator):
+    """Exact derivative through the last ``steps`` training steps, see the module.
+
+    Per step it keeps the parameters, the optimiser's state, the buffers, the batch and the teacher's tensors, and takes a forward and a
+    backward pass and the derivative of both (double backward) when it goes back. Everything runs in float32 whatever the training's precision.
+    A run stops, and keeps checkpoints, between windows only.
+
+    Attributes:
+        per_step: the last window's h of each step, (steps, N).
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None = None,
+        clip_by: str = "all",
+        steps: int = 12,
+    ):
+        super().__init__(objective, optimizer, max_norm, clip_by)
+        if steps < 1:
+            raise UserError(f"sweep: steps must be at least 1, got {steps}")
+        self.window = steps
+        self.per_step = torch.zeros(0, 0)
+        self._step_of = differentiable_step(optimizer)
+        self._params = [(p, n) for n, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        place = {p: n for n, (p, _) in enumerate(self._params)}
+        self._clip_groups = [[place[p] for p in group] for group in objective.clip_groups(clip_by)]
+        self._max_norm = max_norm
+        self._kept: list[_Kept] = []
+        self._buffers: list[Tensor] = []
+
+    def before_pass(self) -> None:
+        """Before the forward pass of a step that counts."""
+        self._buffers = [b.detach().clone() for b in self._all_buffers()]
+
+    def before_step(self, step: TrainingStep) -> None:
+        states: list[State] = []
+        for p, _ in self._params:
+            state = self.optimizer.state.get(p, {})
+            states.append({k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)})
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self._kept.append(_Kept(step, states, groups, self._buffers))
+
+    def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
+        with _plain(self.objective), no_trace(self.objective.student, self.objective.terms), torch.enable_grad():
+            v = self.validation_gradient(validation)
+            a = [v[p] if p in v else torch.zeros_like(p) for p, _ in self._params]
+            b: list[State] = [{} for _ in a]
+            found = []
+            for kept in reversed(self._kept):
+                h, a, b = self._back(kept, a, b)
+                found.append(h)
+        self.objective.at(step.number)
+        self._kept = []
+        self.per_step = torch.stack(found[::-1])
+        return self.per_step.sum(0)
+
+    def _back(self, kept: _Kept, a: list[Tensor], b: list[State]) -> tuple[Tensor, list[Tensor], list[State]]:
+        """From the adjoints after a step to h of the step and the adjoints before it."""
+        step = kept.step
+        theta = [step.theta[p].detach().requires_grad_() for p, _ in self._params]
+        weights = step.weights.detach().clone().requires_grad_()
+        with torch.no_grad():
+            for buffer, before in zip(self._all_buffers(), kept.buffers, strict=True):
+                buffer.copy_(before)
+        set_random_state(step.state)
+        self.objective.at(step.number)
+        with swapped(self.objective, dict(zip([p for p, _ in self._params], theta, strict=True))):
+            taught = step.done.teacher or None
+            loss = self.objective.training_pass(step.batch, step.scale * weights, teacher=taught).loss
+        gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+        values = distributed.average_where_any([g if g is None else g.detach() for g in gradients], theta)
+        u, a, b = self._through_step(kept, [t.detach() for t in theta], values, a, b)
+        pull = [(g * x).sum() for g, x in zip(gradients, u, strict=True) if g is not None and x is not None]
+        *second, h = torch.autograd.grad(torch.stack(pull).sum(), [*theta, weights], allow_unused=True)
+        averaged = distributed.average_where_any(second, theta)
+        a = [x if s is None else x + s for x, s in zip(a, averaged, strict=True)]
+        return torch.zeros_like(weights) if h is None else h, a, b
+
+    def _through_step(
+        self, kept: _Kept, theta: Sequence[Tensor], gradients: Sequence[Tensor | None], a: list[Tensor], b: list[State]
+    ) -> tuple[list[Tensor | None], list[Tensor], list[State]]:
+        """The transposed derivative of clipping and the optimiser's step: adjoints of the gradient, θ and the state."""
+        leaves = [t.requires_grad_() for t in theta]
+        g = [None if x is None else x.detach().requires_grad_() for x in gradients]
+        clipped = list(g) if self._max_norm is None else clip(g, self._clip_groups, self._max_norm)
+        inputs, outputs, adjoints = [], [], []
+        states = []
+        for n, (_, group) in enumerate(self._params):
+            state = {k: v if k == "step" else v.detach().requires_grad_() for k, v in kept.states[n].items()}
+            states.append(state)
+            if g[n] is None:
+                continue
+            inputs += [g[n], leaves[n], *(v for k, v in state.items() if k != "step")]
+            after, state_after = self._step_of(leaves[n], state, clipped[n], kept.groups[group])
+            outputs.append(after)
+            adjoints.append(a[n])
+            for name, value in state_after.items():
+                if name in b[n]:
+                    outputs.append(value)
+                    adjoints.append(b[n][name])
+        found = iter(torch.autograd.grad(outputs, inputs, adjoints, allow_unused=True))  # type: ignore[arg-type]
+        u: list[Tensor | None] = []
+        for n, state in enumerate(states):
+            if g[n] is None:  # the optimiser has left it and its state alone
+                u.append(None)
+                continue
+            u.append(next(found))
+            a[n] = _or_zero(next(found), leaves[n])
+            b[n] = {k: _or_zero(next(found), v) for k, v in state.items() if k != "step"}
+        return u, a, b
+
+    def _all_buffers(self) -> list[Tensor]:
+        return [*self.objective.student.buffers(), *self.objective.terms.buffers()]
+
+
+def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if x is None else x
+
+
+@contextmanager
+def _plain(objective: Objective) -> Iterator[None]:
+    """The objective without autocast."""
+    precision, objective.precision = objective.precision, None
+    try:
+        yield
+    finally:
+        objective.precision = precision
+
+
