@@ -164,6 +164,9 @@ class Searcher:
         distributed.average([h, self.estimator.validation_loss])
         self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
         self.optimizer.step()
+        if step + 1 == self.history.shape[1]:  # nothing follows that could show what the last update has led to
+            with torch.no_grad():
+                self.history[0, step], self.history[1, step] = self.alpha_tilde, self.weighting(self.alpha_tilde)
         return True
 
     def scalars(self) -> dict[str, Tensor]:
