@@ -238,6 +238,8 @@ class Scalars:
             try:
                 for value in (min(steps), max(steps)):
                     term.move(path, value)
+            except UserError as error:
+                raise UserError(f"schedule: scalar '{name}': {error}") from None
             except (IndexError, ValueError, TypeError):
                 raise UserError(f"schedule: scalar '{name}': there is no such item") from None
             finally:
