@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distpro.files import save_atomically
-from distpro.schedule_file import FORMAT, LOG, VERSION, check, content_of, read
+from distpro.files import load_safely, save_atomically
+from distpro.schedule_file import FORMAT, LOG, VERSION, check, content_of, fields_of
 from pathways.registry import UserError, nearest
 
 __all__ = ["FORMAT", "REDUCTIONS", "VERSION", "Said", "Schedule", "drop", "warmed_up"]
@@ -87,16 +87,14 @@ class Schedule:
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
         """Read a schedule file. Executes nothing from it. Raises UserError if it is no schedule or a newer one."""
-        fields = read(path)
+        content = load_safely(path)
         try:
-            schedule = cls(**fields)
+            schedule = cls(**fields_of(content))._in_time(Tensor.float)
+            schedule = replace(schedule, levels=schedule.levels.long(), scales=schedule.scales.float())
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        except (AttributeError, TypeError) as error:
+        except (LookupError, AttributeError, TypeError, ArithmeticError) as error:
             raise UserError(f"{path}: damaged schedule ({type(error).__name__}: {error})") from None
-        schedule = replace(
-            schedule._in_time(Tensor.float), levels=schedule.levels.long(), scales=schedule.scales.float()
-        )
         object.__setattr__(schedule, "path", str(path))
         return schedule
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from distpro.files import load_safely
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
@@ -68,24 +66,14 @@ def content_of(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The fields of the `Schedule` in a file. Executes nothing from it. Raises UserError if it is no schedule, a newer
-    one, or one whose tensors are not what they seem."""
-    content = load_safely(path)
+def fields_of(content: Any) -> dict[str, Any]:
+    """The fields of the `Schedule` that a file holds. Raises UserError if it is no schedule, a newer one, or one whose
+    tensors are not what they seem; KeyError, TypeError, ... where parts are missing or are of another kind."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a distpro schedule")
+        raise UserError("not a distpro schedule")
     version = content.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
-        raise UserError(f"{path}: schedule version {version}; this distpro reads up to {VERSION}")
-    try:
-        return _fields(content, version)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: damaged schedule ({type(error).__name__}: {error})") from None
-
-
-def _fields(content: Mapping[str, Any], version: int) -> dict[str, Any]:
+        raise UserError(f"schedule version {version}; this distpro reads up to {VERSION}")
     tensors = ["levels", "alpha_tilde", "weights", *(["scales"] if version > 1 else [])]
     plain = ["keys", "transforms", "steps_per_epoch", "meta"]
     if version > 2:

@@ -146,7 +146,9 @@ def test_missing_files_are_errors(tmp_path):
             Schedule.load(path)
 
 
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:TypedStorage is deprecated:UserWarning", "ignore:torch.quantize_per_tensor:UserWarning"
+)
 def test_quantised_weights_are_refused(tmp_path):
     torch.save(content(weights=torch.quantize_per_tensor(torch.ones(2, 1), 0.1, 0, torch.qint8)), tmp_path / "alpha.pt")
     with pytest.raises(UserError, match="alpha.pt: schedule: weights is quantised"):
@@ -216,7 +218,14 @@ def test_older_files_mean_what_their_own_config_says(version, config, expected, 
 
 
 @pytest.mark.parametrize(
-    "config", [{"training": {"distill_weight": "much"}}, {"training": 3}, {"retrain": {"start": 2}}]
+    "config",
+    [
+        {"training": {"distill_weight": "much"}},
+        {"training": {"distill_weight": 10**400}},
+        {"training": {"epochs": 3, "distill_warmup": 1}, "retrain": {"training": {"epochs": 0}}},
+        {"training": 3},
+        {"retrain": {"start": 2}},
+    ],
 )
 def test_older_files_with_a_config_that_means_nothing_are_refused(config, tmp_path):
     torch.save(old(2, config), tmp_path / "alpha.pt")
