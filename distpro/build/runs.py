@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distpro.batch import Batch
 from distpro.build.cache import build_cache
 from distpro.build.carry import Carry
 from distpro.build.data import build_loader, example_of, search_parts
@@ -18,11 +19,12 @@ from distpro.build.objective import build_objective
 from distpro.build.optimizer import build_optimizer
 from distpro.build.task import metrics_of
 from distpro.config.schema import Config
+from distpro.console import note
 from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Schedule
-from distpro.search.estimators.base import ESTIMATORS
+from distpro.search.estimators import ESTIMATORS, obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
@@ -110,14 +112,8 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     total = clock.total_steps
     objective = build_objective(config, data, train_part, clock, given=given)
     optimizer = build_optimizer(config, objective.trainable_parameters())
-    estimator_name, estimator_params = parse_spec(search.estimator, "search.estimator")
-    if distributed.world_size() > 1:
-        if estimator_name == "unrolled":
-            raise UserError("search.estimator: unrolled runs in one process (allowed: forward_mode, finite_difference)")
-        if estimator_name == "forward_mode" and config.sync_batch_norm:
-            raise UserError(
-                "sync_batch_norm: forward_mode cannot see through it; use finite_difference, or leave it out"
-            )
+    example = example_of(config, data)
+    estimator_name, estimator_params = _choose_estimator(config, objective, example)
     clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
     weighting_name, weighting_params = parse_spec(search.weighting, "search.weighting")
@@ -146,12 +142,35 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         if search.per_rate
         else lambda: 1.0,
     )
-    objective.cache = build_cache(config, data, objective, example_of(config, data))
+    objective.cache = build_cache(config, data, objective, example)
     test = build_loader(config, data, data.test, training=False)
     why_not = train.why_not or validation.why_not
     trainer = _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
     _check_last_batch(trainer, config, train_part)
     return trainer
+
+
+def _choose_estimator(config: Config, objective: Objective, example: Batch) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of the hypergradient estimator; in the place of ``auto`` forward_mode, or finite_difference
+    where that cannot be. Raises UserError where the config asks for what cannot be."""
+    name, params = parse_spec(config.search.estimator, "search.estimator")
+    several = distributed.world_size() > 1
+    if several and name == "unrolled":
+        raise UserError("search.estimator: unrolled runs in one process (allowed: forward_mode, finite_difference)")
+    if name not in ("auto", "forward_mode"):
+        return name, params
+    if several and config.sync_batch_norm:
+        why_not = "with sync_batch_norm, forward_mode cannot see through batch statistics of several processes"
+    else:
+        why_not = next(filter(None, distributed.gather(obstacle(objective, example))), "")
+        why_not = why_not and f"forward_mode cannot be used with this student: {why_not}"
+    if not why_not:
+        return "forward_mode", params
+    if name == "forward_mode":
+        raise UserError(f"search.estimator: {why_not}; use search.estimator=finite_difference")
+    if distributed.is_main():
+        note(f"search.estimator: finite_difference is taken; {why_not}")
+    return "finite_difference", {}
 
 
 def build_retrain(

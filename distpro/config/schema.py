@@ -142,7 +142,10 @@ class TrainingConfig(Section):
 class SearchConfig(Section):
     """How α is learned (Section 3.2 and 3.3)."""
 
-    estimator: Spec = "forward_mode"
+    estimator: Spec = Field(
+        "auto",
+        description="auto: forward_mode, or finite_difference where the student has an operator without its rule",
+    )
     weighting: Spec = "biased_softmax"
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = Field(0.05, gt=0, description="γ")

@@ -6,6 +6,8 @@ pass on a CPU; `_BatchNorm` replaces it by the fused backward kernel.
 
 from __future__ import annotations
 
+import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,6 +22,15 @@ from torch.overrides import TorchFunctionMode
 
 from distpro.search.estimators.swap import swapped
 from pathways.call import Call, map_tensors
+from pathways.registry import UserError
+
+
+class NoRule(UserError):
+    """A model has an operator without a forward-mode rule. ``operator``: its name."""
+
+    def __init__(self, operator: str):
+        super().__init__(f"forward_mode: {operator} has no forward-mode rule; use search.estimator=finite_difference")
+        self.operator = operator
 
 
 def forward_mode(
@@ -32,27 +43,48 @@ def forward_mode(
     """Tangents of the model's output for ``inputs`` (see `Call.of`) at ``parameters`` along ``direction``.
 
     Runs with the model's mode (batch statistics in training), attention in its plain form (the fused kernels have no
-    forward mode); buffers stay as they are.
+    forward mode); buffers stay as they are. What the model computes under ``no_grad`` has no tangent, as it has no gradient.
 
     Args:
         parameters: name → value, all parameters of the model.
         direction: name → tangent, for the parameters that move.
         precision: dtype of autocast, None for full precision.
 
-    Returns the model's output with every tensor replaced by its tangent (zeros where it does not move).
+    Returns the model's output with every tensor replaced by its tangent (zeros where it does not move). Raises `NoRule`.
     """
     device = next(iter(parameters.values())).device.type
     autocast = torch.autocast(device, precision, enabled=precision is not None)
-    plain = torch.no_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), _FusedBatchNorm()
+    # Gradients are enabled, so that a no_grad of the model's own shows; nothing needs one.
+    plain = torch.enable_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), _Rules()
     with ExitStack() as contexts:
         for context in (*plain, autocast):
             contexts.enter_context(context)
         values: dict[Tensor, Tensor] = {
-            own: forward_ad.make_dual(parameters[name], direction[name]) if name in direction else parameters[name]
+            own: forward_ad.make_dual(parameters[name].detach(), direction[name].detach())
+            if name in direction
+            else parameters[name].detach()
             for name, own in model.named_parameters()
         }
-        contexts.enter_context(swapped(model, values | {b: b.clone() for b in model.buffers()}))
-        return map_tensors(_tangent, Call.of(inputs).run(model))
+        contexts.enter_context(swapped(model, values | {b: b.detach().clone() for b in model.buffers()}))
+        try:
+            return map_tensors(_tangent, Call.of(inputs).run(model))
+        except NotImplementedError as error:
+            operator = _without_rule(error)
+            if operator is None:
+                raise
+            raise NoRule(operator) from error
+
+
+def _without_rule(error: NotImplementedError) -> str | None:
+    """The operator that PyTorch complains about; None where it complains about something else."""
+    named = re.match(r"Trying to use forward AD with (\w+)", str(error))
+    if named is not None:
+        return named[1]
+    if "jvp function for custom autograd.Function" not in str(error):
+        return None
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [owner._forward_cls.__name__ for owner in owners if hasattr(owner, "_forward_cls")]
+    return f"autograd.Function {found[-1]}" if found else "an autograd.Function"
 
 
 def _tangent(output: Tensor) -> Tensor:
@@ -68,11 +100,17 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _FusedBatchNorm(TorchFunctionMode):
-    """Sends train-mode F.batch_norm to `_BatchNorm`. Running statistics are not touched."""
+class _Rules(TorchFunctionMode):
+    """Sends train-mode F.batch_norm to `_BatchNorm` (running statistics are not touched), and lets ``no_grad`` stop tangents."""
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        torch._C._set_fwd_grad_enabled(True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(*args)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         return func(*args, **kwargs)
