@@ -30,21 +30,26 @@ def obstacle(objective: Objective, batch: Batch) -> str:
     call = objective.task.call(batch, student.training)
     with no_trace(student), sdpa_kernel(SDPBackend.MATH):
         state = random_state(student)
+        parameters, cotangents = dict(student.named_parameters()), None
         try:
-            cotangents, gradients = _gradients(objective, call)
-        except Exception:  # a batch of two may be too small; what else is wrong shows in the first training step
-            return ""
+            cotangents, direction = _gradients(objective, call)
+        except Exception:  # two samples may be too few for it; what else is wrong shows in the first training step
+            direction = {name: torch.randn_like(p) for name, p in parameters.items()}
         set_random_state(state)
         try:
-            tangents = forward_mode(student, dict(student.named_parameters()), gradients, call)
-        except torch.OutOfMemoryError:
-            raise
+            tangents = forward_mode(student, parameters, direction, call)
         except NoRule as error:
             return f"{error.operator} has no forward-mode rule"
-        except RuntimeError as error:  # the same pass without tangents has succeeded
-            return f"a forward-mode pass of the student fails ({str(error).splitlines()[0][:160]})"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if cotangents is None:
+                return ""
+            return f"a forward-mode pass fails where a plain one does not ({str(error).splitlines()[0][:160]})"
+    if cotangents is None:
+        return ""
     found = sum(_dot(c, t) for c, t in zip(cotangents, _floating(tangents), strict=True))
-    expected = sum(_dot(g, g) for g in gradients.values())
+    expected = sum(_dot(g, g) for g in direction.values())
     if abs(found - expected) > AGREEMENT * expected:
         return "its tangents are not its derivative (does an operator of a library or of your own have no forward-mode rule?)"
     return ""

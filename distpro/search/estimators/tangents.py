@@ -83,7 +83,7 @@ def _without_rule(error: NotImplementedError) -> str | None:
     if "jvp function for custom autograd.Function" not in str(error):
         return None
     owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    found = [owner._forward_cls.__name__ for owner in owners if hasattr(owner, "_forward_cls")]
+    found = [kind.__name__ for kind in (getattr(owner, "_forward_cls", None) for owner in owners) if kind is not None]
     return f"autograd.Function {found[-1]}" if found else "an autograd.Function"
 
 
