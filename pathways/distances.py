@@ -114,9 +114,16 @@ class _PyramidSquares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, d: Tensor, sizes: Sequence[int], weights: Sequence[float]) -> Tensor:
         ctx.save_for_backward(d)
+        ctx.save_for_forward(d)
         ctx.sizes, ctx.weights = sizes, weights
         levels = _pyramid(d, sizes)
         return torch.stack([w * _mean(level.square()) for w, level in zip(weights, levels, strict=True)]).sum()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (d,) = ctx.saved_tensors
+        levels = zip(ctx.weights, _pyramid(d, ctx.sizes), _pyramid(tangent, ctx.sizes), strict=True)
+        return torch.stack([2 * w * _mean(level * moved) for w, level, moved in levels]).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -26,16 +26,26 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run passes of ``model`` without gradients that leave no trace: buffers, train/eval modes and the random state
     of the CPU and of the model's CUDA devices are afterwards what they were."""
     modes = {m: m.training for m in model.modules()}
-    kept = [(m, dict(m._buffers)) for m in modes]
-    copies = {id(b): b.clone() for _, buffers in kept for b in buffers.values() if b is not None and not is_lazy(b)}
     tensors = chain(model.parameters(), model.buffers())
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), buffers_kept(model):
         try:
             yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+@contextmanager
+def buffers_kept(*models: nn.Module) -> Iterator[None]:
+    """The buffers are afterwards what they were, in content, size and number: those of quantisation observers take the size
+    of what they see."""
+    kept = [(m, dict(m._buffers)) for model in models for m in model.modules()]
+    copies = {id(b): b.clone() for _, buffers in kept for b in buffers.values() if b is not None and not is_lazy(b)}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
             for module, buffers in kept:
                 module._buffers.clear()
                 for name, buffer in buffers.items():
@@ -46,10 +56,10 @@ def _put_back(buffer: Tensor | None, copy: Tensor | None) -> Tensor | None:
     """The buffer with its former content; the copy, where the buffer cannot hold it any more."""
     if buffer is None or copy is None:
         return buffer
-    if (buffer.shape, buffer.dtype, buffer.device) != (copy.shape, copy.dtype, copy.device):
+    if (buffer.dtype, buffer.device) != (copy.dtype, copy.device):
         return copy
     try:
-        return buffer.copy_(copy)
+        return (buffer if buffer.shape == copy.shape else buffer.resize_(copy.shape)).copy_(copy)
     except RuntimeError:  # memory that nothing can be written to, such as an expanded tensor's
         return copy
 

@@ -16,12 +16,20 @@ def device_of(config: Config) -> torch.device:
     """The config's device; ``auto`` is CUDA if there is one. Raises UserError for one that is not there."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     name = f"cuda:{distributed.local_rank()}" if name == "cuda" and distributed.world_size() > 1 else name
+    allowed = "(allowed: auto, cpu, cuda, cuda:N)"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device: '{name}' is no device (allowed: auto, cpu, cuda, cuda:N)") from None
+        raise UserError(f"device: '{name}' is no device {allowed}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: '{name}' is a kind of device that runs are not made for {allowed}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: '{name}' asked for, but CUDA is not available here")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise UserError(
+            f"device: '{name}' asked for, but the machine has {count} of its kind, numbered from 0 {allowed}"
+        )
     return device
 
 

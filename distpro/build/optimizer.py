@@ -27,7 +27,23 @@ def build_optimizer(config: Config, params: list[nn.Parameter]) -> torch.optim.O
     optimizer = kind(params, lr=o.lr, **o.params)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimiser '{o.name}' gives {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    if _needs_closure(kind, o):
+        raise UserError(
+            f"optimiser '{o.name}' evaluates the loss itself, in step(closure); a training's step has one loss and one "
+            "gradient (allowed: optimisers whose step() can be called without a closure)"
+        )
     return optimizer
+
+
+def _needs_closure(make: Callable[..., Any], o: OptimizerConfig) -> bool:
+    """Whether a step fails for want of one: its signature need not say so (``closure=None``, and an assertion)."""
+    still = nn.Parameter(torch.zeros(2, 2))
+    still.grad = torch.zeros(2, 2)
+    try:
+        make([still], lr=o.lr, **o.params).step()
+    except Exception as error:  # whatever it does with a parameter of no model
+        return "closure" in str(error)
+    return False
 
 
 def find_optimizer(o: OptimizerConfig) -> Callable[..., Any]:

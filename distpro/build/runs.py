@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distpro.batch import Batch
 from distpro.build.cache import build_cache
 from distpro.build.carry import Carry
 from distpro.build.data import build_loader, example_of, search_parts
@@ -19,11 +20,12 @@ from distpro.build.objective import build_objective
 from distpro.build.optimizer import build_optimizer
 from distpro.build.task import metrics_of
 from distpro.config.schema import Config
+from distpro.console import note
 from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Said, Schedule, warmed_up
-from distpro.search.estimators.base import ESTIMATORS
+from distpro.search.estimators import ESTIMATORS, obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
@@ -34,6 +36,10 @@ from distpro.train.trainer import Trainer
 from distpro.weights import Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
+
+
+VALIDATION_SAMPLES = 1024
+"""On so many samples at most a gradient over a horizon looks at the validation loss; it is far dearer than they are."""
 
 
 def distill_scale(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
@@ -110,21 +116,9 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     total = clock.total_steps
     objective = build_objective(config, data, train_part, clock, given=given)
     optimizer = build_optimizer(config, objective.trainable_parameters())
-    estimator_name, estimator_params = parse_spec(search.estimator, "search.estimator")
-    if distributed.world_size() > 1:
-        if estimator_name == "unrolled":
-            raise UserError("search.estimator: unrolled runs in one process (allowed: forward_mode, finite_difference)")
-        if estimator_name == "forward_mode" and config.sync_batch_norm:
-            raise UserError(
-                "sync_batch_norm: forward_mode cannot see through it; use finite_difference, or leave it out"
-            )
+    example = example_of(config, data)
     horizon = search.steps_back(total)
-    if horizon > 1:
-        if estimator_name not in ("sweep", "unrolled"):
-            raise UserError(
-                f"search.estimator: {estimator_name} looks one step back (allowed with a horizon of {horizon}: sweep, unrolled)"
-            )
-        estimator_params = {"steps": horizon, **estimator_params}
+    estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon)
     clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
     weighting_name, weighting_params = parse_spec(search.weighting, "search.weighting")
@@ -147,19 +141,53 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         threshold=search.threshold,
         revive_every=search.revive_every,
         repeats=search.repeats,
-        validation_batches=search.validation_batches,
+        validation_batches=search.validation_batches or _validation_batches(validation, horizon),
         scale=distill_scale(config, len(train)),
         measure=None if how == "none" else measure,
         rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)
         if search.per_rate
         else lambda: 1.0,
     )
-    objective.cache = build_cache(config, data, objective, example_of(config, data))
+    objective.cache = build_cache(config, data, objective, example)
     test = build_loader(config, data, data.test, training=False)
     why_not = train.why_not or validation.why_not
     trainer = _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
     _check_last_batch(trainer, config, train_part)
     return trainer
+
+
+def _validation_batches(validation: Any, horizon: int) -> int:
+    """Of the validation part: one batch for every step's gradient; for one over a horizon all, up to some samples."""
+    return 1 if horizon == 1 else max(1, min(len(validation), VALIDATION_SAMPLES // validation.batch_size))
+
+
+def _choose_estimator(
+    config: Config, objective: Objective, example: Batch, horizon: int
+) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of the hypergradient estimator; in the place of ``auto`` the sweep where the horizon is more
+    than one step, else forward_mode, or finite_difference where that cannot be. Raises UserError where the config asks for what cannot be."""
+    name, params = parse_spec(config.search.estimator, "search.estimator")
+    several = distributed.world_size() > 1
+    if several and name == "unrolled":
+        raise UserError("search.estimator: unrolled runs in one process (allowed: forward_mode, finite_difference)")
+    if horizon > 1:
+        if name not in ("auto", "sweep", "unrolled"):
+            raise UserError(f"search.estimator: {name} looks one step back; with a horizon of {horizon}: sweep or unrolled")
+        return "sweep" if name == "auto" else name, {"steps": horizon, **params}
+    if name not in ("auto", "forward_mode"):
+        return name, params
+    if several and config.sync_batch_norm:
+        why_not = "with sync_batch_norm, forward_mode cannot see through batch statistics of several processes"
+    else:
+        why_not = next(filter(None, distributed.gather(obstacle(objective, example))), "")
+        why_not = why_not and f"forward_mode cannot be used with this student: {why_not}"
+    if not why_not:
+        return "forward_mode", params
+    if name == "forward_mode":
+        raise UserError(f"search.estimator: {why_not}; use search.estimator=finite_difference")
+    if distributed.is_main():
+        note(f"search.estimator: finite_difference is taken; {why_not}")
+    return "finite_difference", {}
 
 
 def build_retrain(

@@ -152,7 +152,11 @@ class SearchConfig(Section):
         description="training steps that a gradient looks back: 1 (the paper, Section 3.2 and 3.3), a number of them, or a "
         "fraction of the training, whole: all of it",
     )
-    estimator: Spec | None = None
+    estimator: Spec = Field(
+        "auto",
+        description="auto: sweep with a horizon of several steps, else forward_mode, or finite_difference where the student "
+        "has an operator without its rule",
+    )
     weighting: Spec | None = None
     optimizer: Literal["adam", "sgd", "relative"] | None = Field(None, description="of α̃")
     learning_rate: float | None = Field(None, gt=0, description="γ; of relative steps, their size")
@@ -167,7 +171,9 @@ class SearchConfig(Section):
     )
     normalise_batches: int = Field(4, gt=0, description="training batches to measure the terms' size on")
     validation_batch_size: int | None = Field(None, gt=0)
-    validation_batches: int = Field(1, gt=0, description="batches of the validation part that one update of α looks at")
+    validation_batches: int | None = Field(
+        None, gt=0, description="batches of the validation part for one update; null: 1, with a longer horizon all of it"
+    )
     threshold: float | None = Field(None, description="τ during the search; null drops nothing")
     revive_every: int = Field(0, ge=0, description="with a threshold: compute all terms in every so many updates")
     repeats: bool = Field(False, description="take each step again with the weights that it has led to")
@@ -195,7 +201,6 @@ class SearchConfig(Section):
 
 
 _BY_HORIZON: dict[str, tuple[Any, Any]] = {
-    "estimator": ("forward_mode", "sweep"),
     "weighting": ("biased_softmax", "log"),
     "optimizer": ("adam", "relative"),
     "learning_rate": (0.05, 1.0),

@@ -13,6 +13,9 @@ from distpro.losses._maps import divergence, full, one_pair, same_shapes
 from distpro.losses.base import DistillationLoss, Shape, Tensors, as_list, single
 from pathways.registry import UserError
 
+MASKED = -1e4
+"""Logits that are no opinion but a mask: the highest of the usual ones, -1e4, -65504, -1e9 and the lowest number of a type."""
+
 
 class RowLoss(DistillationLoss):
     """A loss that compares two matrices with one row per sample. A subclass implements ``compare``.
@@ -131,7 +134,7 @@ def kl_rows(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Te
     if isinstance(temperature, Tensor):  # whose gradient goes through the teacher's probabilities too
         return divergence(log_s, F.log_softmax(softened(teacher, temperature), dim=1)).sum(1) * temperature**2
     target = F.softmax(softened(teacher, temperature), dim=1)
-    log_s = log_s.masked_fill((target == 0) & absent(student), 0)
+    log_s = log_s.masked_fill((target == 0) & (student == -math.inf), 0)
     return F.kl_div(log_s, target, reduction="none").sum(1) * temperature**2
 
 
@@ -139,13 +142,14 @@ def softened(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """logits / T, where a logit of -inf has no derivative by T, which may be a parameter."""
     if not isinstance(temperature, Tensor):
         return logits / temperature
-    out = absent(logits)
+    out = logits == -math.inf
     return (logits.masked_fill(out, 0) / temperature).masked_fill(out, -math.inf)
 
 
 def absent(logits: Tensor) -> Tensor:
-    """Where a class is not there: its logit is -inf."""
-    return logits == -math.inf
+    """Where a class is not there: its logit is -inf, or at most `MASKED`. For losses that count classes or take means of
+    logits; a KL divergence sees that the class has no probability."""
+    return logits <= MASKED
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class CurriculumTemperature(ResponseLoss):
     paper = "Li et al., Curriculum Temperature for Knowledge Distillation, AAAI 2023"
     year = 2023
     formula = "T^2 KL(softmax(t/T) || softmax(s/T)), T = start + span sigmoid(theta) with reversed gradient"
+    once_only = "theta's gradient is reversed, and its derivative would be reversed once more"
 
     scalars = ("start", "span")
     ranges = {"start": POSITIVE, "span": NOT_NEGATIVE}

@@ -3,7 +3,7 @@
     loss = tau^2 * (beta * (1 - mean over rows of rho) + gamma * (1 - mean over columns of rho))
 
 ``rho`` is the Pearson correlation of student and teacher in a row (the classes of a sample) or a column (the samples
-of a class) of softmax(logits / tau), classes left out whose logits are -inf in both, with ``eps`` = 1e-8 added to the product of the norms. Logits (N, K); of dense
+of a class) of softmax(logits / tau), classes left out whose logits are masked (-1e4 and lower, -inf) in both, with ``eps`` = 1e-8 added to the product of the norms. Logits (N, K); of dense
 logits (N, K, H, W) every position is a sample. ``beta`` = ``gamma`` = 1 and ``tau`` = 1 (authors' code; the paper
 takes 4 on CIFAR-100). A batch of one sample has no correlation within a class: that part is then constant. Departure:
 none. (torchdistill clamps the norms instead of adding eps, and differs by up to 1e-4.)

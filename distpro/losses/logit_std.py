@@ -26,7 +26,7 @@ from distpro.losses.base import LOSSES, Shape, build_loss, one_of, option_of
 
 def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """Logits (M, K) with zero mean and unit (unbiased) standard deviation in every row, over the classes that are there:
-    logits of -inf stay."""
+    masked logits (-1e4 and lower) become -inf."""
     out = absent(logits)
     count = (~out).sum(1, keepdim=True)
     present = logits.masked_fill(out, 0)

@@ -2,7 +2,7 @@
 
     loss = (1 - e) * CE(s, y) + e * mean over classes of -log softmax(s)
 
-Logits (N, K) or (N, K, H, W), labels (N,) or (N, H, W). ``smoothing`` e = 0.1. A class whose logit is -inf is
+Logits (N, K) or (N, K, H, W), labels (N,) or (N, H, W). ``smoothing`` e = 0.1. A class whose logit is -inf, or -1e4 and lower as masks are, is
 left out of the mean. *This is a task loss*: the objective
 should not add another cross-entropy. The teacher's tensors are ignored. Departure: none.
 """

@@ -6,7 +6,7 @@
 
 with P (N, K) the rows p = softmax(logits / T): agreement instance by instance, between the instances of the batch, and
 between the classes. Logits (N, K), or (N, K, H, W) with every position a sample; at most 16384 rows, as all pairs of
-them are compared; K counts the classes that are there, with a logit above -inf. ``temperatures`` = (2, 3, 4, 5, 6) as in the paper. With ``standardize`` the KL part sees logits as
+them are compared; K counts the classes that are there, with a logit above -1e4. ``temperatures`` = (2, 3, 4, 5, 6) as in the paper. With ``standardize`` the KL part sees logits as
 `logit_std` makes them (MLKD+LS of Sun et al., CVPR 2024).
 
 The method also feeds a strongly augmented view of each image: give both views as one batch. Departures: the authors'

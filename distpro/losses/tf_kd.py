@@ -12,7 +12,7 @@ authors tune them by network: for ResNet-18 on CIFAR-100 a = 0.95, T = 6, m = 50
 
 Departures from the paper, kept because the published numbers come from them: the mean is over all batch * K elements,
 K times smaller than the mean over the batch that `kd` takes (K counts the classes that are there, with a logit above
--inf); the virtual form has no T^2 and softens the teacher
+-1e4); the virtual form has no T^2 and softens the teacher
 alone.
 """
 

@@ -136,8 +136,10 @@ def _passes(config: Config, searching: bool) -> dict[str, float]:
     passes = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
     if searching:
         name, params = parse_spec(config.search.estimator, "search.estimator")
+        forward_mode = {"student": 3.0 + 3.0}
         extra = {
-            "forward_mode": {"student": 3.0 + 3.0},
+            "auto": forward_mode,
+            "forward_mode": forward_mode,
             "finite_difference": {"student": 3.0 + 2.0, "terms": 2.0},
             "unrolled": {"student": 3.0 + 6.0 * params.get("steps", 1), "terms": 6.0 * params.get("steps", 1)},
         }.get(name, {})

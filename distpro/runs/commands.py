@@ -32,7 +32,7 @@ from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
 from distpro.objective import Objective
 from distpro.report.cost import teacher_name
-from distpro.runs.folder import environment, open_folder
+from distpro.runs.folder import environment, open_folder, recorded_estimator
 from distpro.runs.stages import retrain_stages
 from distpro.runs.training import Result, run_training, save_student
 from distpro.schedule import Schedule
@@ -81,11 +81,14 @@ def search(
 
 
 def _search(checked: Config, out: str | Path | None, resume: bool, given: Given) -> Schedule:
+    if resume and out is not None:
+        checked = _with_estimator(checked, distributed.gather(recorded_estimator(Path(out)))[0])
     folder = open_folder(out, checked, resume)
     data = build.build_data(checked, given)
     trainer = build.build_search(checked, data, folder, given)
     searcher = trainer.weights
     assert isinstance(searcher, Searcher)
+    checked = _with_estimator(checked, searcher.estimator.name)
     meta = _schedule_meta(checked, data, trainer.objective)
     meaning = meaning_of(meta["config"])
 
@@ -96,6 +99,13 @@ def _search(checked: Config, out: str | Path | None, resume: bool, given: Given)
     trainer.on_checkpoint = write
     run_training(trainer, checked, resume, searcher, signature=data.signature)
     return searcher.schedule(trainer.steps_per_epoch, meta, **meaning)
+
+
+def _with_estimator(config: Config, taken: Any) -> Config:
+    """The config with the estimator that a run has taken in the place of ``auto``."""
+    if taken is None or parse_spec(config.search.estimator, "search.estimator")[0] != "auto":
+        return config
+    return config.model_copy(update={"search": config.search.model_copy(update={"estimator": taken})})
 
 
 def retrain(

@@ -70,6 +70,13 @@ def open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | 
     return folder
 
 
+def recorded_estimator(folder: Path) -> Any:
+    """The ``search.estimator`` that a run's folder records; None where it says nothing."""
+    written = folder / "config.yaml"
+    recorded = yaml.safe_load(written.read_text(encoding="utf-8")) if written.is_file() else None
+    return recorded.get("search", {}).get("estimator") if isinstance(recorded, Mapping) else None
+
+
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = flat(old), flat(new)
     keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
@@ -153,16 +152,29 @@ def share(batch_size: int) -> int:
     return batch_size // world_size()
 
 
+class _Total(torch.autograd.Function):
+    """`total` in a graph: whatever one rank makes of the sum moves every rank's part of it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return total(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Total.apply(gradient.contiguous())
+
+
 class _Standardise(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) per channel of (N, C, ...) over the batch of all ranks, whose parts may differ in
-    size, and the statistics: mean and variance (C,), and how many values a channel has. They have no gradient.
+    size, and 1 / sqrt(variance + eps) (C,), of which the backward pass is made, so that it can be differentiated again.
+    Beside them, without a gradient, mean and variance (C,), and how many values a channel has.
 
     A rank's mean is taken off before anything is squared, and the ranks' means and sums of squares are merged in float64
     (Chan, Golub & LeVeque 1983), so that a mean much larger than the deviation costs no digits.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         axes, shape = _but_channels(x)
         own = x.numel() // x.shape[1]
         anchor = x.mean(axes) if own else x.new_zeros(x.shape[1])
@@ -185,16 +197,23 @@ class _Standardise(torch.autograd.Function):
         standard = (centred - (mean - anchor).to(x.dtype).view(shape)) * scale.view(shape)
         ctx.save_for_backward(standard, scale, n)
         ctx.mark_non_differentiable(mean, variance, n)
-        return standard, mean, variance, n
+        ctx.set_materialize_grads(False)
+        return standard, scale, mean, variance, n
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor | None, of_scale: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
         standard, scale, n = ctx.saved_tensors
         axes, shape = _but_channels(standard)
-        sums = total(torch.stack([gradient.sum(axes), (gradient * standard).sum(axes)]))
-        mean, along = (sums / n).to(standard.dtype)
-        return (gradient - mean.view(shape) - standard * along.view(shape)) * scale.view(shape), None
+        result = None
+        if gradient is not None:
+            sums = _Total.apply(torch.stack([gradient.sum(axes), (gradient * standard).sum(axes)]))
+            mean, along = (sums / n).to(standard.dtype)
+            result = (gradient - mean.view(shape) - standard * along.view(shape)) * scale.view(shape)
+        if of_scale is not None:  # in a second backward pass alone
+            along = (_Total.apply(of_scale) / n).to(scale.dtype) * scale.square()
+            by_scale = standard * along.view(shape)
+            result = -by_scale if result is None else result - by_scale
+        return result, None
 
 
 def _but_channels(x: Tensor) -> tuple[list[int], list[int]]:
@@ -214,7 +233,7 @@ def _batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` in training, over the batch of all ranks; half precision reckons in float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y, mean, variance, n = _Standardise.apply(wide, eps)
+    y, _, mean, variance, n = _Standardise.apply(wide, eps)
     with torch.no_grad():
         for running, new in ((running_mean, mean), (running_var, variance * n / (n - 1))):
             if running is not None:

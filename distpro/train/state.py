@@ -8,20 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pathways.probing import buffers_kept
+
 
 @contextmanager
 def no_trace(*modules: nn.Module) -> Iterator[None]:
     """Passes inside leave no trace in buffers (BatchNorm statistics) or in the random state."""
-    buffers = [b for m in modules for b in m.buffers()]
-    copies = [b.clone() for b in buffers]
     state = random_state(modules[0])
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, copy in zip(buffers, copies, strict=True):
-                buffer.copy_(copy)
-        set_random_state(state)
+    with buffers_kept(*modules):
+        try:
+            yield
+        finally:
+            set_random_state(state)
 
 
 def random_state(module: nn.Module) -> dict[str, Tensor]:

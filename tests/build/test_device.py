@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 
 import distpro
 from distpro.build import device
+from distpro.cli import main
 from distpro.config.reading import read_config
 from tests.digits import settings
 
@@ -81,3 +83,37 @@ def test_a_run_says_it_before_it_begins(precision, said, units, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"precision: bfloat16 {ADVICE}\n") == said
     assert out.count("emulated") == int(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mps", "device: 'mps' is a kind of device that runs are not made for (allowed: auto, cpu, cuda, cuda:N)"),
+        ("xpu", "device: 'xpu' is a kind of device"),
+        ("xpu:1", "device: 'xpu:1' is a kind of device"),
+        ("meta", "device: 'meta' is a kind of device"),
+        ("cpu:1", "device: 'cpu:1' asked for, but the machine has 1 of its kind, numbered from 0"),
+        ("nonsense", "device: 'nonsense' is no device (allowed: auto, cpu, cuda, cuda:N)"),
+        ("cuda:", "device: 'cuda:' is no device"),
+    ],
+)
+def test_a_device_that_cannot_be_is_one_message(name, message, capsys, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(settings(changes={"device": name})))
+    for precision in ("auto", "float32"):
+        assert main(["train", str(path), f"precision={precision}", "--out", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"distpro: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "message"), [(0, "CUDA is not available here"), (2, "the machine has 2 of its kind")]
+)
+def test_a_gpu_that_is_not_there(there, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(distpro.UserError, match=f"device: 'cuda:3' asked for, but {message}"):
+        device.device_of(config(device="cuda:3"))
+    if there:
+        assert device.device_of(config(device="cuda:1")) == torch.device("cuda:1")

@@ -65,16 +65,37 @@ def test_each_row_may_mask_others(name, params):
     assert gradient.isfinite().all()
 
 
+MASKS = [-1e4, -65504.0, -1e9, torch.finfo(torch.float32).min, torch.finfo(torch.float32).min / 2]
+
+
 @BOTH
-@pytest.mark.parametrize("low", [-1e4, torch.finfo(torch.float32).min / 2])
-def test_very_low_logits_have_finite_values_and_gradients(name, params, low):
-    s, t, y = torch.randn(6, 5), torch.randn(6, 5), torch.arange(6) % 3
-    if low < -1e5 and (name in ("ls", "logit_std", "skd") or "standardize" in params):
-        pytest.skip("squares, or takes the mean of, the logits themselves")
-    s[:, 4] = t[:, 4] = low
-    loss = build_loss(name, **params)
-    value, gradient = graded(loss, s, t, y)
-    assert value.isfinite() and gradient.isfinite().all()
+@pytest.mark.parametrize("low", [*MASKS, torch.finfo(torch.float64).min])
+def test_a_class_masked_by_a_low_number_is_left_out(name, params, low):
+    s, t, y, kept = randn(6, 5), randn(6, 5), torch.arange(6) % 3, [0, 1, 2, 4]
+    if params.get("form") == "virtual":
+        params = {**params, "correct": 1.0}
+    expected, gradient = graded(build(name, **params), s[:, kept], t[:, kept], y)
+    s[:, 3] = t[:, 3] = low
+    value, masked_gradient = graded(build(name, **params), s, t, y)
+    close(value, expected)
+    close(masked_gradient[:, kept], gradient)
+    assert masked_gradient[:, 3].abs().max() < 1e-12
+    single = build_loss(name, **params)
+    value, masked_gradient = graded(single, s.float().clamp(min=MASKS[3]), t.float().clamp(min=MASKS[3]), y)
+    close(value, expected, rtol=1e-5, atol=1e-6)
+    close(masked_gradient[:, kept], gradient, rtol=1e-4, atol=1e-6)
+
+
+@BOTH
+def test_logits_that_are_only_small_are_not_masked(name, params):
+    s, t, y = randn(6, 5), randn(6, 5), torch.arange(6) % 3
+    before = build(name, **params)(s, t, target=y)
+    s[:, 3] = t[:, 3] = -40.0
+    cut = build(name, **params)(s[:, [0, 1, 2, 4]], t[:, [0, 1, 2, 4]], target=y)
+    value = build(name, **params)(s, t, target=y)
+    assert value.isfinite() and value != before
+    if name in ("ls", "logit_std", "tf_kd", "dist"):  # whose value shows that the class is counted
+        assert (value - cut).abs() > 1e-6
 
 
 @BOTH
@@ -165,25 +186,27 @@ def test_the_temperatures_gradient_with_masked_classes_is_that_without_them(low)
 # Losses that read more than logits
 
 
-def test_dense_logits_by_channel():
+@pytest.mark.parametrize("low", [-INF, -1e9])
+def test_dense_logits_by_channel(low):
     loss, shapes = build("cwd", [(3, 4, 4)], [(3, 4, 4)]), (2, 3, 4, 4)
     s, t = randn(*shapes), randn(*shapes)
     parts = build("cwd", [(2, 4, 4)], [(2, 4, 4)])(s[:, :2], t[:, :2])
-    s[:, 2] = t[:, 2] = -INF
+    s[:, 2] = t[:, 2] = low
     value, gradient = graded(loss, s, t, None)
     close(value, parts * 2 / 3)  # a mean over the channels, of which one adds nothing
     assert gradient.isfinite().all()
-    t[:, :2, 0, 0] = s[:, :2, 0, 0] = -INF  # a position that neither has
+    t[:, :2, 0, 0] = s[:, :2, 0, 0] = low  # a position that neither has
     assert loss(s, t).isfinite()
 
 
-def test_logits_beside_features():
+@pytest.mark.parametrize("low", [-INF, -1e9])
+def test_logits_beside_features(low):
     shapes = [(5,), (6, 4, 4)]
     for name in ("srd", "dist_plus"):
         loss = build(name, shapes, shapes)
         s, t = [randn(4, 5), randn(4, 6, 4, 4)], [randn(4, 5), randn(4, 6, 4, 4)]
         expected = loss([s[0][:, :4], s[1]], [t[0][:, :4], t[1]])
-        s[0][:, 4] = t[0][:, 4] = -INF
+        s[0][:, 4] = t[0][:, 4] = low
         s[0].requires_grad_()
         value = loss(s, t)
         close(value, expected)
@@ -191,5 +214,5 @@ def test_logits_beside_features():
     loss = build("sskd", [(5,), (6,)], [(5,), (6,)])
     s, t, y = [randn(16, 5), randn(16, 6)], [randn(16, 5), randn(16, 6)], torch.arange(4)
     expected = loss([s[0][:, :4], s[1]], [t[0][:, :4], t[1]], target=y)
-    s[0][:, 4] = t[0][:, 4] = -INF
+    s[0][:, 4] = t[0][:, 4] = low
     close(loss(s, t, target=y), expected)

@@ -157,7 +157,11 @@ def test_a_rank_that_dies_ends_the_run_and_says_why(folder):
     [
         (["training.batch_size=21"], "batch_size 21 cannot be cut into 2 equal parts"),
         (["search.estimator=unrolled"], "unrolled runs in one process"),
-        (["sync_batch_norm=true"], "forward_mode cannot see through it"),
+        (
+            ["sync_batch_norm=true", "search.estimator=forward_mode"],
+            "with sync_batch_norm, forward_mode cannot see through batch statistics of several processes; "
+            "use search.estimator=finite_difference",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_said(folder, changes, message):

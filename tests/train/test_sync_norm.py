@@ -194,3 +194,41 @@ def test_alone_and_in_evaluation_it_is_the_layer_that_it_was():
 def test_a_layer_without_a_width_is_refused():
     with pytest.raises(UserError, match="LazyBatchNorm2d does not know its width"):
         distributed.synchronise_batch_norm(nn.Sequential(nn.LazyBatchNorm2d()))
+
+
+def twice(layer, x, weights):
+    """The Hessian of a loss of BatchNorm's outputs times a direction, by inputs and parameters, by double backward."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    inputs = [x, *layer.parameters()]
+    loss = (torch.tanh(layer(x)) * weights).pow(2).sum()
+    gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+    product = sum((g * torch.cos(p.detach() * 3)).sum() for g, p in zip(gradients, inputs, strict=True))
+    return [h.detach() for h in torch.autograd.grad(product, inputs)]
+
+
+def twice_in_part(rank):
+    """Each rank's own; of parameters, the parts that add up to the whole batch's."""
+    found = []
+    for kind, shape, options in TWICE:
+        layer, x, weights, parts = case(kind, shape, **options)
+        distributed.synchronise_batch_norm(layer)
+        found.append(twice(layer, x[parts[rank]], weights[parts[rank]]))
+    return found
+
+
+TWICE = [
+    *((KINDS[name], shape, {}) for name, shape in SHAPES.items()),
+    (nn.BatchNorm2d, SHAPES["2d"], {"affine": False}),
+    (nn.BatchNorm2d, SHAPES["2d"], {"eps": 0.1, "cut": 0}),
+]
+
+
+def test_a_second_backward_pass():
+    found = in_two(twice_in_part)["twice_in_part"]
+    for n, (kind, shape, options) in enumerate(TWICE):
+        layer, x, weights, _ = case(kind, shape, **options)
+        of_inputs, *of_parameters = twice(layer, x, weights)
+        torch.testing.assert_close(torch.cat([rank[n][0] for rank in found]), of_inputs, rtol=1e-10, atol=1e-12)
+        for k, whole in enumerate(of_parameters):
+            torch.testing.assert_close(sum(rank[n][1 + k] for rank in found), whole, rtol=1e-10, atol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,12 @@ class Estimator:
     """Common part: the objective, the optimiser, and the gradient of the validation loss.
 
     Attributes:
+        name: in a config.
         needs_views: whether the training backward has to keep every term's gradient by its inputs.
         window: training steps that one hypergradient looks at.
     """
 
+    name: ClassVar[str]
     needs_views = False
     window = 1
 

@@ -23,6 +23,8 @@ class FiniteDifference(Estimator):
     A term of weight zero is not computed: its h_p is 0.
     """
 
+    name = "finite_difference"
+
     def __init__(
         self,
         objective: Objective,

@@ -32,6 +32,7 @@ class ForwardMode(Estimator):
             bfloat16 h differs by 2.5 % (median), where another validation batch moves it by 114 % (docs/performance.md).
     """
 
+    name = "forward_mode"
     needs_views = True
 
     def __init__(

@@ -57,6 +57,8 @@ class Unrolled(Estimator):
     checkpoints, between windows only.
     """
 
+    name = "unrolled"
+
     def __init__(
         self,
         objective: Objective,

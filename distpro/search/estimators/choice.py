@@ -1,0 +1,79 @@
+"""Whether forward mode can do with a student: tried on two samples, before the first step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distpro.batch import Batch
+from distpro.objective import Objective, entries_of
+from distpro.search.estimators.tangents import NoRule, forward_mode
+from distpro.train.state import no_trace, random_state, set_random_state
+from pathways.call import Call, tensors_in
+
+AGREEMENT = 0.005
+"""Relative difference of the two derivatives that may be rounding. In float32 it is below 1e-6 for this package's and
+torchvision's models; TF32 has ten bits. A part of the model that has no tangent is far above it."""
+
+
+def obstacle(objective: Objective, batch: Batch) -> str:
+    """Why the search cannot use forward mode, in words; "" where it can. Leaves no trace in the student.
+
+    An operator without a rule says so or, where it is not PyTorch's own (torchvision's, custom ones), loses its tangent
+    without a word. So the tangents ḟ along the gradient g of ⟨c, f⟩, c random, are compared with it: ⟨c, ḟ⟩ = ‖g‖².
+    """
+    for term in objective.terms:
+        if len(entries_of(term)) > 1:
+            return f"term '{term.key}' has several weights"
+    student = objective.student
+    call = objective.task.call(batch, student.training)
+    with no_trace(student), sdpa_kernel(SDPBackend.MATH):
+        state = random_state(student)
+        parameters, cotangents = dict(student.named_parameters()), None
+        try:
+            cotangents, direction = _gradients(objective, call)
+        except Exception:  # two samples may be too few for it; what else is wrong shows in the first training step
+            direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+        set_random_state(state)
+        try:
+            tangents = forward_mode(student, parameters, direction, call)
+        except NoRule as error:
+            return f"{error.operator} has no forward-mode rule"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if cotangents is None:
+                return ""
+            return f"a forward-mode pass fails where a plain one does not ({str(error).splitlines()[0][:160]})"
+    if cotangents is None:
+        return ""
+    found = sum(_dot(c, t) for c, t in zip(cotangents, _floating(tangents), strict=True))
+    expected = sum(_dot(g, g) for g in direction.values())
+    if abs(found - expected) > AGREEMENT * expected:
+        return "its tangents are not its derivative (does an operator of a library or of your own have no forward-mode rule?)"
+    return ""
+
+
+def _gradients(objective: Objective, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """c for every tensor that the student gives, and the gradient of ⟨c, f⟩ by each parameter that has one."""
+    student = objective.student
+    with torch.enable_grad():
+        given = _floating(call.run(student))
+        cotangents = [
+            torch.randn_like(x) / max(x.numel(), 1) ** 0.5 if x.requires_grad else torch.zeros_like(x) for x in given
+        ]
+        parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        reached = [(x, c) for x, c in zip(given, cotangents, strict=True) if x.requires_grad]
+        found = torch.autograd.grad(
+            [x for x, _ in reached], list(parameters.values()), [c for _, c in reached], allow_unused=True
+        )
+    return cotangents, {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def _floating(value: object) -> list[Tensor]:
+    return [x for x in tensors_in(value) if x.is_floating_point()]
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return (a.double() * b.double()).sum().item()
