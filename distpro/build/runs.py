@@ -37,7 +37,6 @@ from distpro.weights import Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
-
 VALIDATION_SAMPLES = 1024
 """On so many samples at most a gradient over a horizon looks at the validation loss; it is far dearer than they are."""
 
@@ -161,9 +160,7 @@ def _validation_batches(validation: Any, horizon: int) -> int:
     return 1 if horizon == 1 else max(1, min(len(validation), VALIDATION_SAMPLES // validation.batch_size))
 
 
-def _choose_estimator(
-    config: Config, objective: Objective, example: Batch, horizon: int
-) -> tuple[str, dict[str, Any]]:
+def _choose_estimator(config: Config, objective: Objective, example: Batch, horizon: int) -> tuple[str, dict[str, Any]]:
     """Name and parameters of the hypergradient estimator; in the place of ``auto`` the sweep where the horizon is more
     than one step, else forward_mode, or finite_difference where that cannot be. Raises UserError where the config asks for what cannot be."""
     name, params = parse_spec(config.search.estimator, "search.estimator")
@@ -172,7 +169,9 @@ def _choose_estimator(
         raise UserError("search.estimator: unrolled runs in one process (allowed: forward_mode, finite_difference)")
     if horizon > 1:
         if name not in ("auto", "sweep", "unrolled"):
-            raise UserError(f"search.estimator: {name} looks one step back; with a horizon of {horizon}: sweep or unrolled")
+            raise UserError(
+                f"search.estimator: {name} looks one step back; with a horizon of {horizon}: sweep or unrolled"
+            )
         return "sweep" if name == "auto" else name, {"steps": horizon, **params}
     if name not in ("auto", "forward_mode"):
         return name, params

@@ -172,7 +172,9 @@ class SearchConfig(Section):
     normalise_batches: int = Field(4, gt=0, description="training batches to measure the terms' size on")
     validation_batch_size: int | None = Field(None, gt=0)
     validation_batches: int | None = Field(
-        None, gt=0, description="batches of the validation part for one update; null: 1, with a longer horizon all of it"
+        None,
+        gt=0,
+        description="batches of the validation part for one update; null: 1, with a longer horizon all of it",
     )
     threshold: float | None = Field(None, description="τ during the search; null drops nothing")
     revive_every: int = Field(0, ge=0, description="with a threshold: compute all terms in every so many updates")

@@ -93,7 +93,9 @@ class Searcher:
         self.validation_batches = validation_batches
         self.alpha_tilde = weighting.start(count).to(device).requires_grad_()
         if optimizer == "relative":
-            self.optimizer: torch.optim.Optimizer = RelativeStep([self.alpha_tilde], lr=learning_rate, momentum=momentum)
+            self.optimizer: torch.optim.Optimizer = RelativeStep(
+                [self.alpha_tilde], lr=learning_rate, momentum=momentum
+            )
         elif optimizer == "adam":
             self.optimizer = torch.optim.Adam([self.alpha_tilde], lr=learning_rate, betas=betas)
         else:

@@ -19,7 +19,16 @@ from distpro.search.estimators.forward_mode import ForwardMode
 from distpro.search.estimators.step import StepDerivative
 from distpro.search.estimators.sweep import Sweep
 
-__all__ = ["ESTIMATORS", "Estimator", "FiniteDifference", "ForwardMode", "StepDerivative", "Sweep", "TrainingStep", "obstacle"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "FiniteDifference",
+    "ForwardMode",
+    "StepDerivative",
+    "Sweep",
+    "TrainingStep",
+    "obstacle",
+]
 
 
 @ESTIMATORS.register("auto")

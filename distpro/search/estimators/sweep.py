@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.objective import Objective
@@ -171,5 +171,3 @@ def _plain(objective: Objective) -> Iterator[None]:
         yield
     finally:
         objective.precision = precision
-
-
