@@ -201,9 +201,7 @@ def _lay_out(seen: Sequence[Seen], inputs: set[Shape]) -> None:
     for s in maps:
         if id(s) not in where and not s.says:
             alike = like.get((type(s.module), s.shape), set()) or {
-                place
-                for place, size in ((FIRST, s.shape[1:]), (LAST, s.shape[:2]))
-                if _fits(size, inputs)
+                place for place, size in ((FIRST, s.shape[1:]), (LAST, s.shape[:2])) if _fits(size, inputs)
             }
             if len(alike) == 1:
                 where[id(s)] = next(iter(alike))

@@ -43,9 +43,7 @@ def find_stages(model: nn.Module, example_input: Any, token_stages: int = 4) -> 
         return [s.name for s in stages]
     if stages is not None and repeats:
         return [blocks[(i + 1) * len(blocks) // token_stages - 1].name for i in range(token_stages)]
-    raise UserError(
-        f"no stages found in {type(model).__name__}: name its taps in the config{_candidates(seen, trunk)}"
-    )
+    raise UserError(f"no stages found in {type(model).__name__}: name its taps in the config{_candidates(seen, trunk)}")
 
 
 def _size(s: Seen) -> tuple[int, ...]:
