@@ -1,8 +1,9 @@
 """How the tensors inside a model are laid out: feature maps in either layout, token grids, neither.
 
 A tensor (N, a, b, c) alone does not say whether it is (N, C, H, W) or (N, H, W, C). The modules do: a convolution gives
-and takes the former, a Linear or LayerNorm the latter. What such a module gives or takes is known by that; a block by
-what has its shape inside it; and else by the blocks like it. Only then the input's proportions are asked.
+and takes the former, a Linear or LayerNorm the latter. What such a module gives or takes is known by that; an
+activation's output by its input, a block by what has its shape inside it, or else by the blocks like it. Only then the
+input's proportions are asked.
 """
 
 from __future__ import annotations
@@ -123,8 +124,10 @@ class Record:
         return hook
 
     def _leave(self, path: str, taps: Iterable[tuple[str, TapName]]) -> Any:
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensors = {id(t): t for t in entries(output).values()}
+            if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor) and _keeps(module):
+                self._said.setdefault(output, self._said.setdefault(args[0], set()))
             for tensor in tensors.values():
                 self._told(module, tensor)
             if len(tensors) == 1 and path:
@@ -182,6 +185,12 @@ def _says(module: nn.Module, shape: Shape) -> str | None:
         if (shape[0] == channels) != (shape[-1] == channels):  # a subclass may move the axes inside
             return FIRST if shape[0] == channels else LAST
     return None
+
+
+def _keeps(module: nn.Module) -> bool:
+    """Whether what a module gives is laid out as what it takes: activations, dropout."""
+    kind = type(module)
+    return kind.__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout") or kind is nn.Identity
 
 
 def _lay_out(seen: Sequence[Seen], inputs: set[Shape]) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distpro.batch import Batch
 from pathways import Call, Tapped, UserError, build_pathways, find_stages, probe_layouts
@@ -12,8 +13,7 @@ from tests.search.test_any_task import estimate
 
 QUICK = {  # a second each at most
     "torchvision-mobilenet_v3_small", "torchvision-resnet18", "torchvision-shufflenet_v2_x0_5",
-    "torchvision-squeezenet1_0", "torchvision-vit", "timm-convnext_atto", "timm-pit_ti_224", "timm-pvt_v2_b0",
-    "timm-vit_tiny_patch16_224", "timm-xcit_nano_12_p16_224",
+    "torchvision-squeezenet1_0", "torchvision-vit", "timm-pit_ti_224", "timm-vit_tiny_patch16_224",
 }  # fmt: skip
 SEARCHED = {  # every third, one of each kind among them
     "torchvision-convnext_tiny", "torchvision-densenet121", "torchvision-googlenet", "torchvision-mobilenet_v2",
@@ -140,7 +140,8 @@ def pair_of(architecture):
 @pytest.mark.parametrize("architecture", cases({"torchvision-vit"}, lambda a: str(a) in SEARCHED))
 def test_one_search_step_of_each_estimator(architecture):
     make = pair_of(architecture)
-    truth = estimate(make, "unrolled")
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention has no second derivative
+        truth = estimate(make, "unrolled")
     assert torch.isfinite(truth).all() and (truth != 0).all()
     for name, params, tolerance in (("forward_mode", {}, 1e-6), ("finite_difference", {"epsilon": 1e-4}, 1e-2)):
         found = estimate(make, name, **params)
