@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from pathways.call import Call
-from pathways.layouts import Layout, Record, Seen
+from pathways.layouts import Record, Seen
 from pathways.registry import UserError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # not their subclasses, which are blocks of some kind
@@ -25,9 +25,9 @@ def find_stages(model: nn.Module, example_input: Any, token_stages: int = 4) -> 
     tapped at the last module that gives this size, a block rather than a bare norm or activation; sizes of the input,
     1×1, and those to which a decoder grows again are none. Where a model keeps one size, ``token_stages`` blocks,
     evenly spaced, the last included, of the most sibling modules of one class and one output shape, the outermost where
-    there are as many; what lies before the first of them is the embedding. A model that computes several sizes side by side has
-    no such order, and nothing is found. Modules that give no tensor, or several, or
-    one of another size each time, are passed over, and so is what blocks have inside: heads, attention.
+    there are as many; what lies before the first of them is the embedding. A model that computes several sizes side by
+    side has no such order, and none are found. Modules that give no tensor, or several, or one of another size each
+    time, are passed over, and so is what blocks have inside: heads, attention.
 
     ``example_input`` is anything that `Call.of` takes. Raises UserError if none are found.
     """
@@ -136,13 +136,8 @@ def _embeds(trunk: Sequence[Seen], blocks: Sequence[Seen]) -> bool:
 
 
 def _candidates(seen: Sequence[Seen], trunk: Sequence[Seen]) -> str:
-    """What could be named, in words."""
-    unclear = [f"{s.name} {s.shape}" for s in seen if s.layout is None and len(s.shape) == 3]
-    names = [f"{s.name} {_words(s.layout)}" for s in trunk] or unclear
-    if not names:
-        return ""
-    return f" (it gives, for instance: {'; '.join(names[:_SHOWN])})"
-
-
-def _words(layout: Layout | None) -> str:
-    return "" if layout is None else f"{'×'.join(map(str, layout.shape))} {layout}"
+    """What could be named, in words: the last module of each shape, or what is not clear."""
+    names = [f"{s.name} {'×'.join(map(str, s.shape))} {s.layout}" for s in {s.shape: s for s in trunk}.values()]
+    unclear = [f"{s.name} {'×'.join(map(str, s.shape))}, no map for sure" for s in seen if s.layout is None]
+    shown = "; ".join((names or unclear)[:_SHOWN])
+    return f" (it gives, for instance: {shown})" if shown else ""
