@@ -131,7 +131,7 @@ TIMM = _of("timm", [
     ("focalnet_tiny_srf", 64, maps(96, 192, 384, 768)),
     ("ghostnet_050", 32, maps(8, 12, 20, 56)),
     ("hrnet_w18_small", 64, None),
-    ("mambaout_femto", 64, Stages("last", [24, 48, 96, 192, 288])),
+    ("mambaout_femto", 64, Stages("maps, last", [24, 48, 96, 192, 288])),
     ("mixer_s32_224", 64, tokens([512] * 4, (2,)), _AT_64),
     ("mobilenetv3_small_050", 32, maps(16, 8, 16, 24)),
     ("mobilevit_xxs", 64, maps(16, 24, 48, 64, 320)),

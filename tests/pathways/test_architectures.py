@@ -57,10 +57,9 @@ def by_hand(model, names, x):
 
 
 def stages_of(layouts):
-    kinds = {("last" if p.channels_last else "maps") if len(p.shape) == 3 else "tokens" for p in layouts}
-    assert len(kinds) == 1, layouts
-    (kind,) = kinds
-    if kind != "tokens":
+    kinds = [("last" if p.channels_last else "maps") if len(p.shape) == 3 else "tokens" for p in layouts]
+    kind = ", ".join(dict.fromkeys(kinds))
+    if "tokens" not in kinds:
         return Stages(kind, [p.shape[0] for p in layouts])
     grids = [p.grid[0] if p.grid else 0 for p in layouts]
     grids = () if not any(grids) else tuple(grids[:1]) if len(set(grids)) == 1 else tuple(grids)
