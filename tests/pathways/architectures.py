@@ -40,9 +40,14 @@ class Architecture(NamedTuple):
     params: dict[str, Any] = {}
 
     def build(self, seed=0):
-        """The model in float64, its parameters drawn at random."""
+        """The model in float64, its parameters drawn at random: also class tokens that begin at zero, where a
+        LayerNorm with eps 1e-12 has derivatives that no two ways of computing agree on."""
         torch.manual_seed(seed)
-        return self._build().double()
+        model = self._build().double()
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model
 
     def _build(self):
         if self.library == "transformers":
