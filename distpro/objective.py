@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch, batch_of
-from distpro.features import Cache, Features, Reader, TrainingPass, check_apart, own_views, scalar, unwrap
+from distpro.features import Cache, Features, Reader, TrainingPass, check_apart, maps_of, own_views, scalar, unwrap
 from distpro.process import Clock
 from distpro.schedule import Said, Schedule
 from distpro.task import Task
@@ -263,7 +263,8 @@ class Objective(nn.Module):
             if term is None:
                 return self.task.call(batch, self.student.training).run(self.student.model)
             _, features = self.run_student(batch, None)
-            return term.loss.predict(unwrap([features[tap] for tap in term.student_taps]))  # type: ignore[operator,union-attr]
+            read = {tap: features[tap] for tap in term.student_taps}  # type: ignore[union-attr]
+            return term.loss.predict(unwrap(maps_of(term, "student", read)))  # type: ignore[operator,union-attr]
 
     def task_loss_of(self, output: Any, batch: Batch, reader: Reader | None = None) -> Tensor:
         """Task loss in full precision, of each sample's first row."""
@@ -304,9 +305,7 @@ class Objective(nn.Module):
                 if views is not None:
                     read = own_views(read)
                     views.append(read)
-                every = (lambda x: x) if term.rows == "all" else reader.first_rows
-                ours = [every(read[name]) for name in names]
-                theirs = [every(teacher[name]) for name in reader.names_of(term, term.teacher_taps, teacher)]
+                ours, theirs = reader.read(term, "student", read), reader.read(term, "teacher", teacher)
                 if isinstance(term, Pathway):
                     pathways.append((len(losses), term, ours[0], theirs[0]))
                     losses.append(None)

@@ -33,6 +33,7 @@ class Term(nn.Module):
         scalars: processes of other scalars of the loss, attribute → ``step → value``, for instance its temperature;
             ``level_weights.1`` is an item of a list.
         pretrain: compute the loss of the recipe's first stage, `DistillationLoss.pretrain`, in place of the loss.
+        student_last, teacher_last: taps whose maps are (N, H, W, C); the loss is given (N, C, H, W).
         positions: stored sample number → place in what the loss keeps per sample, (largest number + 1,) int64; None
             hands the numbers on as they are.
 
@@ -55,11 +56,14 @@ class Term(nn.Module):
         scalars: Mapping[str, Callable[[int], float]] | None = None,
         pretrain: bool = False,
         positions: Tensor | None = None,
+        student_last: Sequence[str] = (),
+        teacher_last: Sequence[str] = (),
     ):
         super().__init__()
         self.loss = loss
         self.key = key
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
+        self.student_last, self.teacher_last = tuple(student_last), tuple(teacher_last)
         self.weight = weight
         self.level = level
         self.per_level = per_level
