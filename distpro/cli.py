@@ -197,7 +197,7 @@ def _search(options: argparse.Namespace) -> None:
     from distpro.runs.commands import search
 
     if options.dry_run:
-        _dry_run(read_config(options.config, options.overrides), searching=True)
+        _dry_run(read_config(options.config, options.overrides, searching=True), searching=True)
         return
     folder = _out(options, Path(options.config).stem)
     schedule = search(options.config, folder, options.overrides, options.resume)

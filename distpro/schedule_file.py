@@ -40,7 +40,7 @@ def meaning_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "warmup": warmup,
         "reading": parse_spec(weighting, "search.weighting")[0],
         "threshold": retrain.get("threshold", THRESHOLD),
-        "start": retrain.get("start", START),
+        "start": START if retrain.get("start") is None else retrain["start"],
     }
 
 
@@ -167,7 +167,7 @@ def _check_numbers(schedule: Schedule) -> None:
         ("steps_per_epoch", "above 0", lambda x: x > 0),
         ("strength", "0 and more", lambda x: x >= 0),
         ("warmup", "0 and more", lambda x: x >= 0),
-        ("start", "from 0 to below 1", lambda x: 0 <= x < 1),
+        ("start", "from 0 to 1", lambda x: 0 <= x <= 1),
     ):
         value = getattr(schedule, name)
         if not _finite(value) or not fits(value):

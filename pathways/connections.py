@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pathways.registry import UserError, nearest
 
-RULES = ("all", "same", "review")
+RULES = ("all", "same", "matched", "review")
 
 
 def connect(
@@ -15,7 +15,8 @@ def connect(
     """(i, j) positions, from 0, of the connected teacher and student taps, teacher-major.
 
     Args:
-        rule: ``all``; ``same`` (i = j); ``review`` (teacher level ≤ student level, Chen et al. 2021); or an explicit
+        rule: ``all``; ``same`` (i = j); ``matched`` (each student tap with the teacher tap at the same
+            part of the depth, the deepest with the deepest; ``same`` where there are as many); ``review`` (teacher level ≤ student level, Chen et al. 2021); or an explicit
             list of [teacher tap, student tap].
 
     Raises UserError for an unknown rule or tap, and for ``same`` with lists of different lengths.
@@ -25,6 +26,8 @@ def connect(
         return [(i, j) for i in range(n) for j in range(m)]
     if rule == "review":
         return [(i, j) for i in range(n) for j in range(m) if i <= j]
+    if rule == "matched":
+        return sorted((n - 1 - round((m - 1 - j) * (n - 1) / max(m - 1, 1)), j) for j in range(m))
     if rule == "same":
         if n != m:
             raise UserError(f"connect 'same' needs as many teacher as student taps, got {n} and {m}")

@@ -19,13 +19,13 @@ from distpro.build.given import Given
 from distpro.build.objective import build_objective
 from distpro.build.optimizer import build_optimizer
 from distpro.build.task import metrics_of
-from distpro.config.schema import Config
+from distpro.config.schema import Config, SearchConfig
 from distpro.console import note
 from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Said, Schedule, warmed_up
-from distpro.search.estimators import ESTIMATORS, obstacle
+from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
@@ -36,6 +36,9 @@ from distpro.train.trainer import Trainer
 from distpro.weights import Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
+
+REACH = 4.0
+"""How far the logarithm of a weight may move in a search by relative steps, all of them together."""
 
 VALIDATION_SAMPLES = 1024
 """On so many samples at most a gradient over a horizon looks at the validation loss; it is far dearer than they are."""
@@ -116,7 +119,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     objective = build_objective(config, data, train_part, clock, given=given)
     optimizer = build_optimizer(config, objective.trainable_parameters())
     example = example_of(config, data)
-    horizon = search.steps_back(total)
+    horizon = _fitting(search, search.steps_back(total), objective, config.training.batch_size, example)
     estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon)
     clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
@@ -132,7 +135,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         WEIGHTINGS.build(weighting_name, **weighting_params),
         validation.endless,
         total_steps=total,
-        learning_rate=search.learning_rate,
+        learning_rate=search.learning_rate or REACH / max(1, total // max(search.every, horizon)),
         optimizer=search.optimizer,
         betas=search.betas,
         momentum=search.momentum,
@@ -153,6 +156,18 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     trainer = _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
     _check_last_batch(trainer, config, train_part)
     return trainer
+
+
+def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_size: int, example: Batch) -> int:
+    """The horizon, or as much of it as `search.memory` can keep the steps of."""
+    each = bytes_per_step(objective, batch_size, example) if horizon > 1 else 1
+    fits = max(1, int(search.memory * 1e9 / each))
+    if horizon > fits and distributed.is_main():
+        note(
+            f"search.horizon: {horizon} steps of {each / 1e6:.1f} MB do not fit into search.memory, {search.memory:g} GB; "
+            f"{fits} are taken"
+        )
+    return min(horizon, fits)
 
 
 def _validation_batches(validation: Any, horizon: int) -> int:

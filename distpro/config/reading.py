@@ -32,10 +32,14 @@ def presets() -> list[str]:
 
 
 def read_config(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), below: Mapping[str, Any] | None = None
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    below: Mapping[str, Any] | None = None,
+    searching: bool = False,
 ) -> Config:
     """A checked config from a YAML file or a mapping, with ``key=value`` overrides (dotted keys, YAML values). ``below``
-    stands in the place of the defaults.
+    stands in the place of the defaults. ``searching``: it is for a search, which takes the preset ``default`` where the
+    config says nothing of pathways and terms.
 
     Raises UserError naming file, key, what was found, what is allowed and the nearest allowed name.
     """
@@ -47,6 +51,8 @@ def read_config(
         if not equals or not key:
             raise UserError(f"override '{override}': expected key=value, for instance training.epochs=10")
         content = merge(content, _nest(key.split("."), _yaml(value, f"override '{override}'")))
+    if searching and not {"pathways", "terms"} & content.keys():
+        content = merge(_preset("default"), content)
     config = check(content, str(path))
     for_retrain(config, str(path))  # or its mistakes would show only when the search is over
     return config
@@ -76,8 +82,7 @@ def _with_bases(content: dict[str, Any], path: Path, above: tuple[Path, ...] = (
         if preset not in presets():
             near = nearest(str(preset), presets())
             raise UserError(f"{path}: unknown preset '{preset}'{near} (allowed: {', '.join(presets())})")
-        text = (importlib.resources.files("distpro.config") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
-        below = _yaml(text, f"preset {preset}")
+        below = _preset(preset)
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{path}: base is {base!r}: expected the path of one YAML file")
@@ -86,6 +91,12 @@ def _with_bases(content: dict[str, Any], path: Path, above: tuple[Path, ...] = (
             raise UserError(f"{path}: base '{base}' leads back to itself")
         below = merge(below, _with_bases(_read_yaml(file), file, (path.resolve(), *above)))
     return merge(below, content)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    text = (importlib.resources.files("distpro.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    content: dict[str, Any] = _yaml(text, f"preset {name}")
+    return content
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -159,7 +159,10 @@ class SearchConfig(Section):
     )
     weighting: Spec | None = None
     optimizer: Literal["adam", "sgd", "relative"] | None = Field(None, description="of α̃")
-    learning_rate: float | None = Field(None, gt=0, description="γ; of relative steps, their size")
+    learning_rate: float | None = Field(
+        None, gt=0, description="γ; null: 0.05, of relative steps 4 divided by their number"
+    )
+    memory: float = Field(4.0, gt=0, description="GB that the steps of a horizon may take; it is shortened to fit")
     betas: tuple[float, float] = (0.5, 0.999)
     momentum: float | None = Field(None, ge=0, lt=1)
     per_rate: bool = Field(False, description="divide h by the learning rate's factor, to which it is proportional")
@@ -205,7 +208,7 @@ class SearchConfig(Section):
 _BY_HORIZON: dict[str, tuple[Any, Any]] = {
     "weighting": ("biased_softmax", "log"),
     "optimizer": ("adam", "relative"),
-    "learning_rate": (0.05, 1.0),
+    "learning_rate": (0.05, None),
     "momentum": (0.0, 0.5),
 }
 """What a search takes where its config says nothing: with a horizon of one step, and with a longer one."""
@@ -218,12 +221,13 @@ class RetrainConfig(Section):
     weights: Literal["searched", "final", "mean", "shuffled", "permuted", "random", "equal", "constant", "none"] = (
         Field("searched", description="the schedule, or a control, see distpro.weights.replay")
     )
-    start: float = Field(
-        START,
+    start: float | None = Field(
+        None,
         ge=0,
-        lt=1,
+        le=1,
         description="fraction of the search that a replay leaves out at its beginning, where the weights are still on "
-        "their way from where they all start (docs/results.md); the paper replays all of it, 0",
+        "their way from where they all start (docs/results.md); 1: all but the last weights. null: a third, after a search "
+        "over a longer horizon 1; the paper replays all of it, 0",
     )
     schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
     threshold: float | None = Field(THRESHOLD, description="τ; null drops nothing")
@@ -295,6 +299,12 @@ class Config(Section):
         for key in ("input", "weight"):
             if getattr(self.student, key) != ModelConfig.model_fields[key].default:
                 raise UserError(f"student.{key}: only a teacher has one")
+        return self
+
+    @model_validator(mode="after")
+    def _start_by_horizon(self) -> Config:
+        if self.retrain.start is None:
+            self.retrain.start = START if self.search.horizon == 1 else 1.0
         return self
 
     @property

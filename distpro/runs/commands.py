@@ -284,7 +284,7 @@ def _checked(
     objects = given.overrides() if given is not None else []
     source = config.model_dump(exclude_unset=True) if isinstance(config, Config) else config
     below = {} if schedule is None else _said_by(schedule)
-    return settle_precision(read_config(source, [*overrides, *objects], below), searching)
+    return settle_precision(read_config(source, [*overrides, *objects], below, searching), searching)
 
 
 def _said_by(schedule: Schedule) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from distpro.search.estimators.choice import obstacle
 from distpro.search.estimators.finite_difference import FiniteDifference
 from distpro.search.estimators.forward_mode import ForwardMode
 from distpro.search.estimators.step import StepDerivative
-from distpro.search.estimators.sweep import Sweep
+from distpro.search.estimators.sweep import Sweep, bytes_per_step
 
 __all__ = [
     "ESTIMATORS",
@@ -27,6 +27,7 @@ __all__ = [
     "StepDerivative",
     "Sweep",
     "TrainingStep",
+    "bytes_per_step",
     "obstacle",
 ]
 

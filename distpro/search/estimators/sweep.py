@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distpro.batch import Batch
 from distpro.objective import Objective
@@ -28,6 +29,7 @@ from distpro.search.estimators.differentiable import State, clip, differentiable
 from distpro.search.estimators.swap import swapped
 from distpro.train import distributed
 from distpro.train.state import no_trace, set_random_state
+from pathways.call import tensors_in
 from pathways.registry import UserError
 
 
@@ -46,7 +48,8 @@ class Sweep(Estimator):
     """Exact derivative through the last ``steps`` training steps, see the module.
 
     Per step it keeps the parameters, the optimiser's state, the buffers, the batch and the teacher's tensors, and takes a forward and a
-    backward pass and the derivative of both (double backward) when it goes back. Everything runs in float32 whatever the training's precision.
+    backward pass and the derivative of both (double backward) when it goes back. Everything runs in float32 whatever the training's precision, attention
+    in its plain form (the fused kernels have no second derivative).
     A run stops, and keeps checkpoints, between windows only.
 
     Attributes:
@@ -87,7 +90,8 @@ class Sweep(Estimator):
         self._kept.append(_Kept(step, states, groups, self._buffers))
 
     def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
-        with _plain(self.objective), no_trace(self.objective.student, self.objective.terms), torch.enable_grad():
+        untraced = no_trace(self.objective.student, self.objective.terms)
+        with _plain(self.objective), untraced, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             v = self.validation_gradient(validation)
             a = [v[p] if p in v else torch.zeros_like(p) for p, _ in self._params]
             b: list[State] = [{} for _ in a]
@@ -171,3 +175,17 @@ def _plain(objective: Objective) -> Iterator[None]:
         yield
     finally:
         objective.precision = precision
+
+
+def bytes_per_step(objective: Objective, batch_size: int, example: Batch) -> int:
+    """What a `Sweep` keeps of a training step, at most: parameters with two moments each, buffers, batch, the teacher's
+    tensors. ``example``: a batch of any number of samples."""
+    state = 3 * sum(map(_bytes, objective.trainable_parameters()))
+    state += sum(map(_bytes, (*objective.student.buffers(), *objective.terms.buffers())))
+    read = {id(t): t for t in (*tensors_in(example.inputs), *tensors_in(example.target))}
+    taught = objective.run_teacher(example).values()
+    return state + sum(map(_bytes, (*read.values(), *taught))) * batch_size // example.samples
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -8,6 +8,7 @@ from typing import Any
 import higher
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distpro.batch import Batch
 from distpro.objective import Objective
@@ -89,7 +90,8 @@ class Unrolled(Estimator):
         place = {p: n for n, p in enumerate(params)}
         groups = [[place[p] for p in group] for group in self.derivative.groups]
         clip = None if self.derivative.max_norm is None else _clip(self.derivative.max_norm, groups)
-        with no_trace(self.objective.student, self.objective.terms), torch.enable_grad():
+        untraced = no_trace(self.objective.student, self.objective.terms)
+        with untraced, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             for past, rates in zip(self._steps, self._learning_rates, strict=True):
                 set_random_state(past.state)
                 with swapped(self.objective, dict(zip(params, values, strict=True))):
