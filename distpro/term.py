@@ -81,13 +81,17 @@ class Term(nn.Module):
     def at(self, step: int) -> None:
         """Give the loss's scalars the values of a training step."""
         for path, process in self.scalars.items():
-            name, _, item = path.partition(".")
-            if item:
-                values = list(getattr(self.loss, name))
-                values[int(item)] = process(step)
-                setattr(self.loss, name, values)
-            else:
-                setattr(self.loss, name, process(step))
+            self.move(path, process(step))
+
+    def move(self, path: str, value: float) -> None:
+        """Give one of the loss's scalars a value; ``level_weights.1`` is an item of a list."""
+        name, _, item = path.partition(".")
+        if item:
+            values = list(getattr(self.loss, name))
+            values[int(item)] = value
+            setattr(self.loss, name, values)
+        else:
+            setattr(self.loss, name, value)
 
     def forward(
         self,
