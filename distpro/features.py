@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distpro.batch import Batch
 from distpro.task import Task
 from pathways.call import map_tensors, tensors_in
+from pathways.layouts import channels_first
 from pathways.registry import UserError
 from pathways.taps import LOGITS
 
@@ -80,6 +81,13 @@ class Reader:
         if LOGITS in names and LOGITS not in features:
             raise UserError(f"term '{term.key}' reads logits, but the task gives none of the model's output")
         return names
+
+    def read(self, term: Any, side: str, features: Features) -> list[Tensor]:
+        """What a term reads of the ``student`` or ``teacher``, in the order of its taps: maps as `maps_of` gives them,
+        and each sample's first row unless it reads all."""
+        names = self.names_of(term, getattr(term, f"{side}_taps"), features)
+        maps = maps_of(term, side, {name: features[name] for name in names})
+        return maps if term.rows == "all" else [self.first_rows(x) for x in maps]
 
     # A sample's rows
 
@@ -169,6 +177,12 @@ def at_size(labels: Tensor, size: Sequence[int]) -> Tensor:
         torch.arange(new, device=labels.device) * old // new for new, old in zip(size, labels.shape[1:], strict=True)
     )
     return labels[:, rows[:, None], columns]
+
+
+def maps_of(term: Any, side: str, features: Features) -> list[Tensor]:
+    """The features as a loss takes them, maps (N, C, H, W), where the term says that a tap gives (N, H, W, C)."""
+    last = getattr(term, f"{side}_last", ())
+    return [channels_first(x, name in last) for name, x in features.items()]
 
 
 def own_views(read: Features) -> dict[str, Tensor]:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch, batch_of
-from distpro.features import Cache, Features, Reader, TrainingPass, check_apart, own_views, scalar, unwrap
+from distpro.features import Cache, Features, Reader, TrainingPass, check_apart, maps_of, own_views, scalar, unwrap
 from distpro.process import Clock
-from distpro.schedule import Schedule
+from distpro.schedule import Said, Schedule
 from distpro.task import Task
 from distpro.tasks.classification import Classification
 from distpro.term import Entry, Moving, Term, as_term, entries_of
-from distpro.weights import columns_of, constants_of, weights_of
+from distpro.weights import Scalars, Scale, columns_of, constants_of, strength_of, weights_of
 from pathways.registry import UserError
 from pathways.space import Pathway
 from pathways.tapped import Tapped
@@ -88,7 +88,7 @@ class Objective(nn.Module):
         if teacher is not None:
             check_apart(teacher, student)
             teacher.requires_grad_(False)
-        self._weights_at = weights_of(self._given, {})
+        self._weights_at, self._scalars = weights_of(self._given, {}), Scalars({}, ())
         self._set_terms(self._given, student, teacher)
         self.train()
 
@@ -126,7 +126,7 @@ class Objective(nn.Module):
     @property
     def computes_task(self) -> bool:
         """Whether the task loss is computed at all."""
-        return self.task_weight != 0
+        return self._scalars.task is not None or self.task_weight != 0
 
     @property
     def keys(self) -> list[str]:
@@ -166,11 +166,12 @@ class Objective(nn.Module):
     # Weights
 
     def at(self, step: int) -> None:
-        """The training step that the next pass belongs to: moves the processes of the terms' scalars."""
-        self._step = step
+        """The training step that the next pass belongs to: moves the terms' scalars. `forward` counts on from there."""
+        self._step = self._next_step = step
         for term in self.terms:
             if isinstance(term, Term):
                 term.at(step)
+        self._scalars.at(step)
 
     def constants_at(self, step: int) -> list[float | None]:
         """Weight of each entry that the config or the caller has fixed, a process at its step; None for the others."""
@@ -180,36 +181,35 @@ class Objective(nn.Module):
         self,
         schedule: Schedule,
         total_steps: int,
-        threshold: float | None = None,
-        scale: float | Callable[[int], float] = 1.0,
+        threshold: float | None | Said = "schedule",
+        scale: Scale | Said = "schedule",
         mapping: Mapping[str, str] | None = None,
+        start: float | Said = "schedule",
     ) -> None:
-        """Let a schedule drive every term that has no constant weight.
+        """Let a schedule drive every term that has no constant weight, as it says itself: λ, start, threshold, scalars.
 
-        The schedule is interpolated to ``total_steps``, cleared of what the threshold drops, and matched to the terms
-        by key or level (`Schedule.columns`), reduced first for terms with a ``reduction``; its ``scales`` are factors on
-        the weights. Terms whose weight is zero at every step are taken out of the objective and cost nothing.
+        It is matched to the terms by key or level (`Schedule.columns`), reduced first for terms with a ``reduction``. Terms
+        whose weight is zero at every step are taken out and cost nothing. `forward` counts steps from 0 again; a training
+        that is resumed says `at` which step after this.
 
         Args:
-            threshold: τ; None drops nothing.
-            scale: λ, a factor on all driven weights, or a function of the step that gives it.
-            mapping: term key → schedule key, where neither rule finds a column.
+            threshold, start: in place of the schedule's; a threshold of None drops nothing.
+            scale: λ in place of the schedule's, or a function of the step. mapping: term key → schedule key.
 
         Raises UserError where schedule and terms do not fit.
         """
         driven = [term for term in self._given if term.weight is None]
-        columns = columns_of(schedule.interpolate(total_steps).drop(threshold), driven, mapping)
+        columns, scalars = columns_of(schedule.saying(threshold, start).played(total_steps), driven, mapping)
+        self._scalars, self._next_step = self._scalars.then(scalars, self._given), 0
         self.keep([t for t in self._given if t not in driven or any(columns[e.key].any() for e in entries_of(t))])
-        self._weights_at = weights_of(list(self.terms), columns, total_steps, scale)
+        self._weights_at = weights_of(self.terms, columns, total_steps, strength_of(schedule, total_steps, scale))
 
-    def follow_equal(
-        self, scale: float | Callable[[int], float] = 1.0, scales: Mapping[str, float] | None = None
-    ) -> None:
+    def follow_equal(self, scale: Scale = 1.0, scales: Mapping[str, float] | None = None) -> None:
         """Weight every entry without a constant weight by 1/L, L their number (control of Table 1), times its entry
         in ``scales`` if it has one."""
         driven = [e.key for t in self.terms if t.weight is None for e in entries_of(t)]
         columns = {key: torch.tensor([(scales or {}).get(key, 1.0) / len(driven)]).double() for key in driven}
-        self._weights_at = weights_of(list(self.terms), columns, 1, scale)
+        self._weights_at, self._scalars = weights_of(self.terms, columns, 1, scale), self._scalars.then({}, ())
 
     def keep(self, terms: Sequence[nn.Module]) -> None:
         """Take all but these terms out, and the taps that only the others have read."""
@@ -263,7 +263,8 @@ class Objective(nn.Module):
             if term is None:
                 return self.task.call(batch, self.student.training).run(self.student.model)
             _, features = self.run_student(batch, None)
-            return term.loss.predict(unwrap([features[tap] for tap in term.student_taps]))  # type: ignore[operator,union-attr]
+            read = {tap: features[tap] for tap in term.student_taps}  # type: ignore[union-attr]
+            return term.loss.predict(unwrap(maps_of(term, "student", read)))  # type: ignore[operator,union-attr]
 
     def task_loss_of(self, output: Any, batch: Batch, reader: Reader | None = None) -> Tensor:
         """Task loss in full precision, of each sample's first row."""
@@ -304,9 +305,7 @@ class Objective(nn.Module):
                 if views is not None:
                     read = own_views(read)
                     views.append(read)
-                every = (lambda x: x) if term.rows == "all" else reader.first_rows
-                ours = [every(read[name]) for name in names]
-                theirs = [every(teacher[name]) for name in reader.names_of(term, term.teacher_taps, teacher)]
+                ours, theirs = reader.read(term, "student", read), reader.read(term, "teacher", teacher)
                 if isinstance(term, Pathway):
                     pathways.append((len(losses), term, ours[0], theirs[0]))
                     losses.append(None)
@@ -371,7 +370,7 @@ class Objective(nn.Module):
 
     def task_weight_at(self, step: int) -> float:
         """Weight of the task loss at a training step."""
-        return self.task_weight(step) if callable(self.task_weight) else self.task_weight
+        return self._scalars.task_weight(step, self.task_weight)
 
     def forward(
         self, inputs: Any, target: Any = None, index: Tensor | None = None, step: int | None = None
@@ -381,13 +380,13 @@ class Objective(nn.Module):
         Args:
             inputs, target, index: see `distpro.batch.Batch`; a whole `Batch` may stand in place of the three. Without
                 one there is one row per sample.
-            step: the training step; by default the one after the last, counted in training mode.
+            step: the training step. Without one, each call in training mode is one, from 0 or `at` on: accumulate with it.
         """
         batch = inputs if isinstance(inputs, Batch) else batch_of(inputs, target, index)
-        step = self._next_step if step is None else step
-        self._next_step = step + self.training
-        self.at(step)
-        done = self.training_pass(batch, self.weights_at(step))
+        count = self._next_step
+        self.at(count if step is None else step)
+        done = self.training_pass(batch, self.weights_at(self._step))
+        self._next_step = self._step + 1 if self.training else count
         parts = {"loss": done.loss.detach(), "task": done.task, **dict(zip(self.keys, done.terms, strict=True))}
         return done.loss, parts
 

@@ -152,13 +152,14 @@ class Cyclic(Process):
 @PROCESSES.register("schedule")
 @dataclass(frozen=True)
 class FromSchedule(Process):
-    """A column of a schedule file, interpolated to the training's length, times ``scale``.
+    """What a schedule file says of one term in a training of this length, as `Objective.follow` plays it: λ · s · w,
+    without the beginning and what the threshold drops, times ``scale``. Or one of the file's scalars.
 
     Args:
         file: path of an ``alpha.pt``.
-        key: name of the column; may be left out where the (reduced) schedule has only one.
+        key: name of the column or scalar; may be left out where the (reduced) schedule has only one column.
         reduction: how the schedule is summed up first, see `Schedule.reduce`.
-        scale: factor on the weights.
+        scale: one more factor.
     """
 
     file: str
@@ -167,20 +168,24 @@ class FromSchedule(Process):
     scale: float = 1.0
 
     def bind(self, clock: Clock) -> Callable[[int], float]:
-        values = (self._column().interpolate(clock.total_steps).weights[:, 0].double() * self.scale).tolist()
-        return lambda step: values[min(step, len(values) - 1)]
+        schedule = Schedule.load(self.file)
+        played, strength = schedule.played(clock.total_steps), schedule.strengths(clock.total_steps)
+        if self.key is not None and self.key in played.scalars and self.reduction is None:
+            numbers = (played.scalars[self.key].double() * self.scale).tolist()
+            return lambda step: numbers[min(step, len(numbers) - 1)]
+        column = self._column_of(played if self.reduction is None else played.reduce(self.reduction))
+        values = ((column.weights * column.scales)[:, 0].double() * self.scale).tolist()
+        return lambda step: strength(step) * values[min(step, len(values) - 1)]
 
     def at(self, step: int, clock: Clock) -> float:
         return self.bind(clock)(step)
 
-    def _column(self) -> Schedule:
-        schedule = Schedule.load(self.file)
-        if self.reduction is not None:
-            schedule = schedule.reduce(self.reduction)
+    def _column_of(self, schedule: Schedule) -> Schedule:
         key = self.key if self.key is not None or len(schedule.keys) > 1 else schedule.keys[0]
         if key not in schedule.keys:
             found = "key is missing" if key is None else f"no column '{key}'{nearest(key, schedule.keys)}"
-            raise UserError(f"{self.file}: {found} (it has: {', '.join(schedule.keys)})")
+            names = schedule.keys if self.reduction is not None else (*schedule.keys, *schedule.scalars)
+            raise UserError(f"{self.file}: {found} (it has: {', '.join(names)})")
         return schedule.take([schedule.keys.index(key)])
 
 

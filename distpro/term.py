@@ -33,6 +33,7 @@ class Term(nn.Module):
         scalars: processes of other scalars of the loss, attribute → ``step → value``, for instance its temperature;
             ``level_weights.1`` is an item of a list.
         pretrain: compute the loss of the recipe's first stage, `DistillationLoss.pretrain`, in place of the loss.
+        student_last, teacher_last: taps whose maps are (N, H, W, C); the loss is given (N, C, H, W).
         positions: stored sample number → place in what the loss keeps per sample, (largest number + 1,) int64; None
             hands the numbers on as they are.
 
@@ -55,11 +56,14 @@ class Term(nn.Module):
         scalars: Mapping[str, Callable[[int], float]] | None = None,
         pretrain: bool = False,
         positions: Tensor | None = None,
+        student_last: Sequence[str] = (),
+        teacher_last: Sequence[str] = (),
     ):
         super().__init__()
         self.loss = loss
         self.key = key
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
+        self.student_last, self.teacher_last = tuple(student_last), tuple(teacher_last)
         self.weight = weight
         self.level = level
         self.per_level = per_level
@@ -77,13 +81,17 @@ class Term(nn.Module):
     def at(self, step: int) -> None:
         """Give the loss's scalars the values of a training step."""
         for path, process in self.scalars.items():
-            name, _, item = path.partition(".")
-            if item:
-                values = list(getattr(self.loss, name))
-                values[int(item)] = process(step)
-                setattr(self.loss, name, values)
-            else:
-                setattr(self.loss, name, process(step))
+            self.move(path, process(step))
+
+    def move(self, path: str, value: float) -> None:
+        """Give one of the loss's scalars a value; ``level_weights.1`` is an item of a list."""
+        name, _, item = path.partition(".")
+        if item:
+            values = list(getattr(self.loss, name))
+            values[int(item)] = value
+            setattr(self.loss, name, values)
+        else:
+            setattr(self.loss, name, value)
 
     def forward(
         self,

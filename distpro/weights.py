@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from distpro.batch import Batch
 from distpro.features import TrainingPass
-from distpro.schedule import Schedule
-from distpro.term import Entry, entries_of
-from pathways.registry import UserError
+from distpro.schedule import TASK, Said, Schedule, owner_of
+from distpro.term import Entry, Term, entries_of
+from pathways.registry import UserError, nearest
+
+Scale = float | Callable[[int], float]
+"""λ, or a function of the step that gives it."""
 
 
 class Weights(Protocol):
@@ -56,14 +59,12 @@ class Followed(Protocol):
         self,
         schedule: Schedule,
         total_steps: int,
-        threshold: float | None = None,
-        scale: float | Callable[[int], float] = 1.0,
+        *,
+        scale: Scale | Said = "schedule",
         mapping: Mapping[str, str] | None = None,
     ) -> None: ...
 
-    def follow_equal(
-        self, scale: float | Callable[[int], float] = 1.0, scales: Mapping[str, float] | None = None
-    ) -> None: ...
+    def follow_equal(self, scale: Scale = 1.0, scales: Mapping[str, float] | None = None) -> None: ...
 
 
 CONTROLS: dict[str, Callable[[Schedule, int], Schedule]] = {
@@ -115,22 +116,20 @@ def replay(
     how: str,
     total_steps: int,
     schedule: Schedule | None = None,
-    threshold: float | None = None,
-    scale: float | Callable[[int], float] = 1.0,
+    threshold: float | None | Said = "schedule",
+    scale: Scale | Said = "schedule",
     mapping: Mapping[str, str] | None = None,
-    start: float = 0.0,
+    start: float | Said = "schedule",
     seed: int = 0,
 ) -> Replay:
     """Let ``objective`` follow a schedule or a control.
 
     Args:
-        how: ``searched`` (the schedule, interpolated to ``total_steps``), one of its controls ``final`` (its last
-            weights at every step), ``mean``, ``shuffled``, ``permuted`` and ``random`` (see `Schedule`), ``equal``
-            (1/L for each of the L terms without a constant weight, times its scale if a schedule has one),
-            ``constant`` (every term's own weight) or ``none`` (no term at all).
-        threshold, scale, mapping: see `Objective.follow`.
-        start: fraction of the search that is left out at its beginning, where its weights are still those that it has
-            started from.
+        how: ``searched`` (the schedule), one of its controls ``final`` (its last weights at every step), ``mean``,
+            ``shuffled``, ``permuted`` and ``random`` (see `Schedule`), ``equal`` (1/L for each of the L terms without a
+            constant weight, times its scale and λ if there is a schedule), ``constant`` (every term's own weight) or
+            ``none`` (no term at all). The last three leave the objective's scalars alone.
+        threshold, scale, mapping, start: see `Objective.follow`.
         seed: of the random controls.
 
     Raises UserError if there is no schedule where one is needed, or one that does not fit.
@@ -139,12 +138,22 @@ def replay(
         objective.keep([])
     elif how == "equal":
         scales = {} if schedule is None else dict(zip(schedule.keys, schedule.scales.tolist(), strict=True))
-        objective.follow_equal(scale, scales)
+        objective.follow_equal(strength_of(schedule, total_steps, scale), scales)
     elif how in CONTROLS:
         if schedule is None:
             raise UserError(f"retrain.weights is '{how}', which needs a schedule: give --schedule alpha.pt")
-        objective.follow(CONTROLS[how](schedule.after(start), seed), total_steps, threshold, scale, mapping)
+        control = CONTROLS[how](schedule.saying(threshold, start), seed)
+        objective.follow(control, total_steps, scale=scale, mapping=mapping)
     return Replay(objective)
+
+
+def strength_of(schedule: Schedule | None, total_steps: int, scale: Scale | Said) -> Scale:
+    """λ: the one given, or the schedule's in a training of so many steps; 1 without a schedule."""
+    if not isinstance(scale, str):
+        return scale
+    if scale != "schedule":
+        raise UserError(f"scale is '{scale}' (allowed: a number, a function of the step, schedule)")
+    return 1.0 if schedule is None else schedule.strengths(total_steps)
 
 
 def constants_of(terms: Iterable[Any], step: int) -> list[float | None]:
@@ -158,13 +167,14 @@ def constants_of(terms: Iterable[Any], step: int) -> list[float | None]:
 
 
 def weights_of(
-    terms: Sequence[Any],
+    terms: Iterable[Any],
     columns: Mapping[str, Tensor],
     total_steps: int = 1,
-    scale: float | Callable[[int], float] = 1.0,
+    scale: Scale = 1.0,
 ) -> Callable[[int], list[float]]:
     """step → weight of each entry of the terms: ``scale`` times its row of ``columns`` (T,), else its constant, else 1.
     The last row stands for all later steps."""
+    terms = list(terms)
     keys = [entry.key for term in terms for entry in entries_of(term)]
     factor = scale if callable(scale) else lambda step: scale
 
@@ -176,10 +186,14 @@ def weights_of(
     return weights_at
 
 
-def columns_of(schedule: Schedule, terms: Sequence[Any], mapping: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+def columns_of(
+    schedule: Schedule, terms: Sequence[Any], mapping: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The schedule's scaled weights per step (T,) of each entry of the terms, by key: matched by key or level
-    (`Schedule.columns`), reduced first for terms with a ``reduction``. Raises UserError where they do not fit."""
+    (`Schedule.columns`), reduced first for terms with a ``reduction``; and its scalars under the names that the terms
+    have here. Raises UserError where they do not fit."""
     columns: dict[str, Tensor] = {}
+    scalars: dict[str, Tensor] = {} if terms else dict(schedule.scalars)
     for reduction in dict.fromkeys(term.reduction for term in terms):
         members = [term for term in terms if term.reduction == reduction]
         entries = [_reduced(entry, reduction) for term in members for entry in entries_of(term)]
@@ -187,7 +201,66 @@ def columns_of(schedule: Schedule, terms: Sequence[Any], mapping: Mapping[str, s
         fitting = (schedule.reduce(reduction) if reduction else schedule).columns(entries, joined)
         scaled = fitting.weights * fitting.scales
         columns |= {entry.key: scaled[:, n] for n, entry in enumerate(entries)}
-    return columns
+        scalars |= fitting.scalars
+    return columns, scalars
+
+
+class Scalars:
+    """Learned numbers beside the weights that an objective follows: the task's weight, and scalars of its losses.
+
+    Args:
+        values: name → value per step (T,), see `Schedule.scalars`; the last one stands for all later steps.
+        terms: of the objective.
+
+    Raises UserError for a name that is no scalar of a term's loss, and for values that the loss refuses.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], terms: Sequence[Any]):
+        numbers = {name: tensor.double().tolist() for name, tensor in values.items()}
+        self.task: list[float] | None = numbers.pop(TASK, None)
+        self._moving: list[tuple[Term, str, list[float], Any]] = []  # term, scalar, values, what was there before
+        by_key = {term.key: term for term in terms if isinstance(term, Term)}
+        for name, steps in numbers.items():
+            owner = owner_of(name, list(by_key))
+            if owner is None:
+                near = nearest(name.rpartition(".")[0], by_key)
+                raise UserError(
+                    f"schedule: scalar '{name}' is of no term{near} (there are: {', '.join(by_key) or 'none'})"
+                )
+            term, path = by_key[owner], name[len(owner) + 1 :]
+            attribute = path.partition(".")[0]
+            allowed = getattr(term.loss, "scalars", None)
+            if not hasattr(term.loss, attribute) or (allowed is not None and attribute not in allowed):
+                raise UserError(
+                    f"schedule: '{path}' of term '{owner}' cannot move (allowed: {', '.join(allowed or ()) or 'none'})"
+                )
+            self._moving.append((term, path, steps, getattr(term.loss, attribute)))
+            try:
+                for value in (min(steps), max(steps)):
+                    term.move(path, value)
+            except UserError as error:
+                raise UserError(f"schedule: scalar '{name}': {error}") from None
+            except (IndexError, ValueError, TypeError):
+                raise UserError(f"schedule: scalar '{name}': there is no such item") from None
+            finally:
+                setattr(term.loss, attribute, self._moving[-1][3])
+
+    def at(self, step: int) -> None:
+        """Give the losses' scalars the values of a training step."""
+        for term, path, values, _ in self._moving:
+            term.move(path, values[min(step, len(values) - 1)])
+
+    def task_weight(self, step: int, own: Scale) -> float:
+        """The task's weight at a training step: the objective's ``own`` where the schedule says nothing of it."""
+        if self.task is not None:
+            return self.task[min(step, len(self.task) - 1)]
+        return own(step) if callable(own) else own
+
+    def then(self, values: Mapping[str, Tensor], terms: Sequence[Any]) -> Scalars:
+        """Others in the place of these, the losses' scalars as they were before."""
+        for term, path, _, before in self._moving:
+            setattr(term.loss, path.partition(".")[0], before)
+        return Scalars(values, terms)
 
 
 def _reduced(entry: Entry, reduction: str | None) -> Entry:

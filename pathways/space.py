@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from pathways.call import Call
 from pathways.connections import connect as connect_taps
 from pathways.distances import DISTANCES
-from pathways.probing import probe_shapes
+from pathways.layouts import Layout, channels_first, probe_layouts
 from pathways.registry import UserError
-from pathways.transforms import TRANSFORMS, MapTransform
+from pathways.transforms import TRANSFORMS, MapTransform, Tokens
 
 Spec = str | Mapping[str, Any]
 
@@ -38,6 +38,8 @@ class Pathway(nn.Module):
         level: (i, j, k), counted from 1: teacher level, student level, transform.
         transform_name: name of M_k, by which a schedule is matched on another pair.
         student_taps, teacher_taps: the one tap read on each side.
+        channels_last: whether the student's and the teacher's feature are maps (N, H, W, C); transform and distance are
+            given (N, C, H, W).
         weight: constant weight, a process ``step → weight``, or None where a schedule or a search decides.
         per_level, reduction, masked, rows, scalars: what other terms of an objective may ask for and a pathway does not.
     """
@@ -56,6 +58,7 @@ class Pathway(nn.Module):
         transform_name: str,
         transform: nn.Module,
         distance: nn.Module,
+        channels_last: tuple[bool, bool] = (False, False),
     ):
         super().__init__()
         self.key = f"{teacher_tap}<-{student_tap}@{transform_name}"
@@ -63,6 +66,7 @@ class Pathway(nn.Module):
         self.transform_name = transform_name
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.transform, self.distance = transform, distance
+        self.channels_last = channels_last
         self.scalars: dict[str, Any] = {}
 
     def at(self, step: int) -> None:
@@ -72,6 +76,7 @@ class Pathway(nn.Module):
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Scalar loss of a batch of student and teacher features. ``target`` and ``index`` are not used."""
+        student, teacher = map(channels_first, (student, teacher), self.channels_last)
         sized = isinstance(self.transform, MapTransform) and teacher.dim() == 4
         ours = self.transform(student, tuple(teacher.shape[2:])) if sized else self.transform(student)
         return self.distance(ours, teacher)
@@ -89,14 +94,14 @@ def build_pathways(
     connect: str | Sequence[Sequence[str]] = "all",
     transforms: Sequence[Spec] = ("conv1x1", "conv3x3", "attention"),
     distance: Spec = "hcl",
-    teacher_shapes: Mapping[str, Sequence[int]] | None = None,
-    student_shapes: Mapping[str, Sequence[int]] | None = None,
+    teacher_shapes: Mapping[str, Sequence[int] | Layout] | None = None,
+    student_shapes: Mapping[str, Sequence[int] | Layout] | None = None,
 ) -> list[Pathway]:
     """The pathways of a search space, teacher-major, then student level, then transform.
 
-    Shapes are probed with one forward pass of ``example_input``, anything that `Call.of` takes, through each model,
-    which leaves no trace. Where ``teacher_shapes`` or ``student_shapes`` give them, tap → shape of one sample, that
-    model does not run. The new parameters are on the student's device.
+    Shapes, and whether a map has its channels last, are probed with ``example_input``, anything that `Call.of` takes,
+    which leaves no trace. Where ``teacher_shapes`` or ``student_shapes`` give them, tap → shape of one sample, of maps
+    (C, H, W), or its `Layout`, that model does not run. The new parameters are on the student's device.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
     >>> import torch
@@ -105,8 +110,8 @@ def build_pathways(
 
     Raises UserError for unknown taps, rules, transforms, distances or parameters, and for shapes that do not fit.
     """
-    teacher_sizes = _shapes(teacher, teacher_taps, example_input, teacher_shapes, "teacher")
-    student_sizes = _shapes(student, student_taps, example_input, student_shapes, "student")
+    teacher_layouts = _layouts(teacher, teacher_taps, example_input, teacher_shapes, "teacher")
+    student_layouts = _layouts(student, student_taps, example_input, student_shapes, "student")
     chosen = [parse_spec(t, "transforms") for t in transforms]
     distance_name, distance_params = parse_spec(distance, "distance")
     names = [name for name, _ in chosen]
@@ -117,9 +122,11 @@ def build_pathways(
     space = []
     for i, j in connect_taps(connect, teacher_taps, student_taps):
         for k, (name, params) in enumerate(chosen):
-            shapes = student_sizes[student_taps[j]], teacher_sizes[teacher_taps[i]]
+            ours, theirs = student_layouts[student_taps[j]], teacher_layouts[teacher_taps[i]]
             try:
-                transform = TRANSFORMS.build(name, *shapes, **params)
+                transform = TRANSFORMS.build(
+                    name, ours.shape, theirs.shape, **params, **_grids(name, params, ours, theirs)
+                )
             except UserError as error:
                 raise UserError(f"pathway {teacher_taps[i]} <- {student_taps[j]}: {error}") from None
             pathway = Pathway(
@@ -129,6 +136,7 @@ def build_pathways(
                 names[k],
                 transform,
                 DISTANCES.build(distance_name, **distance_params),
+                (ours.channels_last, theirs.channels_last),
             )
             space.append(pathway.to(device))
     if not space:
@@ -136,16 +144,23 @@ def build_pathways(
     return space
 
 
-def _shapes(
+def _grids(name: str, params: Mapping[str, Any], ours: Layout, theirs: Layout) -> dict[str, Any]:
+    """What is known of the grids that tokens stand for, for a transform that asks and is not told."""
+    kind: Any = TRANSFORMS[name]
+    asks = isinstance(kind, type) and issubclass(kind, Tokens) and not {"prefix", "grid"} & params.keys()
+    return {"grid": (ours.grid, theirs.grid)} if asks else {}
+
+
+def _layouts(
     model: nn.Module,
     taps: Sequence[str],
     example_input: Any,
-    known: Mapping[str, Sequence[int]] | None,
+    known: Mapping[str, Sequence[int] | Layout] | None,
     side: str,
-) -> dict[str, tuple[int, ...]]:
+) -> dict[str, Layout]:
     if known is None:
-        return probe_shapes(model, taps, example_input)
+        return probe_layouts(model, taps, example_input)
     for name in taps:
         if name not in known:
             raise UserError(f"no shape is given for {side} tap '{name}' (given: {', '.join(known) or 'none'})")
-    return {name: tuple(known[name]) for name in taps}
+    return {name: k if isinstance(k := known[name], Layout) else Layout(tuple(k)) for name in taps}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,19 +126,28 @@ class SpatialAttention(Conv3x3):
 class Tokens(nn.Module):
     """Linear projection between token sequences (L, D), or between tokens and a feature map (C, H, W).
 
-    Sequences of equal length are projected position by position, whatever they stand for. Otherwise tokens stand for a
-    square grid, row by row, behind ``prefix`` others (class, distillation or register tokens), and grids of different
-    sizes are aligned by bilinear interpolation. Tokens in front meet their like; where the source has fewer of them
-    than the target, the mean of its grid stands in for those that it lacks, and where it has more, these are dropped.
+    Sequences of equal length are projected position by position, whatever they stand for, unless their grids are known
+    to differ. Otherwise tokens stand for a grid, row by row, behind ``prefix`` others (class, distillation or register
+    tokens), and grids of different sizes are aligned by bilinear interpolation. Tokens in front meet their like; where
+    the source has fewer of them than the target, the mean of its grid stands in for those that it lacks, and where it
+    has more, these are dropped.
 
     Args:
-        prefix: tokens in front of the grid, one number for both sides or (the student's, the teacher's); None: none if
-            the length is a square, else the one or two that make it one.
+        prefix: tokens in front of the grid, any number, one for both sides or (the student's, the teacher's); None:
+            all that are more than the grid, and where that is not known either none if the length is a square, else
+            the one or two that make it one.
+        grid: (the student's, the teacher's), each (height, width); None: square. `build_pathways` finds it out.
 
     Raises UserError for lengths that differ where one of them does not fit.
     """
 
-    def __init__(self, in_shape: Shape, out_shape: Shape, prefix: int | Sequence[int] | None = None):
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        prefix: int | Sequence[int] | None = None,
+        grid: Sequence[Sequence[int] | None] | None = None,
+    ):
         super().__init__()
         for shape in (in_shape, out_shape):
             if len(shape) not in (2, 3):
@@ -147,9 +157,12 @@ class Tokens(nn.Module):
         prefixes = (prefix, prefix) if prefix is None or isinstance(prefix, int) else tuple(prefix)
         if len(prefixes) != 2 or any(p is not None and (type(p) is not int or p < 0) for p in prefixes):
             raise UserError(f"transform 'tokens': prefix must be one or two counts of tokens, got {prefix!r}")
+        ours, theirs = _pair_of_grids(grid)
         self.by_position = len(in_shape) == len(out_shape) == 2 and in_shape[0] == out_shape[0]
+        if self.by_position and None not in (ours, theirs) and ours != theirs:
+            self.by_position = False
         if not self.by_position:
-            self.source, self.target = _Grid(in_shape, prefixes[0]), _Grid(out_shape, prefixes[1])
+            self.source, self.target = _Grid(in_shape, prefixes[0], ours), _Grid(out_shape, prefixes[1], theirs)
         in_channels, out_channels = (shape[0] if len(shape) == 3 else shape[1] for shape in (in_shape, out_shape))
         self.project = nn.Linear(in_channels, out_channels)
         nn.init.kaiming_uniform_(self.project.weight, a=1)
@@ -176,12 +189,20 @@ class Tokens(nn.Module):
 class _Grid:
     """A shape read as a grid of vectors behind ``prefix`` others."""
 
-    def __init__(self, shape: Shape, prefix: int | None):
+    def __init__(self, shape: Shape, prefix: int | None, size: Shape | None = None):
         self.is_map = len(shape) == 3
         if self.is_map:
             self.size, self.prefix = tuple(shape[1:]), 0
             return
         length = shape[0]
+        if size is not None:
+            self.size, self.prefix = size, length - size[0] * size[1]
+            if self.prefix < 0 or prefix not in (None, self.prefix):
+                raise UserError(
+                    f"transform 'tokens': {length} tokens are no grid of {size[0]}x{size[1]} behind "
+                    + ("any others" if prefix is None else f"a prefix of {prefix}")
+                )
+            return
         for self.prefix in (0, 1, 2) if prefix is None else (prefix,):
             side = math.isqrt(max(length - self.prefix, 0))
             if side > 0 and self.prefix + side * side == length:
@@ -190,5 +211,19 @@ class _Grid:
         behind = "with or without one or two tokens in front" if prefix is None else f"behind a prefix of {prefix}"
         raise UserError(
             f"transform 'tokens': {length} tokens are no square grid, {behind}; "
-            "say with 'prefix' how many class, distillation or register tokens there are"
+            "say with 'prefix' how many class, distillation or register tokens there are, or with 'grid' how many rows "
+            "and columns"
         )
+
+
+def _pair_of_grids(grid: Any) -> tuple[Shape | None, Shape | None]:
+    """The student's and the teacher's grid. Raises UserError for what is no pair of (height, width) or None."""
+    pair = (None, None) if grid is None else grid
+    if isinstance(pair, Sequence) and len(pair) == 2 and all(size is None or _is_size(size) for size in pair):
+        ours, theirs = (None if size is None else tuple(size) for size in pair)
+        return ours, theirs
+    raise UserError(f"transform 'tokens': grid must be two of (height, width) or none, got {grid!r}")
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)

@@ -29,6 +29,7 @@ LAYERS = [  # from top to bottom: a module imports from its own layer and those 
         "distpro.models",
         "distpro.process",
         "distpro.schedule",
+        "distpro.schedule_file",
         "distpro.task",
         "distpro.tasks",
         "distpro.term",

@@ -1,46 +1,15 @@
-"""The schedule: its time axis, its terms, and a file that can be trusted."""
+"""The schedule: its time axis, its controls, and its terms."""
 
-import os
-import pickle
 from dataclasses import FrozenInstanceError, replace
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from distpro.schedule import FORMAT, VERSION, Schedule
+from distpro.schedule import Schedule, warmed_up
 from pathways import UserError
-
-TRANSFORMS = ("conv1x1", "conv3x3")
-PLACES = list(product((1, 2), (1, 2, 3), (1, 2)))  # 2 teacher levels, 3 student levels, 2 transforms
-
-
-def schedule(steps=7, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Schedule(
-        keys=tuple(f"t{i}<-s{j}@{TRANSFORMS[k - 1]}" for i, j, k in PLACES),
-        levels=torch.tensor(PLACES),
-        transforms=tuple(TRANSFORMS[k - 1] for *_, k in PLACES),
-        alpha_tilde=torch.randn(steps, len(PLACES), generator=generator),
-        weights=torch.rand(steps, len(PLACES), generator=generator),
-        steps_per_epoch=3.5,
-        meta={"weighting": "biased_softmax", "config": {"lr": [0.1, None, True], "taps": ["a", "b"]}},
-    )
-
-
-def two_terms(weights):
-    weights = torch.as_tensor(weights, dtype=torch.float32)
-    return Schedule(("a", "b"), torch.zeros(2, 3, dtype=torch.int64), weights.clone(), weights)
-
-
-def same(a, b):
-    tensors = ("levels", "alpha_tilde", "weights")
-    return all(
-        torch.equal(getattr(a, n), getattr(b, n)) and getattr(a, n).dtype == getattr(b, n).dtype for n in tensors
-    ) and ((a.keys, a.transforms, a.steps_per_epoch, a.meta) == (b.keys, b.transforms, b.steps_per_epoch, b.meta))
-
+from tests.schedules import PLACES, TRANSFORMS, same, schedule, two_terms
 
 # Time
 
@@ -269,6 +238,31 @@ def test_take():
         ({"alpha_tilde": torch.zeros(3, 2)}, r"alpha_tilde \(3, 2\) and weights \(4, 2\) must be equal"),
         ({"weights": torch.zeros(0, 2), "alpha_tilde": torch.zeros(0, 2)}, "T > 0"),
         ({"weights": torch.tensor([[0.0, float("nan")]] * 4)}, "not all finite"),
+        ({"alpha_tilde": torch.full((4, 2), float("nan"))}, "alpha_tilde are not all finite"),
+        ({"scales": torch.tensor([1.0, float("inf")])}, "scales are not all finite"),
+        ({"scales": torch.ones(3)}, "scales of shape .3,. do not fit 2 keys"),
+        ({"transforms": ("x",)}, "1 transforms do not fit 2 keys"),
+        ({"keys": ("a", 3)}, "keys must be names, found 3"),
+        ({"keys": ("a", "")}, "keys must be names, found ''"),
+        ({"levels": torch.zeros(2, 3)}, "levels are float32 .allowed: whole numbers"),
+        ({"levels": torch.full((2, 3), -1)}, "levels are below 0"),
+        ({"weights": torch.ones(4, 2).long()}, "weights are int64 .allowed: floating point"),
+        ({"weights": torch.ones(4, 2, dtype=torch.complex64)}, "weights are complex64"),
+        ({"weights": torch.ones(4, 2).double() * 1e300}, "weights are not all finite"),  # as float32
+        ({"steps_per_epoch": 0.0}, "steps_per_epoch is 0.0 .allowed: a number above 0"),
+        ({"steps_per_epoch": float("nan")}, "steps_per_epoch is nan"),
+        ({"steps_per_epoch": True}, "steps_per_epoch is True"),
+        ({"strength": -1.0}, "strength is -1.0 .allowed: a number 0 and more"),
+        ({"strength": "3"}, "strength is '3'"),
+        ({"warmup": float("inf")}, "warmup is inf"),
+        ({"start": 1.0}, "start is 1.0 .allowed: a number from 0 to below 1"),
+        ({"threshold": float("nan")}, "threshold is nan .allowed: a number, or None"),
+        ({"reading": ""}, "reading is ''"),
+        ({"reading": "log", "weights": torch.full((4, 2), -1.0)}, "weights are below 0"),
+        ({"meta": [1]}, "meta is list"),
+        ({"scalars": {"task": torch.ones(3)}}, "scalar 'task' of shape .3,. does not fit 4 steps"),
+        ({"scalars": {"task": torch.full((4,), float("nan"))}}, "task are not all finite"),
+        ({"scalars": {"task": torch.ones(4).int()}}, "task are int32"),
     ],
 )
 def test_content_that_does_not_fit(changes, message):
@@ -281,113 +275,150 @@ def test_a_schedule_is_not_changed_in_place():
         schedule().keys = ("a",)
 
 
-# Files
+# What a replay makes of it
 
 
-def test_round_trip(tmp_path):
-    path = tmp_path / "runs" / "alpha.pt"
-    schedule().save(path)
-    assert same(Schedule.load(path), schedule())
-    assert same(Schedule.load(str(path)), schedule())
-    replace(schedule(), weights=schedule().weights.double(), alpha_tilde=schedule().alpha_tilde.double()).save(path)
-    assert same(Schedule.load(path), schedule())
-    schedule().interpolate(20).drop(0.5).reduce("connection").save(path)
-    assert same(Schedule.load(path), schedule().interpolate(20).drop(0.5).reduce("connection"))
+def meant(steps=10):
+    """With all that a file says beside the weights: α̃ of the last term is below τ in the second half."""
+    alpha_tilde = torch.ones(steps, 12)
+    alpha_tilde[steps // 2 :, 11] = 0.4
+    return replace(
+        schedule(steps),
+        alpha_tilde=alpha_tilde,
+        scales=torch.arange(1.0, 13.0),
+        strength=3.0,
+        warmup=2.0,
+        threshold=0.5,
+        start=0.3,
+        scalars={
+            "task": torch.linspace(1, 0, steps),
+            f"{schedule().keys[1]}.temperature": torch.linspace(2, 8, steps),
+            "elsewhere.temperature": torch.full((steps,), 4.0),
+        },
+    )
 
 
-def test_the_file_holds_tensors_and_plain_values_only(tmp_path):
-    schedule().save(tmp_path / "alpha.pt")
-    content = torch.load(tmp_path / "alpha.pt", weights_only=True)
-    assert (content["format"], content["version"]) == (FORMAT, VERSION)
-    assert content["weights"].dtype == content["alpha_tilde"].dtype == torch.float32
-    assert content["keys"] == list(schedule().keys) and content["meta"] == schedule().meta
+def test_what_a_training_plays():
+    """The last 7 of 10 steps, 13 steps long: values between two steps are on the line between them."""
+    given, position = meant(), np.linspace(3, 9, 13)
+    played = given.played(13)
+    expected = np.stack([np.interp(position, np.arange(10), column) for column in given.weights.double().T.numpy()], 1)
+    alpha = np.interp(position, np.arange(10), given.alpha_tilde[:, 11].double().numpy())
+    assert (alpha <= 0.5).any() and (alpha > 0.5).any() and 0.4 < alpha[3] < 1.0  # also between the two
+    expected[:, 11] *= alpha > 0.5
+    np.testing.assert_allclose(played.weights.numpy(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(played.scalars["task"].numpy(), 1 - position / 9, rtol=1e-5, atol=1e-7)
+    assert (played.start, played.threshold, played.strength) == (0, None, 3.0)
+    assert same(played, played.played(13))  # nothing is left out twice
 
 
-class Exploit:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def saved(content, path, legacy=False):
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+def test_a_threshold_or_start_may_be_given_in_the_place_of_the_schedules():
+    given = meant()
+    assert (given.saying(None).threshold, given.saying(None).start) == (None, 0.3)
+    assert (given.saying(start=0).threshold, given.saying(start=0).start) == (0.5, 0)
+    assert same(given.saying(), given)
+    with pytest.raises(UserError, match="threshold is '0.5'"):
+        given.saying("0.5")
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("wrap", [lambda e: e, lambda e: {"format": FORMAT, "version": VERSION, "meta": {"x": e}}])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, wrap, legacy):
-    path, marker = tmp_path / "alpha.pt", tmp_path / "was-here"
-    saved(wrap(Exploit(marker)), path, legacy)
-    with pytest.raises(UserError, match="alpha.pt: holds more than tensors and plain values"):
-        Schedule.load(path)
-    path.write_bytes(pickle.dumps(wrap(Exploit(marker))))
-    with pytest.raises(UserError, match="alpha.pt: "):
-        Schedule.load(path)
-    assert not marker.exists()
-    pickle.loads(path.read_bytes())
-    assert marker.exists()  # so the file would have done it
+@pytest.mark.parametrize("total", [10, 14, 77, 313])
+def test_the_warm_up_is_stretched_with_the_schedule_whatever_is_left_out(total):
+    """10 steps of which 5 make an epoch: λ is half of 3 in the first of two epochs."""
+    given = replace(meant(), steps_per_epoch=5.0)
+    for schedule_ in (given, given.after(), given.interpolate(31), given.mean()):
+        strength = schedule_.strengths(total)
+        assert [strength(step) for step in range(total)] == [1.5 if step < total / 2 else 3.0 for step in range(total)]
 
 
-def content(**changes):
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "keys": ["a"],
-        "levels": torch.zeros(1, 3, dtype=torch.int64),
-        "transforms": [""],
-        "alpha_tilde": torch.ones(2, 1),
-        "weights": torch.ones(2, 1),
-        "scales": torch.ones(1),
-        "steps_per_epoch": 1.0,
-        "meta": {},
-        **changes,
-    }
+def test_epochs_begin_where_they_begin():
+    """After divisions that floating point rounds, an epoch of 391 steps still begins with its first step."""
+    epochs = 240
+    longer = replace(two_terms([[1, 1]] * 17), steps_per_epoch=17 / epochs, strength=1.0, warmup=float(epochs))
+    for first in (0.0, 0.31, 0.5):
+        strength = longer.after(first).strengths(epochs * 391)
+        assert all(strength(391 * e) * epochs == pytest.approx(e + 1) for e in range(0, epochs, 7))
+        assert all(strength(391 * e - 1) * epochs == pytest.approx(e) for e in range(1, epochs, 7))
+    assert warmed_up(2.0, 0.0, 5)(0) == 2.0
 
 
-@pytest.mark.parametrize(
-    "stored, message",
-    [
-        (content(version=VERSION + 1), f"schedule version {VERSION + 1}; this distpro reads up to {VERSION}"),
-        (content(version=None), "schedule version None"),
-        (content(format="other"), "not a distpro schedule"),
-        ({"state_dict": {}}, "not a distpro schedule"),
-        ([1, 2], "not a distpro schedule"),
-        (torch.zeros(3), "not a distpro schedule"),
-        ({k: v for k, v in content().items() if k != "weights"}, "damaged schedule .KeyError: 'weights'"),
-        (content(keys=["a", "b"]), "do not fit 2 keys"),
-        (content(weights=[[1.0]]), "damaged schedule"),
-        (content(keys=None), "damaged schedule"),
-    ],
-)
-def test_other_content_is_an_error_that_names_the_file(tmp_path, stored, message):
-    torch.save(stored, tmp_path / "alpha.pt")
-    with pytest.raises(UserError, match=f"alpha.pt: .*{message}"):
-        Schedule.load(tmp_path / "alpha.pt")
+def test_of_log_weights_small_shares_are_dropped():
+    """1/(10 N) of the sum, N = 4: at the first step 1 of 41 is below 1/40, 1.1 of 41.1 is not. α̃ says nothing here, and
+    neither do λ nor the terms' scales."""
+    weights = torch.tensor([[1.0, 20.0, 20.0, 0.0], [1.1, 20.0, 20.0, 1.1]])
+    given = Schedule(
+        ("a", "b", "c", "d"),
+        torch.zeros(4, 3).long(),
+        torch.full((2, 4), -5.0),
+        weights,
+        scales=torch.tensor([1e6, 1e-6, 1.0, 1.0]),
+        strength=7.0,
+        reading="log",
+        threshold=0.5,
+    )
+    assert given.dropped().tolist() == [[True, False, False, True], [False] * 4]
+    assert torch.equal(given.drop(0.5).weights, torch.tensor([[0, 20.0, 20.0, 0], [1.1, 20.0, 20.0, 1.1]]))
+    assert torch.equal(given.drop(None).weights, weights)
+    assert torch.equal(given.take([0, 1]).weights[0], torch.tensor([0.0, 20.0]))  # the share was of all four
+    torch.testing.assert_close(given.reduce("total").weights[:, 0], torch.tensor([40.0, 42.2]))
 
 
-def test_a_file_cut_short_anywhere_is_an_error(tmp_path):
-    path = tmp_path / "alpha.pt"
-    schedule().save(path)
-    whole = path.read_bytes()
-    for length in {*range(0, 64), *range(64, len(whole), 97), len(whole) - 1}:
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="alpha.pt: "):
-            Schedule.load(path)
+@pytest.mark.parametrize("control", ["final", "mean", "shuffled", "permuted", "random", "equal"])
+def test_what_the_controls_keep(control):
+    given = meant()
+    result = getattr(given, control)()
+    assert (result.strength, result.warmup, result.reading) == (3.0, 2.0, "biased_softmax")
+    assert torch.equal(result.scales, given.scales)
+    assert result.threshold == (None if control in ("random", "equal") else 0.5)
+    played = given.after() if control in ("mean", "shuffled", "random") else given
+    task = played.scalars["task"]
+    expected = {
+        "final": task[-1].repeat(10),
+        "mean": task.mean().repeat(7),
+        "shuffled": task[torch.randperm(7, generator=torch.Generator().manual_seed(0))],
+        "equal": None,
+    }.get(control, task)
+    if expected is None:
+        assert result.scalars == {}
+    else:
+        assert result.scalars.keys() == given.scalars.keys()
+        torch.testing.assert_close(result.scalars["task"], expected)
+    assert len(result) == len(played)
 
 
-@pytest.mark.parametrize("data", [b"", b"epochs: 10\n", b"\x80\x02.", b"PK\x03\x04", bytes(range(256))])
-def test_other_files_are_errors(tmp_path, data):
-    (tmp_path / "alpha.pt").write_bytes(data)
-    with pytest.raises(UserError, match="alpha.pt: "):
-        Schedule.load(tmp_path / "alpha.pt")
+def test_controls_are_of_what_a_replay_plays():
+    """A mean over the steps that are left out would be another one."""
+    given = meant()
+    torch.testing.assert_close(given.mean().played(4).weights[0], given.after().drop(None).weights.mean(0))
+    shuffled = given.shuffled().weights
+    assert sorted(shuffled[:, 0].tolist()) == sorted(given.weights[3:, 0].tolist())
+    totals = given.random().weights.sum(1)
+    torch.testing.assert_close(totals, given.weights[3:].sum(1))
 
 
-def test_missing_files_are_errors(tmp_path):
-    for path in (tmp_path / "alpha.pt", tmp_path):
-        with pytest.raises(UserError, match="no such file"):
-            Schedule.load(path)
+def test_a_sum_drops_first_and_keeps_the_task_weight():
+    given = meant()
+    total = given.reduce("total")
+    expected = given.weights.sum(1)
+    expected[5:] -= given.weights[5:, 11]
+    torch.testing.assert_close(total.weights[:, 0], expected)
+    assert (total.threshold, total.strength, total.warmup, total.start) == (None, 3.0, 2.0, 0.3)
+    assert list(total.scalars) == ["task"] and total.scales.tolist() == [1.0]
+    played = given.played(13)
+    torch.testing.assert_close(played.reduce("total").weights[:, 0], played.weights.sum(1))
+
+
+def test_scalars_go_with_their_terms():
+    given, keys = meant(), schedule().keys
+    others = [numbered(*place) for place in PLACES]
+    found = given.columns(others)
+    assert set(found.scalars) == {"task", f"{others[1].key}.temperature", "elsewhere.temperature"}
+    assert torch.equal(found.scalars[f"{others[1].key}.temperature"], given.scalars[f"{keys[1]}.temperature"])
+    assert (found.threshold, found.strength, found.start) == (0.5, 3.0, 0.3)
+    assert set(given.take([0]).scalars) == {"task", "elsewhere.temperature"}
+    twice = given.take([1, 1], ["x", "y"])
+    assert set(twice.scalars) == {"task", "x.temperature", "y.temperature", "elsewhere.temperature"}
+
+
+def test_of_two_keys_that_a_scalar_begins_with_the_longer_owns_it():
+    given = replace(two_terms([[1, 2]]), keys=("kd", "kd.2"), scalars={"kd.2.temperature": torch.ones(1)})
+    assert set(given.take([1], ["x"]).scalars) == {"x.temperature"} and given.take([0]).scalars == {}

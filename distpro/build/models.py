@@ -23,7 +23,8 @@ from distpro.models.ensemble import Ensemble, InputAdapter
 from distpro.task import Task
 from distpro.train import distributed
 from pathways.call import Call
-from pathways.probing import probe_shapes, untouched
+from pathways.layouts import Layout, probe_layouts
+from pathways.probing import untouched
 from pathways.registry import UserError
 from pathways.taps import LOGITS
 
@@ -48,7 +49,7 @@ class Pair:
     teachers: Mapping[str, Reading] = field(default_factory=dict)
     student_reading: Reading | None = None
     task: Task | None = None
-    _shapes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict)
 
     def teacher_reading(self, name: str | None) -> Reading:
         """The places of a teacher by its name, which only one of several needs. Raises UserError for a wrong one."""
@@ -68,17 +69,17 @@ class Pair:
         """Where pathways read the student: its stages."""
         return self.student_reading.taps(["stages"], before_relu=False) if self.student_reading is not None else []
 
-    def shapes(self, side: str, taps: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Per-sample shape of each tap of ``teacher`` or ``student``. What has been probed once is known."""
+    def layouts(self, side: str, taps: Sequence[str]) -> dict[str, Layout]:
+        """What each tap of ``teacher`` or ``student`` gives of a sample. What has been probed once is known."""
         model = self.teacher if side == "teacher" else self.student
-        unknown = [tap for tap in dict.fromkeys(taps) if (side, tap) not in self._shapes]
+        unknown = [tap for tap in dict.fromkeys(taps) if (side, tap) not in self._layouts]
         if LOGITS in unknown and model is not None and self.task is not None:
             unknown.remove(LOGITS)
-            self._shapes[side, LOGITS] = self._response_shape(model, self.task)
+            self._layouts[side, LOGITS] = Layout(self._response_shape(model, self.task))
         if unknown and model is not None:
-            found = probe_shapes(model, unknown, self.call)
-            self._shapes |= {(side, tap): shape for tap, shape in found.items()}
-        return {tap: self._shapes[side, tap] for tap in taps}
+            found = probe_layouts(model, unknown, self.call)
+            self._layouts |= {(side, tap): layout for tap, layout in found.items()}
+        return {tap: self._layouts[side, tap] for tap in taps}
 
     def _response_shape(self, model: nn.Module, task: Task) -> tuple[int, ...]:
         with untouched(model):

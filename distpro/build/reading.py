@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from distpro.config.schema import ModelConfig
 from distpro.models import stage_taps
 from pathways.call import Call
-from pathways.probing import find_stages, probe_shapes, untouched
+from pathways.probing import probe_shapes, untouched
 from pathways.registry import UserError
+from pathways.stages import find_stages
 from pathways.taps import LOGITS, check_taps, parse_tap, response_of
 
 Response = Callable[[Any], Tensor | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from distpro.console import note
 from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
-from distpro.schedule import Schedule
+from distpro.schedule import Said, Schedule, warmed_up
 from distpro.search.estimators import ESTIMATORS, obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
@@ -32,15 +33,14 @@ from distpro.train import distributed
 from distpro.train.checks import check_last_batch
 from distpro.train.rates import LearningRate
 from distpro.train.trainer import Trainer
-from distpro.weights import Weights, replay
+from distpro.weights import Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
 
 def distill_scale(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
-    """λ as a function of the step: `distill_weight`, after ReviewKD's warm-up min(epoch / W, 1), epochs from 1."""
-    weight, warmup = config.training.distill_weight, config.training.distill_warmup
-    return lambda step: weight * (min(1.0, (step // steps_per_epoch + 1) / warmup) if warmup else 1.0)
+    """λ as a function of the step, as the config says it."""
+    return warmed_up(config.training.distill_weight, config.training.distill_warmup or 0.0, steps_per_epoch)
 
 
 def clock_of(config: Config, loader: Any) -> Clock:
@@ -189,13 +189,16 @@ def build_retrain(
     train = build_loader(config, data, data.train, training=True)
     clock = clock_of(config, train)
     objective = build_objective(config, data, data.train, clock, carry, given)
+    scale: Scale | Said = distill_scale(config, int(clock.steps_per_epoch))
+    if schedule is not None and config.training.distill_warmup is None:
+        schedule, scale = replace(schedule, strength=config.training.distill_weight), "schedule"
     weights = replay(
         objective,
         retrain.weights,
         clock.total_steps,
         schedule,
         retrain.threshold,
-        distill_scale(config, int(clock.steps_per_epoch)),
+        scale,
         retrain.mapping,
         retrain.start,
         config.seed,

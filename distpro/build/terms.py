@@ -48,8 +48,8 @@ def build_terms(
             space.connect,
             space.transforms,
             space.distance,
-            teacher_shapes=pair.shapes("teacher", theirs),
-            student_shapes=pair.shapes("student", pair.student_taps),
+            teacher_shapes=pair.layouts("teacher", theirs),
+            student_shapes=pair.layouts("student", pair.student_taps),
         ):
             pathway.weight = space.weight  # type: ignore[assignment]
             terms.append(pathway)
@@ -76,7 +76,7 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
         teacher_taps = ["logits"]  # of several teachers: what they say together
     else:
         teacher_taps = pair.teacher_reading(config.teacher).taps(kind.taps, kind.before_relu != "neither")
-    student_shapes, teacher_shapes = pair.shapes("student", student_taps), pair.shapes("teacher", teacher_taps)
+    student, teacher = pair.layouts("student", student_taps), pair.layouts("teacher", teacher_taps)
     params, moving = split_processes(config.params, clock)
     key = config.key or (config.loss if config.teacher is None else f"{config.loss}@{config.teacher}")
     groups: list[tuple[str, list[str], list[str], tuple[int, int, int] | None]]
@@ -93,8 +93,8 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
         needs = {need: facts.give(need, theirs, config.teacher) for need in kind.needs if need not in params}
         loss = build_loss(
             config.loss,
-            [student_shapes[t] for t in ours],
-            [teacher_shapes[t] for t in theirs] if pair.teacher is not None else [student_shapes[t] for t in ours],
+            [student[t].shape for t in ours],
+            [teacher[t].shape for t in theirs] if pair.teacher is not None else [student[t].shape for t in ours],
             **params,
             **{need: value for need, value in needs.items() if value is not None},
         ).to(next(pair.student.parameters()).device)
@@ -108,7 +108,10 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
         per_level = reduction == "teacher_level" and level is None
         weight = weight_of(config.weight, clock)
         positions = facts.positions() if loss.needs_index else None
-        term = Term(loss, name, ours, theirs, weight, level, per_level, reduction, moving, config.pretrain, positions)
+        last = [[t for t in taps if side[t].channels_last] for taps, side in ((ours, student), (theirs, teacher))]
+        term = Term(
+            loss, name, ours, theirs, weight, level, per_level, reduction, moving, config.pretrain, positions, *last
+        )
         if level is not None:  # of two losses at one place, a schedule of another pair has to know which is which
             term.transform_name = key
         terms.append(term)

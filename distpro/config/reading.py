@@ -31,14 +31,17 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """A checked config from a YAML file or a mapping, with ``key=value`` overrides (dotted keys, YAML values).
+def read_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), below: Mapping[str, Any] | None = None
+) -> Config:
+    """A checked config from a YAML file or a mapping, with ``key=value`` overrides (dotted keys, YAML values). ``below``
+    stands in the place of the defaults.
 
     Raises UserError naming file, key, what was found, what is allowed and the nearest allowed name.
     """
     path = Path("config") if isinstance(source, Mapping) else Path(source)
     content = dict(source) if isinstance(source, Mapping) else _read_yaml(path)
-    content = _with_bases(content, path)
+    content = merge(below or {}, _with_bases(content, path))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from distpro.process import parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
+from distpro.schedule_file import START, THRESHOLD
 from pathways.registry import UserError
 from pathways.space import Spec
 
@@ -136,7 +137,11 @@ class TrainingConfig(Section):
         "all", description="one norm of all gradients, or the student's and every term's own parameters' apart"
     )
     distill_weight: float = Field(1.0, ge=0, description="λ, a factor on all weights that are not constants")
-    distill_warmup: float = Field(0.0, ge=0, description="epochs over which λ grows, min(epoch / this, 1)")
+    distill_warmup: float | None = Field(
+        0.0,
+        ge=0,
+        description="epochs over which λ grows, min(epoch / this, 1); null: those of the schedule, stretched with it",
+    )
 
 
 class SearchConfig(Section):
@@ -166,20 +171,21 @@ class SearchConfig(Section):
 
 
 class RetrainConfig(Section):
-    """How a schedule is replayed (Section 3.4)."""
+    """How a schedule is replayed (Section 3.4). Start and threshold are what a search writes into its schedule; a retrain
+    whose config says nothing of them, nor of λ (`training.distill_weight`, `distill_warmup`), takes the schedule's."""
 
     weights: Literal["searched", "final", "mean", "shuffled", "permuted", "random", "equal", "constant", "none"] = (
         Field("searched", description="the schedule, or a control, see distpro.weights.replay")
     )
     start: float = Field(
-        1 / 3,
+        START,
         ge=0,
         lt=1,
         description="fraction of the search that a replay leaves out at its beginning, where the weights are still on "
         "their way from where they all start (docs/results.md); the paper replays all of it, 0",
     )
     schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
-    threshold: float | None = Field(0.5, description="τ; null drops nothing")
+    threshold: float | None = Field(THRESHOLD, description="τ; null drops nothing")
     mapping: dict[str, str] = {}
     training: dict[str, Any] = Field({}, description="what of `training` is different in a retrain")
 

@@ -19,6 +19,7 @@ from distpro.build.models import Pair
 from distpro.config.schema import Config
 from distpro.objective import Objective, entries_of
 from pathways.call import map_tensors
+from pathways.layouts import Layout
 from pathways.probing import untouched
 from pathways.registry import UserError
 from pathways.space import parse_spec
@@ -35,8 +36,8 @@ class Description:
     teacher_parameters: int
     student_parameters: int
     term_parameters: int
-    teacher_shapes: dict[str, tuple[int, ...]]
-    student_shapes: dict[str, tuple[int, ...]]
+    teacher_stages: dict[str, Layout]
+    student_stages: dict[str, Layout]
     terms: list[tuple[str, Any, int, float]]
     teacher_macs: float
     student_macs: float
@@ -48,6 +49,16 @@ class Description:
     cache_bytes: int | None = None
     unmasked: Sequence[str] = ()
     problems: Sequence[str] = ()
+
+    @property
+    def teacher_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the teacher's stages."""
+        return {tap: layout.shape for tap, layout in self.teacher_stages.items()}
+
+    @property
+    def student_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the student's stages."""
+        return {tap: layout.shape for tap, layout in self.student_stages.items()}
 
     @property
     def step_macs(self) -> float:
@@ -81,8 +92,8 @@ def describe(config: Config, searching: bool) -> Description:
         teacher_parameters=_parameters(pair.teacher),
         student_parameters=_parameters(pair.student),
         term_parameters=_parameters(objective.terms),
-        teacher_shapes=_shapes(pair, "teacher"),
-        student_shapes=_shapes(pair, "student"),
+        teacher_stages=_stages(pair, "teacher"),
+        student_stages=_stages(pair, "student"),
         terms=terms,
         teacher_macs=_macs(pair.teacher, pair) if pair.teacher is not None and objective.entries else 0.0,
         student_macs=_macs(pair.student, pair),
@@ -100,12 +111,12 @@ def describe(config: Config, searching: bool) -> Description:
     )
 
 
-def _shapes(pair: Pair, side: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of one side's stages; none where none were found, which matters only to terms that read them."""
+def _stages(pair: Pair, side: str) -> dict[str, Layout]:
+    """One side's stages; none where none were found, which matters only to terms that read them."""
     readings = pair.teachers.values() if side == "teacher" else [pair.student_reading]
     if any(reading is None or reading.problem for reading in readings):
         return {}
-    return pair.shapes(side, pair.teacher_taps if side == "teacher" else pair.student_taps)
+    return pair.layouts(side, pair.teacher_taps if side == "teacher" else pair.student_taps)
 
 
 def _unmasked(pair: Pair, objective: Objective) -> list[str]:
@@ -200,9 +211,9 @@ def as_text(d: Description) -> str:
     """The description for a person."""
     lines = [
         f"teacher  {d.teacher}: {d.teacher_parameters:,} parameters, {_model_cost(d.teacher_macs, d.run_macs['teacher'])}",
-        *(f"    {tap}  {_shape(shape)}" for tap, shape in d.teacher_shapes.items()),
+        *(f"    {tap}  {_shape(layout.shape)}  {layout}" for tap, layout in d.teacher_stages.items()),
         f"student  {d.student}: {d.student_parameters:,} parameters, {_model_cost(d.student_macs, d.run_macs['student'])}",
-        *(f"    {tap}  {_shape(shape)}" for tap, shape in d.student_shapes.items()),
+        *(f"    {tap}  {_shape(layout.shape)}  {layout}" for tap, layout in d.student_stages.items()),
         f"terms    {len(d.terms)}: {d.term_parameters:,} parameters, {_million(d.term_macs)} MMAC an image",
         *(
             f"    {key}  level {level or '-'}  {count:,} parameters  {_million(cost)} MMAC"

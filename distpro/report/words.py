@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distpro.schedule import Schedule
+from distpro.schedule_file import LOG
 
 PARTS = ("early", "middle", "late")
 CONSTANT = 0.01  # relative movement below which a process is called constant
@@ -18,28 +19,33 @@ SHOWN = 5  # terms in a list
 def schedule_summary(schedule: Schedule) -> dict[str, Any]:
     """The numbers behind :func:`explain_schedule`, as plain values.
 
-    Keys: ``terms``, ``steps``, ``epochs``, ``steps_per_epoch``; ``weighting``, ``lambda``, ``threshold``,
-    ``teacher``, ``student``, ``data``, ``versions``, ``created`` (``None`` where the file does not say);
+    Keys: ``terms``, ``steps``, ``epochs``, ``steps_per_epoch``; ``weighting`` (the reading where the file says no more),
+    ``lambda``, ``warmup``, ``reading``, ``threshold``, ``start``: what a replay makes of it; ``teacher``, ``student``, ``data``,
+    ``versions``, ``created`` (``None`` where the file does not say); ``scalars``: each at ``start``, ``middle``, ``end``;
     ``total``: Σw at ``start``, ``middle`` and ``end``; ``strongest``: per third of the training, all terms as
     (key, mean weight, share of the third's Σ|w|), strongest first; ``teacher_levels``: share per level (0: terms
-    without a level) and third; ``dropped``: see below; ``computed``: fraction of (step, term) pairs above the
-    threshold; ``movement``: mean over steps of Σ_j |w_j(t) − w̄_j|, divided by Σ_j |w̄_j| (w̄: mean over time; 0 for
+    without a level) and third; ``dropped``: see below; ``computed``: fraction of (step, term) pairs that the
+    threshold keeps; ``movement``: mean over steps of Σ_j |w_j(t) − w̄_j|, divided by Σ_j |w̄_j| (w̄: mean over time; 0 for
     constant weights).
 
-    ``dropped`` lists the terms that are at or below the threshold at some step: ``key``, ``step`` and ``epoch`` at
+    ``dropped`` lists the terms that the threshold drops at some step: ``key``, ``step`` and ``epoch`` at
     which they first are, and ``for_good``, whether they stay there from then on.
     """
     weights = schedule.weights.double()
     meta = schedule.meta
-    below = _below_threshold(schedule)
+    below = schedule.dropped()
     return {
         "terms": len(schedule.keys),
         "steps": len(schedule),
         "epochs": len(schedule) / schedule.steps_per_epoch,
         "steps_per_epoch": schedule.steps_per_epoch,
-        **{k: meta.get(k) for k in ("weighting", "lambda", "threshold", "teacher", "student", "data", "versions")},
-        "created": meta.get("created"),
-        "total": dict(zip(("start", "middle", "end"), weights.sum(1)[_moments(len(weights))].tolist(), strict=True)),
+        "weighting": meta.get("weighting", schedule.reading),
+        "lambda": schedule.strength,
+        "warmup": schedule.warmup or None,
+        **{name: getattr(schedule, name) for name in ("reading", "threshold", "start")},
+        **{k: meta.get(k) for k in ("teacher", "student", "data", "versions", "created")},
+        "total": _at_moments(weights.sum(1)),
+        "scalars": {name: _at_moments(values) for name, values in schedule.scalars.items()},
         "strongest": {part: _ranking(schedule.keys, rows) for part, rows in _thirds(weights).items()},
         "teacher_levels": _level_shares(schedule.levels[:, 0], weights),
         "dropped": _dropped(schedule, below),
@@ -51,7 +57,7 @@ def schedule_summary(schedule: Schedule) -> dict[str, Any]:
 def explain_schedule(schedule: Schedule) -> str:
     """Several short paragraphs for a person, plain text."""
     summary = schedule_summary(schedule)
-    paragraphs = (_size, _origin, _totals, _strongest, _levels, _drops, _moves)
+    paragraphs = (_size, _origin, _totals, _scalars, _strongest, _levels, _drops, _moves)
     return "\n\n".join(filter(None, (paragraph(summary) for paragraph in paragraphs)))
 
 
@@ -64,8 +70,9 @@ def _thirds(rows: Tensor) -> dict[str, Tensor]:
     return {part: rows[a : max(b, a + 1)] for part, a, b in zip(PARTS, bounds, bounds[1:], strict=False)}
 
 
-def _moments(steps: int) -> list[int]:
-    return [0, (steps - 1) // 2, steps - 1]
+def _at_moments(values: Tensor) -> dict[str, float]:
+    last = len(values) - 1
+    return {name: values[n].item() for name, n in (("start", 0), ("middle", last // 2), ("end", last))}
 
 
 def _ranking(keys: tuple[str, ...], rows: Tensor) -> list[tuple[str, float, float]]:
@@ -85,14 +92,6 @@ def _level_shares(level: Tensor, weights: Tensor) -> dict[int, dict[str, float]]
         value: {part: _shares(rows)[level == value].sum().item() for part, rows in _thirds(weights).items()}
         for value in level.unique().tolist()
     }
-
-
-def _below_threshold(schedule: Schedule) -> Tensor:
-    """Where the threshold drops a term, (T, N) bool."""
-    threshold = schedule.meta.get("threshold")
-    if threshold is None:
-        return torch.zeros_like(schedule.weights, dtype=torch.bool)
-    return ~(schedule.alpha_tilde > threshold)
 
 
 def _dropped(schedule: Schedule, below: Tensor) -> list[dict[str, Any]]:
@@ -122,7 +121,7 @@ def _size(s: Mapping[str, Any]) -> str:
 
 
 def _origin(s: Mapping[str, Any]) -> str:
-    names = ("teacher", "student", "data", "weighting", "lambda", "threshold", "created", "versions")
+    names = ("teacher", "student", "data", "weighting", "lambda", "warmup", "threshold", "start", "created", "versions")
     return "\n".join(f"{name + ':':<11}{_words(s[name])}" for name in names if s[name] is not None)
 
 
@@ -132,6 +131,12 @@ def _totals(s: Mapping[str, Any]) -> str:
         f"The weights sum to {total['start']:.4g} at the start, {total['middle']:.4g} in the middle "
         f"and {total['end']:.4g} at the end."
     )
+
+
+def _scalars(s: Mapping[str, Any]) -> str:
+    lines = ["Beside the weights a replay moves (start, middle, end):"]
+    lines += [f"  {name}: " + ", ".join(f"{x:.4g}" for x in at.values()) for name, at in s["scalars"].items()]
+    return "\n".join(lines) if s["scalars"] else ""
 
 
 def _strongest(s: Mapping[str, Any]) -> str:
@@ -157,11 +162,12 @@ def _drops(s: Mapping[str, Any]) -> str:
     threshold, dropped = s["threshold"], s["dropped"]
     if threshold is None:
         return "No threshold: every term is computed at every step."
+    name = "A tenth of an equal share" if s["reading"] == LOG else f"The threshold {threshold:g}"
     if not dropped:
-        return f"The threshold {threshold:g} drops no term."
+        return f"{name} drops no term."
     lasting = sum(entry["for_good"] for entry in dropped)
     lines = [
-        f"The threshold {threshold:g} drops {len(dropped)} of {_count(s['terms'], 'term')} at some time, "
+        f"{name} drops {len(dropped)} of {_count(s['terms'], 'term')} at some time, "
         f"{lasting} of them for good; {1 - s['computed']:.1%} of the terms' computation is saved."
     ]
     for entry in dropped:

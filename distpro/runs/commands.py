@@ -23,7 +23,7 @@ from distpro import build
 from distpro.build.device import settle_precision
 from distpro.build.given import OBJECT, Given
 from distpro.build.models import build_network, place
-from distpro.config.reading import for_retrain, read_config
+from distpro.config.reading import for_retrain, merge, read_config
 from distpro.config.schema import Config
 from distpro.config.stages import Stage, stages_of
 from distpro.data.datasets import locate
@@ -36,6 +36,7 @@ from distpro.runs.folder import environment, open_folder, recorded_estimator
 from distpro.runs.stages import retrain_stages
 from distpro.runs.training import Result, run_training, save_student
 from distpro.schedule import Schedule
+from distpro.schedule_file import meaning_of
 from distpro.search.searcher import Searcher
 from distpro.task import Task
 from distpro.train import distributed
@@ -89,14 +90,15 @@ def _search(checked: Config, out: str | Path | None, resume: bool, given: Given)
     assert isinstance(searcher, Searcher)
     checked = _with_estimator(checked, searcher.estimator.name)
     meta = _schedule_meta(checked, data, trainer.objective)
+    meaning = meaning_of(meta["config"])
 
     def write() -> None:
         if folder is not None:
-            searcher.schedule(trainer.steps_per_epoch, meta).save(folder / "alpha.pt")
+            searcher.schedule(trainer.steps_per_epoch, meta, **meaning).save(folder / "alpha.pt")
 
     trainer.on_checkpoint = write
     run_training(trainer, checked, resume, searcher, signature=data.signature)
-    return searcher.schedule(trainer.steps_per_epoch, meta)
+    return searcher.schedule(trainer.steps_per_epoch, meta, **meaning)
 
 
 def _with_estimator(config: Config, taken: Any) -> Config:
@@ -224,12 +226,16 @@ def evaluate(
 def retrain_config(
     config: Source | None, schedule: Schedule | None, overrides: Sequence[str], given: Given | None = None
 ) -> Config:
-    """The checked config of a retrain: the one given, or the schedule's own. A schedule that was read from a file is
+    """The checked config of a retrain: the one given, or the schedule's own. λ with its warm-up, threshold and start are
+    the schedule's where the given config and the overrides say nothing of them. A schedule that was read from a file is
     named in it, so that a resumed run has the same one."""
     if schedule is not None and schedule.path is not None:
         overrides = [*overrides, f"retrain.schedule={json.dumps(schedule.path)}"]
     if config is not None:
-        return for_retrain(_checked(config, overrides, given=given))
+        checked = for_retrain(_checked(config, overrides, given=given, schedule=schedule))
+        if schedule is None and checked.retrain.schedule is not None:
+            return retrain_config(config, Schedule.load(checked.retrain.schedule), overrides, given)
+        return checked
     if schedule is None:
         raise UserError("retrain needs a config, a schedule, or both")
     stored = schedule.meta.get("config")
@@ -237,7 +243,7 @@ def retrain_config(
         raise UserError("this schedule holds no config: give one")
     its_own = {f"{key}={name}" for key, name in _code_of_all(for_retrain(read_config(stored)))}
     others = [said for said in overrides if said not in its_own]  # to repeat a name changes nothing, it trusts it
-    checked = for_retrain(_checked(stored, others, given=given))
+    checked = for_retrain(_checked(_with_said(stored, schedule), others, given=given))
     said = " ".join(override.partition("=")[2] for override in overrides)
     for key, name in _code_of_all(checked):
         if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]|:\w)", said):
@@ -268,10 +274,33 @@ def _code_named_in(config: Config) -> list[tuple[str, str]]:
     return [(key, name) for key, name in named if ":" in name and not name.startswith(OBJECT)]
 
 
-def _checked(config: Source, overrides: Sequence[str], searching: bool = False, given: Given | None = None) -> Config:
+def _checked(
+    config: Source,
+    overrides: Sequence[str],
+    searching: bool = False,
+    given: Given | None = None,
+    schedule: Schedule | None = None,
+) -> Config:
     objects = given.overrides() if given is not None else []
-    source = config.model_dump() if isinstance(config, Config) else config
-    return settle_precision(read_config(source, [*overrides, *objects]), searching)
+    source = config.model_dump(exclude_unset=True) if isinstance(config, Config) else config
+    below = {} if schedule is None else _said_by(schedule)
+    return settle_precision(read_config(source, [*overrides, *objects], below), searching)
+
+
+def _said_by(schedule: Schedule) -> dict[str, Any]:
+    """What a schedule says of its replay, as a config says it. Its warm-up is null: it is stretched with the schedule."""
+    return {
+        "training": {"distill_weight": schedule.strength, "distill_warmup": None if schedule.warmup else 0.0},
+        "retrain": {"threshold": schedule.threshold, "start": schedule.start},
+    }
+
+
+def _with_said(config: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
+    """A schedule's own config with what the schedule says."""
+    said = merge(config, _said_by(schedule))
+    different = said["retrain"].get("training") or {}
+    kept = {name: value for name, value in different.items() if name not in ("distill_weight", "distill_warmup")}
+    return {**said, "retrain": {**said["retrain"], "training": kept}}
 
 
 def _prepare(config: Config) -> None:

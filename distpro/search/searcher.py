@@ -166,8 +166,8 @@ class Searcher:
 
     # State
 
-    def schedule(self, steps_per_epoch: float, meta: dict[str, Any]) -> Schedule:
-        """What has been learned so far."""
+    def schedule(self, steps_per_epoch: float, meta: dict[str, Any], **meaning: Any) -> Schedule:
+        """What has been learned so far. ``meaning``: what a replay makes of it, see `distpro.schedule_file.meaning_of`."""
         entries = self.entries
         alpha_tilde, weights = self.history[:, : self.steps_done].cpu()
         return Schedule(
@@ -179,6 +179,7 @@ class Searcher:
             scales=self.scales.cpu(),
             steps_per_epoch=steps_per_epoch,
             meta=meta,
+            **meaning,
         )
 
     def state_dict(self) -> dict[str, Any]:

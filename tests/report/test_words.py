@@ -8,8 +8,6 @@ from distpro.schedule import Schedule
 
 META = {
     "weighting": {"name": "biased_softmax", "params": {"g": 1.0}},
-    "threshold": 0.5,
-    "lambda": 2.0,
     "teacher": {"model": "resnet56", "parameters": 861620},
     "student": "resnet20",
     "data": {"name": "cifar100", "classes": 100},
@@ -19,16 +17,17 @@ META = {
 }
 
 
-def two_terms(steps=9, meta=None):
+def two_terms(steps=9, meta=None, **meaning):
     """Term a falls from 1 to 0 in equal steps while b, of another teacher level, stays at 1/2; α̃ = w."""
     a = torch.linspace(1, 0, steps)
     weights = torch.stack([a, torch.full_like(a, 0.5)], 1)
-    return Schedule(("a", "b"), torch.tensor([[1, 1, 1], [2, 1, 1]]), weights + 0.01, weights, (), 3.0, meta or {})
+    levels = torch.tensor([[1, 1, 1], [2, 1, 1]])
+    return Schedule(("a", "b"), levels, weights + 0.01, weights, (), 3.0, meta or {}, **meaning)
 
 
 def one_process(values, threshold):
     column = torch.tensor(values)[:, None]
-    return Schedule(("a",), torch.zeros(1, 3).long(), column, column, (), 2.0, {"threshold": threshold})
+    return Schedule(("a",), torch.zeros(1, 3).long(), column, column, (), 2.0, threshold=threshold)
 
 
 def test_size_and_totals():
@@ -73,12 +72,32 @@ def test_dropped_terms(values, threshold, expected, computed):
 
 
 def test_words_say_what_the_file_says():
-    text = explain_schedule(two_terms(meta=META))
+    text = explain_schedule(two_terms(meta=META, strength=2.0, threshold=0.5, start=0.25))
     for word in ("2 terms", "9 steps", "3 epochs", "resnet56", "resnet20", "cifar100", "biased_softmax", "2026-01-02"):
         assert word in text
     assert "drops 2 of 2 terms at some time" not in text  # b has α̃ = 0.51 throughout
     assert "drops 1 of 2 terms at some time, 1 of them for good" in text
     assert "The process moves" in text
+    for line in ("lambda:    2", "threshold: 0.5", "start:     0.25"):
+        assert line in text.splitlines()
+    assert "warmup" not in text and "Beside the weights" not in text
+
+
+def test_words_say_what_else_a_replay_moves():
+    scalars = {"task": torch.linspace(1, 0.5, 9), "a.temperature": torch.full((9,), 4.0)}
+    schedule = two_terms(scalars=scalars, warmup=2.0)
+    text = explain_schedule(schedule)
+    assert "  task: 1, 0.75, 0.5" in text.splitlines() and "  a.temperature: 4, 4, 4" in text.splitlines()
+    assert "warmup:    2" in text.splitlines()
+    assert schedule_summary(schedule)["scalars"]["task"] == {"start": 1.0, "middle": 0.75, "end": 0.5}
+
+
+def test_of_log_weights_a_share_below_a_tenth_of_an_equal_one_is_dropped():
+    """Of two terms it is 1/20: a is 0.5 (1 - n/8) / (0.5 + that), below only at the last step, where it is 0."""
+    schedule = two_terms(reading="log", threshold=0.5)
+    dropped = schedule_summary(schedule)["dropped"]
+    assert [(entry["key"], entry["step"]) for entry in dropped] == [("a", 8)]
+    assert "A tenth of an equal share drops 1 of 2 terms" in explain_schedule(schedule)
 
 
 def test_words_for_constant_weights():

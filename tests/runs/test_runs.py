@@ -132,6 +132,8 @@ def test_the_schedule_says_where_it_comes_from(runs):
     meta = schedule.meta
     assert read_config(meta["config"]) == read_config(searching(runs))
     assert (meta["weighting"], meta["threshold"], meta["lambda"]) == ("biased_softmax", 0.5, 1.0)
+    meaning = (schedule.reading, schedule.strength, schedule.warmup, schedule.threshold, schedule.start)
+    assert meaning == ("biased_softmax", 1.0, 0.0, 0.5, 1 / 3) and schedule.scalars == {}
     for role, model in (("teacher", "resnet14"), ("student", "resnet8")):
         size = sum(p.numel() for p in build_model(model, num_classes=10).parameters())
         assert meta[role] == {"model": model, "parameters": size}
@@ -235,7 +237,7 @@ def test_the_threshold_drops_in_a_retrain(runs, monkeypatch):
     schedule.alpha_tilde[6:, 0] = 0.4
     schedule.alpha_tilde[:, 3] = 0.5
     objective = distpro.Objective(*pair_of(runs))
-    replayed = replay(objective, "searched", 12, schedule, threshold=0.5)
+    replayed = replay(objective, "searched", 12, schedule, threshold=0.5, start=0)
     assert objective.keys == list(schedule.keys[:3])
     assert [replayed.weights(step)[0] > 0 for step in range(12)] == [True] * 6 + [False] * 6
     assert all(replayed.weights(step)[1] > 0 for step in range(12))

@@ -1,0 +1,180 @@
+"""Architectures of other libraries, with random weights at a small size, and the stages that they are known to have.
+
+The stages are written down from the architectures' papers and sources: their widths, and for tokens the tokens in front
+and the grid. ``maps`` are (N, C, H, W), ``last`` (N, H, W, C), ``tokens`` (N, L, D); None: the model computes several
+sizes side by side or hands containers from block to block, so that its taps have to be named.
+"""
+
+import importlib
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torchvision
+
+
+class Stages(NamedTuple):
+    kind: str
+    widths: list[int]
+    grids: tuple[int, ...] = ()  # sides of the square grids of tokens; one for all or one per stage; 0: not known
+    prefix: int = 0
+
+
+def maps(*widths):
+    return Stages("maps", list(widths))
+
+
+def last(*widths):
+    return Stages("last", list(widths))
+
+
+def tokens(widths, grids=(), prefix=0):
+    return Stages("tokens", widths, grids, prefix)
+
+
+class Architecture(NamedTuple):
+    library: str
+    name: str
+    size: int
+    stages: Stages | None
+    params: dict[str, Any] = {}
+
+    def build(self, seed=0):
+        """The model in float64, its parameters drawn at random: also class tokens that begin at zero, where a
+        LayerNorm with eps 1e-12 has derivatives that no two ways of computing agree on."""
+        torch.manual_seed(seed)
+        model = self._build().double()
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model
+
+    def _build(self):
+        if self.library == "transformers":
+            transformers = pytest.importorskip("transformers")
+            config = getattr(transformers, f"{self.name}Config")(num_labels=5, **self.params)
+            kind = "SequenceClassification" if self.is_text else "ImageClassification"
+            return getattr(transformers, f"{self.name}For{kind}")(config)
+        if self.library == "timm":
+            return pytest.importorskip("timm").create_model(self.name, num_classes=5, **self.params)
+        if self.name == "vit":
+            return torchvision.models.VisionTransformer(self.size, 8, 12, 2, 16, 32, num_classes=5)
+        unset = {"weights_backbone": None} if "deeplab" in self.name else {}
+        if self.name in ("googlenet", "inception_v3"):
+            unset = {"aux_logits": False, "init_weights": False}
+        return torchvision.models.get_model(self.name, weights=None, num_classes=5, **unset, **self.params)
+
+    @property
+    def is_text(self):
+        return self.name in ("Bert", "DistilBert")
+
+    def inputs(self, samples=2, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        if self.is_text:
+            ids = torch.randint(0, 50, (samples, self.size), generator=generator)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        x = torch.randn(samples, 3, self.size, self.size, generator=generator, dtype=torch.float64)
+        return {"pixel_values": x} if self.library == "transformers" else x
+
+    @property
+    def is_there(self):
+        return importlib.util.find_spec(self.library) is not None
+
+    def __str__(self):
+        return f"{self.library}-{self.name}"
+
+
+def _of(library, rows):
+    return [
+        Architecture(library, name, size, stages, more[0] if more else {})
+        for name, size, stages, *more in rows
+    ]  # fmt: skip
+
+
+_BOTTLENECKS = maps(64, 256, 512, 1024)
+
+TORCHVISION = _of("torchvision", [
+    ("alexnet", 64, maps(64, 192, 256)),
+    ("convnext_tiny", 32, maps(96, 192, 384)),
+    ("deeplabv3_mobilenet_v3_large", 64, maps(16, 24, 40, 960)),
+    ("densenet121", 32, _BOTTLENECKS),
+    ("efficientnet_b0", 32, maps(16, 24, 40, 112)),
+    ("googlenet", 64, maps(64, 192, 480, 832, 1024)),
+    ("inception_v3", 96, maps(64, 192, 288, 768)),
+    ("mnasnet0_5", 32, maps(8, 16, 24, 48)),
+    ("mobilenet_v2", 32, maps(16, 24, 32, 96)),
+    ("mobilenet_v3_small", 32, maps(16, 16, 24, 48)),
+    ("regnet_x_400mf", 32, maps(32, 32, 64, 160)),
+    ("resnet18", 32, maps(64, 64, 128, 256)),
+    ("resnet50", 32, _BOTTLENECKS),
+    ("resnext50_32x4d", 32, _BOTTLENECKS),
+    ("shufflenet_v2_x0_5", 32, maps(24, 24, 48, 96)),
+    ("squeezenet1_0", 64, maps(96, 256, 512, 512)),
+    ("swin_t", 64, last(96, 192, 384, 768)),
+    ("swin_v2_t", 64, last(96, 192, 384, 768)),
+    ("vgg11", 64, maps(128, 256, 512, 512, 512)),
+    ("vit", 32, tokens([16] * 4, (4,), 1)),
+])  # fmt: skip
+
+_AT_64 = {"img_size": 64}
+
+TIMM = _of("timm", [
+    ("cait_xxs24_224", 64, tokens([192] * 4, (4,)), _AT_64),
+    ("coat_tiny", 64, None, _AT_64),
+    ("convmixer_768_32", 64, maps(768, 768, 768, 768)),
+    ("convnext_atto", 32, maps(40, 80, 160)),
+    ("convnextv2_atto", 32, maps(40, 80, 160), {"conv_mlp": False}),
+    ("crossvit_tiny_240", 240, None),
+    ("davit_tiny", 64, maps(96, 192, 384, 768)),
+    ("deit_tiny_distilled_patch16_224", 64, tokens([192] * 4, (4,), 2), _AT_64),
+    ("densenet121", 32, _BOTTLENECKS),
+    ("dla34", 32, maps(32, 64, 128, 256)),
+    ("edgenext_xx_small", 64, maps(24, 48, 88, 168)),
+    ("efficientnet_b0", 32, maps(16, 24, 40, 112)),
+    ("efficientvit_b0", 64, maps(8, 16, 32, 64, 1024)),
+    ("eva02_tiny_patch14_224", 56, tokens([192] * 4, (4,), 1), {"img_size": 56}),
+    ("focalnet_tiny_srf", 64, maps(96, 192, 384, 768)),
+    ("ghostnet_050", 32, maps(8, 12, 20, 56)),
+    ("hrnet_w18_small", 64, None),
+    ("mambaout_femto", 64, Stages("maps, last", [24, 48, 96, 192, 288])),
+    ("mixer_s32_224", 64, tokens([512] * 4, (2,)), _AT_64),
+    ("mobilenetv3_small_050", 32, maps(16, 8, 16, 24)),
+    ("mobilevit_xxs", 64, maps(16, 24, 48, 64, 320)),
+    ("pit_ti_224", 64, tokens([64, 128, 256], (7, 4, 2), 1), _AT_64),
+    ("poolformer_s12", 64, maps(64, 128, 320, 512)),
+    ("pvt_v2_b0", 64, maps(32, 64, 160, 256)),
+    ("regnety_002", 32, maps(32, 24, 56, 152)),
+    ("repvgg_a0", 32, maps(48, 48, 96, 192)),
+    ("repvit_m0_9", 64, maps(24, 48, 96, 192, 384)),
+    ("res2net50_14w_8s", 32, _BOTTLENECKS),
+    ("resmlp_12_224", 64, tokens([384] * 4, (4,)), _AT_64),
+    ("resnet18", 32, maps(64, 64, 128, 256)),
+    ("resnetv2_50", 64, maps(64, 256, 512, 1024, 2048)),
+    ("sequencer2d_s", 64, last(192, 384), _AT_64),
+    ("starnet_s1", 32, maps(32, 24, 48, 96)),
+    ("swin_tiny_patch4_window7_224", 64, last(96, 192, 384, 768), {"img_size": 64, "window_size": 4}),
+    ("swinv2_cr_tiny_224", 64, maps(96, 192, 384, 768), _AT_64),
+    ("tnt_s_patch16_224", 64, None, _AT_64),
+    ("twins_svt_small", 64, tokens([64, 128, 256, 512], (16, 8, 4, 2))),
+    ("vit_small_patch16_dinov3", 64, tokens([384] * 4, (4,), 5), _AT_64),
+    ("vit_tiny_patch16_224", 64, tokens([192] * 4, (4,), 1), _AT_64),
+    ("xcit_nano_12_p16_224", 64, tokens([128] * 4, (4,))),
+])  # fmt: skip
+
+_TINY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+_PATCHES = {"image_size": 32, "patch_size": 8, **_TINY}
+
+TRANSFORMERS = _of("transformers", [
+    ("Bert", 9, tokens([16] * 4), {"vocab_size": 50, **_TINY}),
+    ("DistilBert", 9, tokens([16] * 4), {"vocab_size": 50, "dim": 16, "n_layers": 4, "n_heads": 2, "hidden_dim": 32}),
+    ("ViT", 32, tokens([16] * 4, (4,), 1), _PATCHES),
+    ("DeiT", 32, tokens([16] * 4, (4,), 2), _PATCHES),
+    ("Swin", 32, tokens([8, 16, 32], (16, 0, 0)), {
+        "image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "window_size": 4,
+    }),
+    ("ConvNext", 32, maps(8, 16, 24, 32), {
+        "image_size": 32, "patch_size": 2, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1],
+    }),
+])  # fmt: skip
+
+ALL = [*TORCHVISION, *TIMM, *TRANSFORMERS]
