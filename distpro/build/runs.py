@@ -25,7 +25,11 @@ from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Said, Schedule, warmed_up
+<<<<<<< HEAD
 from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle
+=======
+from distpro.search.estimators import ESTIMATORS, obstacle
+>>>>>>> ops
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
@@ -111,6 +115,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     if config.task_weight == 0:
         raise UserError("task_weight: a search learns from the task loss, it cannot be 0")
     search = config.search
+    assert search.weighting is not None and search.optimizer is not None and search.momentum is not None
     validation_part, train_part = search_parts(config, data)
     train = build_loader(config, data, train_part, training=True)
     validation = build_loader(config, data, validation_part, training=True, batch_size=search.validation_batch_size)
@@ -143,7 +148,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         threshold=search.threshold,
         revive_every=search.revive_every,
         repeats=search.repeats,
-        validation_batches=search.validation_batches or _validation_batches(validation, horizon),
+        validation_batches=search.validation_batches or _validation_batches(config, validation, horizon),
         scale=distill_scale(config, len(train)),
         measure=None if how == "none" else measure,
         rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)
@@ -170,9 +175,10 @@ def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_siz
     return min(horizon, fits)
 
 
-def _validation_batches(validation: Any, horizon: int) -> int:
+def _validation_batches(config: Config, validation: Any, horizon: int) -> int:
     """Of the validation part: one batch for every step's gradient; for one over a horizon all, up to some samples."""
-    return 1 if horizon == 1 else max(1, min(len(validation), VALIDATION_SAMPLES // validation.batch_size))
+    size = config.search.validation_batch_size or config.training.batch_size
+    return 1 if horizon == 1 else max(1, min(len(validation), VALIDATION_SAMPLES // size))
 
 
 def _choose_estimator(config: Config, objective: Objective, example: Batch, horizon: int) -> tuple[str, dict[str, Any]]:
@@ -217,6 +223,7 @@ def build_retrain(
     ``carry``: what a stage takes over from the one before.
     """
     retrain = config.retrain
+    assert retrain.start is not None
     train = build_loader(config, data, data.train, training=True)
     clock = clock_of(config, train)
     objective = build_objective(config, data, data.train, clock, carry, given)
