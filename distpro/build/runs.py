@@ -25,11 +25,7 @@ from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Said, Schedule, warmed_up
-<<<<<<< HEAD
 from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle
-=======
-from distpro.search.estimators import ESTIMATORS, obstacle
->>>>>>> ops
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
