@@ -56,6 +56,8 @@ class Sweep(Estimator):
         per_step: the last window's h of each step, (steps, N).
     """
 
+    name = "sweep"
+
     def __init__(
         self,
         objective: Objective,
