@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 def note(message: str) -> None:
     """Print a line that a person should know of before the work begins."""
     print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print ``distpro: note: <message>`` to stderr, in one of several processes: what may be meant so, and may not."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"distpro: note: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message: str) -> None:

@@ -95,7 +95,7 @@ def build_network(model: ModelConfig, facts: Mapping[str, Any], load: bool = Tru
     wanted = {name: value for name, value in facts.items() if name not in model.params}
     network = build_model(model.model, **accepted(model.model, wanted), **model.params)
     if model.checkpoint and load:
-        load_checkpoint(network, locate("checkpoint", model.checkpoint))
+        load_checkpoint(network, locate("checkpoint", model.checkpoint), weights=model.weights)
     return network
 
 

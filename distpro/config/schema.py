@@ -59,6 +59,9 @@ class ModelConfig(Section):
     model: str
     params: Params = {}
     checkpoint: str | None = None
+    weights: Literal["model", "ema"] | None = Field(
+        None, description="of a checkpoint that holds both: those trained, or their moving average; null: the former"
+    )
     input: InputConfig | None = Field(None, description="of a teacher: its own normalisation and image size")
     weight: float = Field(1.0, ge=0, description="of one of several teachers: its share in their common output")
     taps: list[str] | None = Field(None, description="default: the model's stages, before their last ReLU in a teacher")

@@ -201,7 +201,7 @@ def evaluate(
     _prepare(checked)
     loaded, does = build.build_data(checked, given), build.build_task(checked, given)
     model = given.student or build_network(checked.student, does.model_arguments(loaded), load=False)
-    load_checkpoint(model, checkpoint)
+    load_checkpoint(model, checkpoint, weights=checked.student.weights)
     terms = path / "terms.pt" if path.is_dir() else None
     if terms is not None and any(LOSSES[term.loss].deploys for term in checked.terms):  # type: ignore[attr-defined]
         objective = build.build_deployed(checked, loaded, model, load_safely(terms))
