@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -202,7 +203,8 @@ def _search(options: argparse.Namespace) -> None:
     folder = _out(options, Path(options.config).stem)
     schedule = search(options.config, folder, options.overrides, options.resume)
     print(explain_schedule(schedule))
-    print(f"\nschedule: {folder / 'alpha.pt'}\nretrain:  distpro retrain --schedule {folder / 'alpha.pt'}")
+    path = folder / "alpha.pt"
+    print(f"\nschedule: {path}\nretrain:  distpro retrain --schedule {shlex.quote(str(path))}")
 
 
 def _retrain(options: argparse.Namespace) -> None:

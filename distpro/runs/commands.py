@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,9 @@ def retrain_config(
     """The checked config of a retrain: the one given, or the schedule's own. A schedule that was read from a file is
     named in it, so that a resumed run has the same one."""
     if schedule is not None and schedule.path is not None:
-        overrides = [*overrides, f"retrain.schedule={json.dumps(schedule.path)}"]
+        checked = retrain_config(config, replace(schedule), overrides, given)
+        named = checked.retrain.model_copy(update={"schedule": schedule.path})  # as it is: YAML would not take any path
+        return checked.model_copy(update={"retrain": named})
     if config is not None:
         return for_retrain(_checked(config, overrides, given=given))
     if schedule is None:
