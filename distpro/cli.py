@@ -9,6 +9,7 @@ import argparse
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if isinstance(error, Interrupted):
             return _failed(str(error), 128 + error.signal_number)
+        from distpro.console import is_own_code, raised
+
+        if any(is_own_code(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[1:]):
+            return _failed(f"code of your own failed: {raised(error)}")
         raise
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box, get_console
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+import pathways
 
 LOG_WIDTH = 1000  # of a table in a log file, where lines may be long but should not be broken
 
@@ -41,6 +46,25 @@ def warn(message: str) -> None:
 def fail(message: str) -> None:
     """Print ``distpro: <message>`` to stderr."""
     print(f"distpro: {message}", file=sys.stderr, flush=True)
+
+
+def raised(error: BaseException) -> str:
+    """An error of somebody's code in one line: its type, its message, and where in that code it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if is_own_code(frame.filename)] or frames
+    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+
+
+def is_own_code(file: str) -> bool:
+    """Whether a file is neither distpro's, nor of an installed package or of Python."""
+    path = Path(file)
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return not (installed or file.startswith("<") or any(path.is_relative_to(folder) for folder in _LIBRARIES))
+
+
+_LIBRARIES = [Path(__file__).parent, Path(pathways.__file__).parent]
+_LIBRARIES += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
 
 
 def on_terminal() -> bool:

@@ -93,7 +93,7 @@ def load_safely(path: str | Path, weights: bool = False) -> Any:
 def _replaced(path: Path) -> list[Any]:
     """(replacement, name) of the classes and functions that a file names and that ``torch.load`` would refuse."""
     if not zipfile.is_zipfile(path):  # of PyTorch before 1.6, where they cannot be listed beforehand
-        names = OLD_GUESTS
+        names: tuple[str, ...] = OLD_GUESTS
     else:
         names = tuple(get_unsafe_globals_in_checkpoint(path))
     return [(_unread_dict if name == "collections.defaultdict" else Unread, name) for name in names]

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from distpro.data.statistics import check_statistics
 from distpro.process import parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
 from pathways.registry import UserError
@@ -89,6 +90,13 @@ class InputConfig(Section):
     mean: list[float] = Field(description="per channel, for images in 0-1")
     std: list[float]
     size: int | tuple[int, int] | None = Field(None, description="height and width")
+
+    @model_validator(mode="after")
+    def _of_images_in_0_to_1(self) -> InputConfig:
+        check_statistics(self.mean, self.std)
+        if min(self.std, default=0) <= 0 or len(self.mean) != len(self.std):
+            raise UserError(f"mean and std must be one number a channel, std above 0, got {self.mean} and {self.std}")
+        return self
 
 
 class ModelConfig(Section):
@@ -168,7 +176,9 @@ class TrainingConfig(Section):
     epochs: int = Field(240, gt=0)
     max_steps: int | None = Field(None, gt=0)
     batch_size: int = Field(128, gt=0)
-    accumulate: int = Field(1, gt=0, description="batches whose mean gradient makes one step")
+    accumulate: int = Field(
+        1, gt=0, description="batches whose mean gradient makes one step; an epoch's last step takes those left"
+    )
     drop_last: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     learning_rate: LearningRateConfig = LearningRateConfig()

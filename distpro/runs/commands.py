@@ -23,7 +23,7 @@ from torch import nn
 from distpro import build
 from distpro.build.device import settle_precision
 from distpro.build.given import OBJECT, Given
-from distpro.build.models import build_network, place
+from distpro.build.models import adapted, build_network, place
 from distpro.config.reading import for_retrain, read_config
 from distpro.config.schema import Config
 from distpro.config.stages import Stage, stages_of
@@ -82,7 +82,7 @@ def search(
 
 def _search(checked: Config, out: str | Path | None, resume: bool, given: Given) -> Schedule:
     folder = open_folder(out, checked, resume)
-    data = build.build_data(checked, given)
+    data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
     trainer = build.build_search(checked, data, folder, given)
     searcher = trainer.weights
     assert isinstance(searcher, Searcher)
@@ -93,7 +93,7 @@ def _search(checked: Config, out: str | Path | None, resume: bool, given: Given)
             searcher.schedule(trainer.steps_per_epoch, meta).save(folder / "alpha.pt")
 
     trainer.on_checkpoint = write
-    run_training(trainer, checked, resume, searcher, signature=data.signature)
+    run_training(trainer, checked, resume, searcher, facts=data.facts)
     return searcher.schedule(trainer.steps_per_epoch, meta)
 
 
@@ -141,9 +141,9 @@ def _retrain(
     folder = open_folder(out, checked, resume)
     if checked.stages:
         return retrain_stages(checked, stages, learned, folder, resume, given)
-    data = build.build_data(checked, given)
+    data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
     trainer = build.build_retrain(checked, data, learned, folder, given=given)
-    metrics = run_training(trainer, checked, resume, None, signature=data.signature)
+    metrics = run_training(trainer, checked, resume, None, facts=data.facts)
     if folder is not None:
         save_student(trainer.objective, folder)
     return Result(metrics, folder)
@@ -184,12 +184,15 @@ def evaluate(
     Raises UserError if there is nothing to evaluate at ``target``.
     """
     path, given = Path(target), Given.of(data, None, student, task)
+    teaches = (
+        path.suffix in (".yaml", ".yml") and not path.is_dir()
+    )  # then it sees what a student's images are made into
     if path.is_dir():
         recorded = _checked(path / "config.yaml", overrides, given=given)
         checked, checkpoint = stages_of(recorded)[-1].config, path / "student.pt"
         if not checkpoint.is_file():
             raise UserError(f"{path}: no student.pt; has the training ended?")
-    elif path.suffix in (".yaml", ".yml"):
+    elif teaches:
         checked = _checked(path, overrides, given=given)
         if checked.teacher is None or checked.teacher.checkpoint is None:
             raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
@@ -200,9 +203,13 @@ def evaluate(
     else:
         checked, checkpoint = _checked(config, overrides, given=given), locate("checkpoint", path)
     _prepare(checked)
+    if not teaches:
+        checked = build.as_stored(checked, path if path.is_dir() else checkpoint.parent)
     loaded, does = build.build_data(checked, given), build.build_task(checked, given)
     model = given.student or build_network(checked.student, does.model_arguments(loaded), load=False)
     load_checkpoint(model, checkpoint, weights=checked.student.weights)
+    if checked.student.input is not None:
+        model = adapted(model, checked.student, loaded)
     terms = path / "terms.pt" if path.is_dir() else None
     if terms is not None and any(LOSSES[term.loss].deploys for term in checked.terms):  # type: ignore[attr-defined]
         objective = build.build_deployed(checked, loaded, model, load_safely(terms))
@@ -231,6 +238,9 @@ def retrain_config(
     its_own = {f"{key}={name}" for key, name in _code_of_all(for_retrain(read_config(stored)))}
     others = [said for said in overrides if said not in its_own]  # to repeat a name changes nothing, it trusts it
     checked = for_retrain(_checked(stored, others, given=given))
+    same = {"name", "root", "params"}
+    if checked.data.model_dump(include=same) == read_config(stored).data.model_dump(include=same):
+        checked = build.as_stored(checked, None, schedule.meta.get("data"))
     said = " ".join(override.partition("=")[2] for override in overrides)
     for key, name in _code_of_all(checked):
         if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]|:\w)", said):
@@ -285,7 +295,7 @@ def _schedule_meta(config: Config, data: Any, objective: Objective) -> dict[str,
         "lambda": config.training.distill_weight,
         "teacher": _model_signature(teacher_name(config), objective.teacher.model),
         "student": _model_signature(config.student.model, objective.student.model),
-        "data": data.signature,
+        "data": data.facts,
         "versions": facts["packages"],
         "revision": facts["revision"],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

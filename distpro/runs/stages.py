@@ -12,6 +12,7 @@ from distpro.build.carry import Carry
 from distpro.build.given import Given
 from distpro.config.schema import Config
 from distpro.config.stages import Stage
+from distpro.data.statistics import DATA
 from distpro.files import load_safely, save_atomically, write_atomically
 from distpro.runs.folder import record
 from distpro.runs.training import Result, run_training, save_student, term_states
@@ -43,7 +44,7 @@ def retrain_stages(
                 update={"teacher": settings.teacher.model_copy(update={"checkpoint": before})}
             )
         if data is None or settings.data != stages[n - 1].config.data:
-            data = build.build_data(settings, given)
+            data = build.build_data(build.as_stored(settings, inner) if resume else settings, given)
         going_on = inner is not None and resume and (inner / "checkpoint.pt").is_file()
         first = Given(given.data, given.teacher, None if n else given.student, given.task)
         trainer = build.build_retrain(settings, data, schedule, inner, taken, first)
@@ -53,7 +54,7 @@ def retrain_stages(
             going_on,
             None,
             ended=partial(save_student, trainer.objective, terms=True),
-            signature=data.signature,
+            facts=data.facts,
         )
         student = {k: v.detach().clone() for k, v in trainer.objective.student.model.state_dict().items()}
         carry = Carry(student, None, {**carry.terms, **term_states(trainer.objective)})
@@ -61,5 +62,7 @@ def retrain_stages(
         last = folder / stages[-1].name
         for name in ("terms.pt", "student.pt"):
             save_atomically(load_safely(last / name), folder / name)
+        if (last / DATA).is_file():
+            write_atomically((last / DATA).read_text(encoding="utf-8"), folder / DATA)
         write_atomically(json.dumps(metrics, indent=1) + "\n", folder / "result.json")
     return Result(metrics, folder)

@@ -326,18 +326,25 @@ def test_what_is_no_number_is_refused_for_every_number(override, number):
     with pytest.raises(UserError) as error:
         read_config({"student": {"model": "resnet8"}}, [override % number])
     said = str(error.value)
-    assert NO_NUMBERS[override] in said and ("number, found" in said or "is True, expected float" in said or "is False, expected float" in said) and len(said.splitlines()) == 1
+    assert (
+        NO_NUMBERS[override] in said
+        and ("number, found" in said or "is True, expected float" in said or "is False, expected float" in said)
+        and len(said.splitlines()) == 1
+    )
 
 
 def test_infinite_parameters_are_refused_and_truth_values_are_their_owners_affair():
     with pytest.raises(UserError, match="'terms.0.params': temperature: expected a finite number, found nan"):
         read_config({"student": {"model": "resnet8"}}, ["terms=[{loss: kd, params: {temperature: .nan}}]"])
-    said = read_config({"student": {"model": "resnet8"}}, ["student.params={pretrained: yes}", "training.drop_last=yes"])
+    said = read_config(
+        {"student": {"model": "resnet8"}}, ["student.params={pretrained: yes}", "training.drop_last=yes"]
+    )
     assert said.student.params == {"pretrained": True} and said.training.drop_last is True
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("2.5e1", 25.0), ("1e-3", 1e-3), ("1E3", 1e3), (".5e1", 5.0), ("1.e+2", 100.0), ("+2.5e1", 25.0)]
+    ("text", "number"),
+    [("2.5e1", 25.0), ("1e-3", 1e-3), ("1E3", 1e3), (".5e1", 5.0), ("1.e+2", 100.0), ("+2.5e1", 25.0)],
 )
 def test_numbers_that_yaml_takes_for_text(text, number):
     said = read_config(
