@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -50,10 +51,14 @@ def fail(message: str) -> None:
 
 def raised(error: BaseException) -> str:
     """An error of somebody's code in one line: its type, its message, and where in that code it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if is_own_code(frame.filename)] or frames
-    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    text = str(error)
+    places = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)]
+    if "\nOriginal Traceback" in text:  # of a worker process of a DataLoader, whose frames are in the message only
+        places = re.findall(r'File "(.+?)", line (\d+)', text)
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    own = [place for place in places if is_own_code(place[0])] or places
+    where = f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}{where}"
 
 
 def is_own_code(file: str) -> bool:

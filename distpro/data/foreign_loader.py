@@ -117,7 +117,7 @@ class ForeignLoader(BatchLoader):
 
 def _draws_by_itself(part: Any, seed: int) -> str:
     """Why samples do not come again, where some of the first ones, drawn twice, differ; else ""."""
-    data = part.dataset if isinstance(part, DataLoader) else part
+    data: Any = part.dataset if isinstance(part, DataLoader) else part
     if not is_map_style(data):
         return ""
     rows = list(range(min(len(data), TRIED)))

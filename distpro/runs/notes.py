@@ -78,6 +78,7 @@ def _guesses(trainer: Trainer, answer: Callable[[Batch], Tensor | None]) -> str:
 def _few(loader: Any) -> Iterator[Batch]:
     """Up to four batches, from everywhere where that costs nothing, for files lie sorted by class; fewer where they are large."""
     count, seen = min(len(loader), 4), 0
+    batches: Iterator[Batch]
     if isinstance(loader, Loader):
         batches = (next(iter(loader.epoch(0, start=n * len(loader) // count))) for n in range(count))
     else:
