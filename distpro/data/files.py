@@ -149,7 +149,7 @@ class ImageFiles:
         except UserError as error:
             raise UserError(f"{self._place(row)} {error}") from None
         except UnidentifiedImageError:  # whose message is the address of an object
-            raise UserError(f"{self._place(row)} is not an image of a kind that Pillow knows") from None
+            raise UserError(f"{self._place(row)} is not a readable image (none of a kind that is known)") from None
         except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
             raise UserError(f"{self._place(row)} is not a readable image ({error})") from None
 
