@@ -75,6 +75,9 @@ def load_safely(path: str | Path, weights: bool = False) -> Any:
     Raises UserError if the file is missing, damaged, or (else) holds anything but tensors, numbers, strings, lists and dicts.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = " or ".join(str(path / name) for name in ("alpha.pt", "student.pt") if (path / name).is_file())
+        raise UserError(f"{path}: is a folder{f'; {inside}?' if inside else ', not a file'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     advice = "; save it again where it was made: torch.save(model.state_dict(), FILE)" if weights else ""

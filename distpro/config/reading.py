@@ -88,6 +88,8 @@ def _with_bases(content: dict[str, Any], path: Path, above: tuple[Path, ...] = (
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; a config is one YAML file")
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
         raise UserError(f"{path}: no such config file{near}")

@@ -76,18 +76,14 @@ def _guesses(trainer: Trainer, answer: Callable[[Batch], Tensor | None]) -> str:
 
 
 def _few(loader: Any) -> Iterator[Batch]:
-    """Up to four batches, from everywhere where that costs nothing, for files lie sorted by class; fewer where they are large."""
-    count, seen = min(len(loader), 4), 0
-    batches: Iterator[Batch]
+    """Some batches, from everywhere where that costs nothing, for files lie sorted by class."""
+    first = next(iter(loader.epoch(0)))
+    count = min(len(loader), max(1, SAMPLES // max(first.samples, 1)), 16)
     if isinstance(loader, Loader):
-        batches = (next(iter(loader.epoch(0, start=n * len(loader) // count))) for n in range(count))
+        yield first
+        yield from (next(iter(loader.epoch(0, start=n * len(loader) // count))) for n in range(1, count))
     else:
-        batches = islice(loader.epoch(0), count)
-    for batch in batches:
-        yield batch
-        seen += batch.samples
-        if seen >= SAMPLES:
-            return
+        yield from islice(loader.epoch(0), count)
 
 
 def _teacher(objective: Objective) -> Callable[[Batch], Tensor | None]:
