@@ -77,7 +77,7 @@ def load_safely(path: str | Path, weights: bool = False) -> Any:
     path = Path(path)
     if path.is_dir():
         inside = " or ".join(str(path / name) for name in ("alpha.pt", "student.pt") if (path / name).is_file())
-        raise UserError(f"{path}: is a folder{f'; {inside}?' if inside else ', not a file'}")
+        raise UserError(f"{path}: no such file, it is a folder{f': {inside}?' if inside else ''}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     advice = "; save it again where it was made: torch.save(model.state_dict(), FILE)" if weights else ""

@@ -326,6 +326,6 @@ def test_the_next_command_that_a_search_prints_can_be_pasted(here, tmp_path, cap
 
 def test_evaluate_of_what_is_not_there(here, capsys):
     assert main(["evaluate", "nowhere"]) == 2
-    assert capsys.readouterr().err == "distpro: nowhere: no such run, config or checkpoint\n"
+    assert capsys.readouterr().err == "distpro: nowhere: no such run or config (and a checkpoint needs --config CFG)\n"
     assert main(["search", "retrain"]) == 2
     assert capsys.readouterr().err == "distpro: retrain: is a folder; a config is one YAML file\n"

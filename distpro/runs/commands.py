@@ -199,7 +199,7 @@ def evaluate(
         checkpoint = locate("checkpoint", checked.teacher.checkpoint)
         checked = checked.model_copy(update={"student": checked.teacher})
     elif config is None and not path.is_file():
-        raise UserError(f"{path}: no such run, config or checkpoint")
+        raise UserError(f"{path}: no such run or config (and a checkpoint needs --config CFG)")
     elif config is None:
         raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
     else:
