@@ -126,8 +126,9 @@ def retrain(
         _prepare(stage.config)
     if learned is None and checked.retrain.schedule is not None:
         learned = Schedule.load(checked.retrain.schedule)
+    facts = _facts_of(learned, checked) if config is None and learned is not None else {}
     with distributed.started(checked.device):
-        return _retrain(checked, stages, learned, out, resume, given)
+        return _retrain(checked, stages, learned, out, resume, given, facts)
 
 
 def _retrain(
@@ -137,11 +138,13 @@ def _retrain(
     out: str | Path | None,
     resume: bool,
     given: Given,
+    facts: Mapping[str, Any],
 ) -> Result:
     folder = open_folder(out, checked, resume)
     if checked.stages:
-        return retrain_stages(checked, stages, learned, folder, resume, given)
-    data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
+        return retrain_stages(checked, stages, learned, folder, resume, given, facts)
+    recorded = build.as_stored(checked, folder) if resume else checked
+    data = build.build_data(build.as_stored(recorded, None, facts), given)
     trainer = build.build_retrain(checked, data, learned, folder, given=given)
     metrics = run_training(trainer, checked, resume, None, facts=data.facts)
     if folder is not None:
@@ -240,9 +243,6 @@ def retrain_config(
     its_own = {f"{key}={name}" for key, name in _code_of_all(for_retrain(read_config(stored)))}
     others = [said for said in overrides if said not in its_own]  # to repeat a name changes nothing, it trusts it
     checked = for_retrain(_checked(stored, others, given=given))
-    same = {"name", "root", "params"}
-    if checked.data.model_dump(include=same) == read_config(stored).data.model_dump(include=same):
-        checked = build.as_stored(checked, None, schedule.meta.get("data"))
     said = " ".join(override.partition("=")[2] for override in overrides)
     for key, name in _code_of_all(checked):
         if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]|:\w)", said):
@@ -251,6 +251,13 @@ def retrain_config(
                 f"itself: if you trust it, repeat it as {key}={name}, or give a config"
             )
     return checked
+
+
+def _facts_of(schedule: Schedule, config: Config) -> Mapping[str, Any]:
+    """What a schedule says of its search's data, where a retrain by its own config is on the same ones; else {}."""
+    same = {"name", "root", "params"}
+    searched = read_config(schedule.meta["config"]).data.model_dump(include=same)
+    return schedule.meta.get("data", {}) if config.data.model_dump(include=same) == searched else {}
 
 
 def _code_of_all(config: Config) -> list[tuple[str, str]]:

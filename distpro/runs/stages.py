@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from distpro import build
 from distpro.build.carry import Carry
@@ -21,9 +22,16 @@ from distpro.train import distributed
 
 
 def retrain_stages(
-    config: Config, stages: Sequence[Stage], schedule: Schedule | None, folder: Path | None, resume: bool, given: Given
+    config: Config,
+    stages: Sequence[Stage],
+    schedule: Schedule | None,
+    folder: Path | None,
+    resume: bool,
+    given: Given,
+    facts: Mapping[str, Any],
 ) -> Result:
-    """One training per stage, each in a folder of its own; a resumed run skips those that have ended."""
+    """One training per stage, each in a folder of its own; a resumed run skips those that have ended. ``facts``: of the data of
+    the schedule's search, where these are the same."""
     if folder is not None and not resume and distributed.is_main():
         record(config, folder)
     data, carry, metrics = None, Carry(), {}
@@ -44,7 +52,8 @@ def retrain_stages(
                 update={"teacher": settings.teacher.model_copy(update={"checkpoint": before})}
             )
         if data is None or settings.data != stages[n - 1].config.data:
-            data = build.build_data(build.as_stored(settings, inner) if resume else settings, given)
+            recorded = build.as_stored(settings, inner) if resume else settings
+            data = build.build_data(build.as_stored(recorded, None, facts), given)
         going_on = inner is not None and resume and (inner / "checkpoint.pt").is_file()
         first = Given(given.data, given.teacher, None if n else given.student, given.task)
         trainer = build.build_retrain(settings, data, schedule, inner, taken, first)
