@@ -53,7 +53,9 @@ def retrain_stages(
             )
         if data is None or settings.data != stages[n - 1].config.data:
             recorded = build.as_stored(settings, inner) if resume else settings
-            data = build.build_data(build.as_stored(recorded, None, facts), given)
+            data = build.build_data(
+                build.as_stored(recorded, None, facts if settings.data == config.data else {}), given
+            )
         going_on = inner is not None and resume and (inner / "checkpoint.pt").is_file()
         first = Given(given.data, given.teacher, None if n else given.student, given.task)
         trainer = build.build_retrain(settings, data, schedule, inner, taken, first)
