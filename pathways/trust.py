@@ -22,6 +22,7 @@ _COMPUTED = ("torch.nn.utils",)  # parametrisations: an attribute is whatever th
 _RUNS_AGAIN = ("torch.utils.checkpoint",)  # a trace keeps what checkpointing would not
 _NO_CODE = ("builtins", "abc", "typing")  # object and what marks a class
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REPLACED = ("forward", "_compiled_call_impl")  # which a module has of its class
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -70,15 +71,12 @@ def trusted(model: nn.Module) -> bool:
     """Whether a model consists of modules of trusted packages alone, as they are: no method is replaced, no hook or
     code of torch.compile is on them."""
     modules = list(model.modules())
-    return (
-        all(map(_trusted_class, {type(m) for m in modules}))
-        and not any(_has_hooks(m) or any(map(_foreign, vars(m).values())) for m in modules)
-        and not any(m._compiled_call_impl for m in modules)
-    )
+    return all(map(_trusted_class, {type(m) for m in modules})) and all(map(_as_made, modules))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, kind) for kind in _HOOKS)
+def _as_made(module: nn.Module) -> bool:
+    hooks = any(getattr(module, kind) for kind in _HOOKS)
+    return not hooks and vars(module).keys().isdisjoint(_REPLACED) and not any(map(_foreign, vars(module).values()))
 
 
 def _global_hooks() -> bool:
