@@ -4,6 +4,7 @@ import copy
 import random
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, reject, settings
@@ -230,6 +231,9 @@ def check(model, changes, names, training):
     return objective.student
 
 
+PLAIN = [*LAYERS, "again"]
+
+
 @settings(
     max_examples=60,
     deadline=None,
@@ -240,7 +244,7 @@ def check(model, changes, names, training):
 )
 @given(
     kind=st.sampled_from(["plain", "plain", "torchvision", "zoo"]),
-    parts=st.lists(st.sampled_from(PARTS), min_size=1, max_size=4),
+    parts=st.one_of(*(st.lists(st.sampled_from(p), min_size=1, max_size=4) for p in (PLAIN, PARTS))),
     changes=st.lists(st.sampled_from(list(CHANGES)), max_size=2, unique=True),
     data=st.data(),
     training=st.booleans(),
@@ -251,3 +255,20 @@ def test_an_objective_runs_the_model(kind, parts, changes, data, training):
     places = ["1", "0"] if kind == "plain" else ["layer1", "layer2", "relu"][: 3 if kind == "torchvision" else 2]
     names = data.draw(st.lists(st.sampled_from(places), max_size=2, unique=True))
     check(model, changes, names, training)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["plain", "torchvision", "zoo"])
+def test_a_traced_model_is_changed(kind, change):
+    seed(0)
+    model = skeleton(kind, ["sequence", "norm", "relu", "dropout"])
+    names = ["1"] if kind == "plain" else ["layer1"]
+    assert check(model, [change], names, training=True).traced
+
+
+@pytest.mark.parametrize("kind", Own.KINDS)
+def test_somebodys_own_layer(kind):
+    """In training, where it draws, stores and switches; and its class is not known, so that nothing is traced."""
+    seed(0)
+    model = network(["own " + kind, "relu in place"])
+    assert not check(model, ["own attribute", "own dict", "repeats"], ["1"], training=True).traced

@@ -95,12 +95,14 @@ def leaves(model):
 
 
 def called_by(run, model):
-    """Leaf modules that are called in ``run()``, in order. They are watched from outside: a hook would change what runs."""
+    """Leaf modules whose forward runs in ``run()``, in order. They are watched from outside: a hook would change what runs."""
     called, names = [], {module: name for name, module in leaves(model).items()}
 
     def watch(frame, event, _):
-        if event == "call" and frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] in names:
-            called.append(names[frame.f_locals["self"]])
+        if event == "call" and frame.f_code.co_name == "forward":
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module in names:
+                called.append(names[module])
 
     before = sys.getprofile()
     sys.setprofile(watch)
