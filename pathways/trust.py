@@ -113,9 +113,10 @@ class Unchanged:
         self._modules = list(model.modules())
         self._attributes = [{mode: {**vars(m), "training": mode} for mode in (False, True)} for m in self._modules]
         self._children = [(m._modules, tuple(m._modules.items())) for m in self._modules]
-        self._hooks = [getattr(m, kind) for m in self._modules for kind in _HOOKS]
-        tensors = [t for m in self._modules for t in (m._parameters, m._buffers) if t]
-        self._tensors = [(t, _present(t)) for t in tensors]
+        hooks = [getattr(m, kind) for m in self._modules for kind in _HOOKS]
+        tensors = [t for m in self._modules for t in (m._parameters, m._buffers)]
+        self._empty = hooks + [t for t in tensors if not t]
+        self._tensors = [(t, _present(t)) for t in tensors if t]
         own = [value for m in self._modules for name, value in vars(m).items() if name not in _OF_ANY_MODULE]
         self._containers = [(c, c.copy()) for c in _containers(own) if c is not own]
         self._classes = [(m, type(m)) for m in self._modules]
@@ -125,7 +126,7 @@ class Unchanged:
         self._code = [(base, dict(vars(base))) for base in code if base is not object]
 
     def __call__(self) -> bool:
-        if any(self._hooks) or _global_hooks() or not all(type(m) is kind for m, kind in self._classes):
+        if any(self._empty) or _global_hooks() or not all(type(m) is kind for m, kind in self._classes):
             return False
         try:  # dicts compare by identity first, so that this takes no time where nothing is new
             return (
