@@ -102,6 +102,12 @@ def _present(tensors: dict[str, Any]) -> list[str]:
     return [name for name, tensor in tensors.items() if tensor is not None]
 
 
+def _code_of(kind: type) -> dict[str, Any]:
+    """What forward passes use of a class. The compiler, when it is first used, changes how modules are made."""
+    used = ("__call__", "__getattr__")
+    return {name: value for name, value in vars(kind).items() if name in used or not name.startswith("__")}
+
+
 class Unchanged:
     """Whether a `trusted` model is still made of the same modules, classes and attributes: ``unchanged() → bool``.
 
@@ -120,10 +126,8 @@ class Unchanged:
         own = [value for m in self._modules for name, value in vars(m).items() if name not in _OF_ANY_MODULE]
         self._containers = [(c, c.copy()) for c in _containers(own) if c is not own]
         self._classes = [(m, type(m)) for m in self._modules]
-        code = {base for kind in {type(m) for m in self._modules} for base in kind.__mro__}
-        for base in code:  # which Python adds to a class when it is first asked for
-            getattr(base, "__annotations__", None)
-        self._code = [(base, dict(vars(base))) for base in code if base is not object]
+        bases = {base for kind in {type(m) for m in self._modules} for base in kind.__mro__}
+        self._code = [(base, _code_of(base)) for base in bases]
 
     def __call__(self) -> bool:
         if any(self._empty) or _global_hooks() or not all(type(m) is kind for m, kind in self._classes):
@@ -134,7 +138,7 @@ class Unchanged:
                 and all(tuple(now.items()) == kept for now, kept in self._children)
                 and all(_present(now) == kept for now, kept in self._tensors)
                 and all(now == kept for now, kept in self._containers)
-                and all(vars(base) == kept for base, kept in self._code)
+                and all(_code_of(base) == kept for base, kept in self._code)
             )
         except Exception:  # values that compare to something else than a truth value, such as another tensor
             return False

@@ -1,6 +1,7 @@
 """torch.compile on teacher, student and pathways: one graph each, and the same numbers."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -95,12 +96,16 @@ class Own(nn.Module):
         return self.fc(self.body(x).mean((2, 3))) * self.scale
 
 
+def doubled(forward, x):
+    return forward(x) * 2
+
+
 CHANGES = {
     "nothing": lambda m: None,
     "attribute": lambda m: setattr(m, "scale", 3.0),
     "hook": lambda m: m.register_forward_hook(lambda _, args, output: output * 2),
     "hook on a layer": lambda m: m.fc.register_forward_hook(lambda _, args, output: output * 2),
-    "forward": lambda m: setattr(m, "forward", lambda x: x.mean((2, 3))[:, [0] * 10]),
+    "forward": lambda m: setattr(m, "forward", partial(doubled, m.forward)),
     "layer": lambda m: setattr(m, "fc", nn.Linear(m.fc.in_features, 10)),
     "method": lambda m: setattr(type(m), "forward", lambda self, x: self.fc(self.body(x).mean((2, 3))) + 1),
 }

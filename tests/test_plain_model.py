@@ -235,7 +235,7 @@ PLAIN = [*LAYERS, "again"]
 
 
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
