@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -63,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if isinstance(error, Interrupted):
             return _failed(str(error), 128 + error.signal_number)
+        from distpro.console import is_own_code, raised
+
+        if any(is_own_code(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[1:]):
+            return _failed(f"code of your own failed: {raised(error)}")
         raise
 
 
@@ -202,7 +208,8 @@ def _search(options: argparse.Namespace) -> None:
     folder = _out(options, Path(options.config).stem)
     schedule = search(options.config, folder, options.overrides, options.resume)
     print(explain_schedule(schedule))
-    print(f"\nschedule: {folder / 'alpha.pt'}\nretrain:  distpro retrain --schedule {folder / 'alpha.pt'}")
+    path = folder / "alpha.pt"
+    print(f"\nschedule: {path}\nretrain:  distpro retrain --schedule {shlex.quote(str(path))}")
 
 
 def _retrain(options: argparse.Namespace) -> None:

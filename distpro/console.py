@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box, get_console
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+import pathways
 
 LOG_WIDTH = 1000  # of a table in a log file, where lines may be long but should not be broken
 
@@ -31,9 +38,38 @@ def note(message: str) -> None:
     print(message, flush=True)
 
 
+def warn(message: str) -> None:
+    """Print ``distpro: note: <message>`` to stderr, in one of several processes: what may be meant so, and may not."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"distpro: note: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message: str) -> None:
     """Print ``distpro: <message>`` to stderr."""
     print(f"distpro: {message}", file=sys.stderr, flush=True)
+
+
+def raised(error: BaseException) -> str:
+    """An error of somebody's code in one line: its type, its message, and where in that code it was raised."""
+    text = str(error)
+    places = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)]
+    if "\nOriginal Traceback" in text:  # of a worker process of a DataLoader, whose frames are in the message only
+        places = re.findall(r'File "(.+?)", line (\d+)', text)
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    own = [place for place in places if is_own_code(place[0])] or places
+    where = f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}{where}"
+
+
+def is_own_code(file: str) -> bool:
+    """Whether a file is neither distpro's, nor of an installed package or of Python."""
+    path = Path(file)
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return not (installed or file.startswith("<") or any(path.is_relative_to(folder) for folder in _LIBRARIES))
+
+
+_LIBRARIES = [Path(__file__).parent, Path(pathways.__file__).parent]
+_LIBRARIES += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
 
 
 def on_terminal() -> bool:

@@ -6,12 +6,24 @@ import io
 import os
 import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from pathways.registry import UserError
+
+OLD_GUESTS = (
+    "argparse.Namespace",
+    "collections.defaultdict",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+"""What files of PyTorch before 1.6 often hold beside weights."""
 
 
 def write_atomically(data: bytes | str, path: str | Path) -> None:
@@ -38,16 +50,53 @@ def save_atomically(content: Any, path: str | Path) -> None:
     write_atomically(buffer.getvalue(), path)
 
 
-def load_safely(path: str | Path) -> Any:
-    """``torch.load(weights_only=True)`` on the CPU. Raises UserError if the file is missing, damaged, or holds
-    anything but tensors, numbers, strings, lists and dicts."""
+class Unread(list):
+    """What stands for an object of a file that is not read: nothing of its class is imported or called."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unread_dict(*args: Any) -> dict[Any, Any]:
+    """In place of ``collections.defaultdict``: the unpickler fills plain dicts only."""
+    return {}
+
+
+def load_safely(path: str | Path, weights: bool = False) -> Any:
+    """``torch.load(weights_only=True)`` on the CPU.
+
+    Args:
+        weights: of somebody else's file, of which only tensors are wanted: objects beside them (settings, numpy's scalars,
+            an optimiser's defaultdict) are replaced by something empty, without a look at what they are.
+
+    Raises UserError if the file is missing, damaged, or (else) holds anything but tensors, numbers, strings, lists and dicts.
+    """
     path = Path(path)
+    if path.is_dir():
+        inside = " or ".join(str(path / name) for name in ("alpha.pt", "student.pt") if (path / name).is_file())
+        raise UserError(f"{path}: no such file, it is a folder{f': {inside}?' if inside else ''}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    advice = "; save it again where it was made: torch.save(model.state_dict(), FILE)" if weights else ""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with safe_globals(_replaced(path) if weights else []):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors and plain values (or is damaged); not loaded") from None
+        raise UserError(
+            f"{path}: holds more than tensors and plain values (or is damaged); not loaded{advice}"
+        ) from None
     except Exception as error:  # damaged bytes can fail anywhere in the unpickler
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason})") from None
+
+
+def _replaced(path: Path) -> list[Any]:
+    """(replacement, name) of the classes and functions that a file names and that ``torch.load`` would refuse."""
+    if not zipfile.is_zipfile(path):  # of PyTorch before 1.6, where they cannot be listed beforehand
+        names: tuple[str, ...] = OLD_GUESTS
+    else:
+        names = tuple(get_unsafe_globals_in_checkpoint(path))
+    return [(_unread_dict if name == "collections.defaultdict" else Unread, name) for name in names]

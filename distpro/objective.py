@@ -22,7 +22,7 @@ from distpro.term import Entry, Moving, Term, as_term, entries_of
 from distpro.weights import Scalars, Scale, columns_of, constants_of, strength_of, weights_of
 from pathways.registry import UserError
 from pathways.space import Pathway
-from pathways.tapped import Tapped
+from pathways.tapped import Tapped, guarded
 from pathways.taps import LOGITS
 
 __all__ = ["Entry", "Features", "Moving", "Objective", "Term", "TrainingPass", "entries_of"]
@@ -72,7 +72,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self._backend = compile
-        self._run, self._run_pathways = self._compiled(_run), self._compiled(_run_each)
+        self._run, self._run_pathways = guarded(_run, self._compiled(_run)), self._compiled(_run_each)
         self.task: Task = Classification() if task is None else task
         self.task_loss, self.precision = task_loss, precision
         self.teacher_training = teacher_training
@@ -121,7 +121,7 @@ class Objective(nn.Module):
             if (now.names, now.output) == (names, output):
                 return now
             now.remove()
-        return Tapped(model, names, self.example_input, output=output, frozen=frozen)
+        return Tapped(model, names, self.example_input, output, frozen, hold=self._backend is not None)
 
     @property
     def computes_task(self) -> bool:

@@ -221,6 +221,10 @@ def parse_process(spec: Any) -> Process:
     if unit not in UNITS:
         raise UserError(f"process '{name}': by is '{unit}'{nearest(unit, UNITS)} (allowed: {', '.join(UNITS)})")
     check_parameters(f"process '{name}'", entry, params)
+    for key, found in params.items():
+        for number in found if isinstance(found, list | tuple) else [found]:
+            if isinstance(number, bool) or (isinstance(number, float) and not math.isfinite(number)):
+                raise UserError(f"process '{name}': {key}: expected a finite number, found {number}")
     process: Process = PROCESSES.build(name, **params)
     return process
 

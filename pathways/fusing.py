@@ -100,8 +100,9 @@ def _is_plain(module: nn.Module) -> bool:
 class FrozenConv:
     """ReLU(BatchNorm(conv(x)) + other) of a frozen model in evaluation mode, any part but the convolution optional.
 
-    BatchNorm becomes a factor on the convolution's weights and a bias; they are computed once, and again when weights
-    or statistics have changed. On CPUs the sum and the ReLU are part of oneDNN's convolution.
+    BatchNorm becomes a factor on the convolution's weights and a bias; they are computed once, and again when a value
+    of weights or statistics is another than it was then (they are compared in every pass: tensors can be written to in
+    ways that count no version, such as ``.data``). The sum and the ReLU are part of oneDNN's convolution.
     """
 
     __module__ = __name__  # torch.fx asks a function for both
@@ -110,7 +111,9 @@ class FrozenConv:
     def __init__(self, relu: bool):
         self.relu = relu
         self._takes_sum = True
-        self._known: tuple[Any, Tensor, Tensor | None] | None = None
+        self._made_from: Any = None
+        self._sources: list[Tensor | None] = []
+        self._known: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, x: Tensor, other: Tensor | None) -> Tensor:
         kind = x.device.type
@@ -139,11 +142,12 @@ class FrozenConv:
 
     @torch.no_grad()
     def _folded(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        sources = [conv.weight, conv.bias]
+        sources: list[Tensor | None] = [conv.weight, conv.bias]
         if norm is not None:
-            sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var]  # type: ignore[list-item]
-        state = dtype, [(t.data_ptr(), t._version) for t in sources if t is not None]
-        if self._known is None or self._known[0] != state:
+            sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        state = dtype, None if norm is None else norm.eps
+        if self._known is None or self._made_from != state or not all(map(_equal, self._sources, sources)):
+            self._made_from, self._sources = state, [None if t is None else t.detach().clone() for t in sources]
             weight, bias = conv.weight, conv.bias
             if norm is not None:
                 assert norm.running_mean is not None and norm.running_var is not None
@@ -152,8 +156,15 @@ class FrozenConv:
                 shift = -norm.running_mean if bias is None else bias - norm.running_mean
                 bias = factor * shift if norm.bias is None else factor * shift + norm.bias
                 weight = weight * factor.view(-1, 1, 1, 1)  # type: ignore[assignment]
-            self._known = state, weight.to(dtype), None if bias is None else bias.to(dtype)
-        return self._known[1:]
+            self._known = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return self._known
+
+
+def _equal(kept: Tensor | None, now: Tensor | None) -> bool:
+    """Whether a tensor has the type, shape and values that it had."""
+    if kept is None or now is None:
+        return kept is now
+    return kept.dtype == now.dtype and kept.device == now.device and torch.equal(kept, now)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:
@@ -173,8 +184,8 @@ def _output_shape(conv: nn.Conv2d, x: Tensor) -> torch.Size:
 
 
 def foldable(model: nn.Module) -> bool:
-    """Whether a model keeps the statistics of its BatchNorms, and changes of its weights can be noticed (tensors made
-    in inference mode count none)."""
+    """Whether a model keeps the statistics of its BatchNorms, and lies where comparing its weights costs next to
+    nothing: on the CPU."""
     norms = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     tensors = chain(model.parameters(), model.buffers())
-    return all(n.running_mean is not None for n in norms) and not any(t.is_inference() for t in tensors)
+    return all(n.running_mean is not None for n in norms) and all(t.device.type == "cpu" for t in tensors)

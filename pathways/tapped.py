@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from pathways.containers import alike
 from pathways.fusing import foldable, fused
 from pathways.probing import restored, untouched
 from pathways.registry import UserError
-from pathways.taps import Taps, check_taps, locate, tap
+from pathways.taps import Taps, check_taps, is_compiled, locate, tap
 from pathways.tracing import CannotTrace, as_function, trace
+from pathways.trust import Unchanged, hooks_of, trusted
 
 _WAIT_FOR_THE_END = ("torch.nn.parallel", "torch.distributed")  # modules that prepare the exchange of gradients then
 
@@ -29,10 +30,9 @@ class _AllRead(Exception):
 class _Reads:
     """Counts how often each tap is read, and can end a forward pass once all of them have been."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]):
+    def __init__(self, model: nn.Module, names: Sequence[str], ending: bool):
         self.counts: Counter[str] = Counter()
-        self._model, self._names = model, names
-        self._ending = False
+        self._names, self._ending = names, ending
         modules = dict(model.named_modules())
         self._handles = []
         for name in names:
@@ -46,30 +46,29 @@ class _Reads:
         if self._ending and len(self.counts) == len(self._names):
             raise _AllRead
 
-    def run(self, *args: Any, **kwargs: Any) -> None:
-        """A forward pass that ends with the last tap."""
-        self.counts.clear()
-        self._ending = True  # only here: activation checkpointing runs hooks in the backward pass too
-        try:
-            self._model(*args, **kwargs)
-        except _AllRead:
-            pass
-        finally:
-            self._ending = False
-
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
 
+def _run_to_the_last_tap(model: nn.Module, names: Sequence[str], *args: Any, **kwargs: Any) -> None:
+    """A forward pass that ends with the last tap."""
+    reads = _Reads(model, names, ending=True)
+    try:
+        model(*args, **kwargs)
+    except _AllRead:
+        pass
+    finally:
+        reads.remove()
+
+
 def _may_end(model: nn.Module, names: Sequence[str], example: Call, modes: Sequence[bool]) -> bool:
-    """Whether a forward pass can be left as soon as every tap has been read: the model runs in each of the modes
-    (``training`` or not), each tap is read once, and no module has work to do when its submodules have run."""
-    for module in model.modules():
-        hooks = module._forward_hooks.keys() - module._forward_hooks_always_called.keys()
-        if hooks or "forward" in vars(module) or type(module).__module__.startswith(_WAIT_FOR_THE_END):
-            return False
-    reads = _Reads(model, names)
+    """Whether a forward pass can be left as soon as every tap has been read: the model is known by its classes, runs in
+    each of the modes (``training`` or not), each tap is read once, and no module has work to do when its submodules
+    have run."""
+    if not trusted(model) or any(type(m).__module__.startswith(_WAIT_FOR_THE_END) for m in model.modules()):
+        return False
+    reads = _Reads(model, names, ending=False)
     try:
         with restored(model), untouched(model):
             for training in modes:
@@ -82,17 +81,6 @@ def _may_end(model: nn.Module, names: Sequence[str], example: Call, modes: Seque
     finally:
         reads.remove()
     return True
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
-
-
-def _global_hooks() -> bool:
-    of = nn.modules.module
-    forward = of._global_forward_hooks or of._global_forward_pre_hooks
-    return bool(forward or of._global_backward_hooks or of._global_backward_pre_hooks)
 
 
 def _outcome(run: Any, model: nn.Module, training: bool) -> Any:
@@ -111,15 +99,17 @@ class Tapped(nn.Module):
     """A model that returns its taps as values: ``tapped(x) → (output, {tap: tensor})``, with any arguments and any
     output that the model has.
 
-    The wrapped model stays `model`, shares its parameters and is not changed. Where torch.fx can trace it, the same
-    way in training and evaluation mode, the traced code runs (`traced` is True) and reads the parameters of `model`;
-    otherwise hooks registered here do the reading until `remove` is called.
+    The wrapped model stays `model`, shares its parameters and is not changed. What it gives is what the model by itself
+    gives at that moment. Traced code (torch.fx; it reads the parameters of `model`) runs only where it provably does
+    the same: the model consists of modules of PyTorch, torchvision, timm and distpro's zoo, has one trace in training
+    and evaluation mode, and modules, classes and attributes are those that were traced (`pathways.trust`; compared in
+    every pass). Otherwise the model itself runs, with hooks that are gone after the pass.
 
     Without ``output``, ``tapped(x) → (None, {tap: tensor})`` and only what the taps depend on runs. Modules that do
     not run update no buffers, draw no random numbers (so that what is drawn later differs) and get no gradients (DDP
-    around it needs ``find_unused_parameters``). A model that cannot be traced runs up to its last tap, or to its end
-    where that could change a tap: without an example, where the example reads a tap more than once or does not run in
-    training mode, and in models that wait for a pass to end (DDP, hooks).
+    around it needs ``find_unused_parameters``). A model of such modules that has no one trace runs up to its last tap,
+    or to its end where that could change a tap: without an example, and where the example reads a tap more than once or
+    does not run in training mode. Models with classes of anybody else, or with hooks, always run to their end.
 
     Args:
         model: any module.
@@ -127,15 +117,16 @@ class Tapped(nn.Module):
         example_input: anything that `Call.of` takes. If given, traced and plain output are compared on it once, in
             evaluation and in training mode, and hooks take over if they differ.
         output: whether the model's output is wanted. `logits` among the taps is always given.
-        frozen: the model is no longer trained: without gradients and in evaluation mode, its convolutions run as one
-            operation with what follows them (`pathways.fusing`), if the example shows the same result. It is tried in
-            evaluation mode alone.
+        frozen: the model is no longer trained: without gradients, in evaluation mode and on the CPU, its convolutions
+            run as one operation with what follows them (`pathways.fusing`), if the example shows the same result. It is
+            tried in evaluation mode alone.
+        hold: keep the hooks of a model that is not traced on it, until `remove`: for compiled code (`guarded`), which
+            knows the hooks that were there when it was compiled. They stay on a model that is compiled itself, too.
 
-    With an example, traced code overwrites what a ReLU reads where nothing else does. Hooks that are registered later,
-    and modules that are replaced, are respected.
+    With an example, traced code overwrites what a ReLU reads where nothing else does.
 
     Attributes:
-        modules_run: modules of torch.nn that a forward pass runs, by name and in order; None where hooks read the taps.
+        modules_run: modules of torch.nn that traced code runs, by name and in order; None where there is none.
     """
 
     def __init__(
@@ -145,6 +136,7 @@ class Tapped(nn.Module):
         example_input: Any = None,
         output: bool = True,
         frozen: bool = False,
+        hold: bool = False,
     ):
         super().__init__()
         check_taps(model, names, type(model).__name__)
@@ -152,11 +144,12 @@ class Tapped(nn.Module):
         self.names = list(dict.fromkeys(names))
         self.output = output
         self.modules_run: list[str] | None = None
-        self._taps: Taps | None = None
-        self._reads: _Reads | None = None
         self._function: Any = None
         self._fused: Any = None
         self._frozen = frozen
+        self._may_end = False
+        self._held: Taps | None = None
+        self._hooks: list[Any] = []
         if not (output or self.names):
             self.modules_run = []
             return
@@ -176,22 +169,31 @@ class Tapped(nn.Module):
         except CannotTrace:
             pass
         if self._function is None:
-            may_end = not output and example is not None and _may_end(model, self.names, example, modes)
-            self._taps = Taps(model, self.names)
-            self._reads = _Reads(model, self.names) if may_end else None  # its hooks run after those of the taps
+            self._may_end = not output and example is not None and _may_end(model, self.names, example, modes)
+        if self._function is not None or self._may_end:
+            self._unchanged = Unchanged(model)
+        elif hold or any(map(is_compiled, model.modules())):
+            self._held = Taps(model, self.names)
+            self._hooks = hooks_of(model)
 
     @property
     def traced(self) -> bool:
-        """Whether taps are returned by traced code rather than read by hooks."""
+        """Whether there is traced code that gives the taps, for as long as the model is `unchanged`."""
         return self._function is not None
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether the model is what was traced, or has the hooks that it had when its own were put on to stay."""
+        if self.traced or self._may_end:
+            return self._unchanged()
+        return self._held is not None and self._hooks == hooks_of(self.model)
+
     def _fuse(self, graph: fx.Graph, example: Call, expected: dict[bool, Any]) -> None:
-        self._seen = list(self.model.modules())
         self._frozen = self._frozen and foldable(self.model)
         _, function = as_function(self.model, fused(graph, dict(self.model.named_modules()), self._frozen))
         if not self._agrees(function, example, expected, 1e-4 if self._frozen else 0):
             return
-        if self._frozen and example.device.type == "cpu":  # oneDNN has operations for some types only
+        if self._frozen:  # oneDNN has operations for some types only
             with torch.autocast("cpu", torch.bfloat16):
                 if not self._agrees(function, example, expected, None):
                     return
@@ -199,23 +201,21 @@ class Tapped(nn.Module):
 
     @property
     def runs_fused(self) -> bool:
-        """Whether a forward pass now takes the faster code of `pathways.fusing`: there is some, the modules are those
-        that were traced, and nobody looks at what that code leaves out."""
-        if self._fused is None or torch.compiler.is_compiling():
-            return False
-        modules = list(self.model.modules())
-        same = len(modules) == len(self._seen) and all(map(operator.is_, modules, self._seen))
-        if not same or _global_hooks() or any(map(_has_hooks, modules)):
-            return False
-        return not self._frozen or not (torch.is_grad_enabled() or any(m.training for m in modules))
+        """Whether a forward pass now takes the faster code of `pathways.fusing`: there is some, the model is
+        `unchanged`, and nothing that the code leaves out is asked for."""
+        return self._fused is not None and self._may_fuse() and self.unchanged
+
+    def _may_fuse(self) -> bool:
+        if not self._frozen:
+            return True
+        on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
+        return on_cpu and not (torch.is_grad_enabled() or any(m.training for m in self.model.modules()))
 
     def _plain(self, example: Call, training: bool) -> Any:
         """Output and taps of the model's own pass on the example, or the error that it ends with in training mode."""
 
         def run() -> Any:
-            with tap(self.model, self.names) as taps:
-                output = example.run(self.model)
-            return output if self.output else None, {name: taps[name] for name in self.names}
+            return self._by_hooks(*example)
 
         if training:
             return _outcome(run, self.model, training)
@@ -243,19 +243,59 @@ class Tapped(nn.Module):
         return function(self.model, *args)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        function = self._fused if self.runs_fused else self._function
-        if function is not None:
-            return self._run(function, args, kwargs)
-        if self._taps is None:
+        if not (self.output or self.names):
             return None, {}
+        if torch.compiler.is_compiling():
+            if self._function is not None:
+                return self._run(self._function, args, kwargs)
+            by_hooks = torch.compiler.disable(self._by_hooks) if self._held is None else self._by_held_hooks
+            return by_hooks(args, kwargs)
+        if self._function is not None and self.unchanged:
+            fused = self._fused is not None and self._may_fuse()
+            return self._run(self._fused if fused else self._function, args, kwargs)
+        return (self._by_held_hooks if self._held is not None and self.unchanged else self._by_hooks)(args, kwargs)
+
+    def _by_hooks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        """The model's own pass, under hooks that are gone afterwards: they come last, and on the modules of this moment."""
+        may_end = self._may_end and self.unchanged
+        with tap(self.model, self.names) as taps:
+            run = partial(_run_to_the_last_tap, self.model, self.names) if may_end else self.model
+            output = run(*args, **kwargs)
+        return output if self.output else None, {name: taps[name] for name in self.names}
+
+    def _by_held_hooks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        assert self._held is not None
         try:
-            output = (self._reads.run if self._reads else self.model)(*args, **kwargs)
-            return output if self.output else None, {name: self._taps[name] for name in self.names}
+            output = self.model(*args, **kwargs)
+            return output if self.output else None, {name: self._held[name] for name in self.names}
         finally:
-            self._taps.clear()  # the caller owns the tensors; the model must not keep a step's graph alive
+            self._held.clear()  # the caller owns the tensors; the model must not keep a step's graph alive
 
     def remove(self) -> None:
-        """Take the hooks off the model, if there are any."""
-        for hooks in (self._taps, self._reads):
-            if hooks is not None:
-                hooks.remove()
+        """Take hooks that were to stay off the model, if there are any."""
+        if self._held is not None:
+            self._held.remove()
+            self._held = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tapped:
+        """A copy that reads its own copy of the model."""
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        for name, value in vars(self).items():
+            vars(copy)[name] = None if name in ("_unchanged", "_hooks") else deepcopy(value, memo)
+        if self.traced or self._may_end:
+            if self.unchanged:
+                copy._unchanged = Unchanged(copy.model)
+            else:
+                copy._function = copy._fused = copy.modules_run = None
+                copy._may_end = False
+        copy.remove()  # copied hooks would write where the original's do
+        return copy
+
+
+def guarded(run: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled(tapped, ...)`` as long as the tapped model is `unchanged`, which compiled code does not look at;
+    otherwise ``run``, the same uncompiled."""
+    if compiled is run:
+        return run
+    return lambda model, *args: (compiled if model.unchanged else run)(model, *args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch.fx.immutable_collections import immutable_dict
 from pathways.probing import restored, untouched
 from pathways.registry import UserError
 from pathways.taps import ACTIVATION_FUNCTIONS, TapName, locate, read_input, read_output
+from pathways.trust import only_known_code_runs, trusted
 
 _ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU)  # ReLU6 is a Hardtanh
 _ACTIVATION_METHODS = ("relu", "relu_")
@@ -53,10 +54,13 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.outputs: dict[str, Any] = {}
+        self.hidden: set[nn.Module] = set()  # modules inside those that stay one node
         self.contexts = _contexts()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _contexts() != self.contexts:  # no_grad, autocast, or an autograd.Function
+            raise CannotTrace
+        if not only_known_code_runs(_trace_graph.__code__):  # somebody's own function, or activation checkpointing
             raise CannotTrace
         return super().create_node(*args, **kwargs)
 
@@ -70,6 +74,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         output = super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            self.hidden.update(inner for inner in m.modules() if inner is not m)
         self.inputs[path], self.outputs[path] = (args, kwargs), output
         return output
 
@@ -162,6 +168,8 @@ def _traced_nodes(
     nodes = {}
     for name in names:
         tap = locate(name, modules)
+        if modules[tap.module] in tracer.hidden:
+            raise CannotTrace
         node = _node_of(name, tap, tracer, modules)
         if tap.point == "pre_relu":
             if not _is_activation(node, modules):
@@ -171,10 +179,15 @@ def _traced_nodes(
     return nodes
 
 
+def _attribute(model: nn.Module, path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(module), name)
+
+
 def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
     """The model's graph. Raises CannotTrace where running the graph would not do what running the model does."""
-    if "forward" in vars(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        raise CannotTrace  # the graph goes past both
+    if not trusted(model):
+        raise CannotTrace
 
     def state() -> tuple[Any, ...]:
         values = [vars(m).items() for m in model.modules()] + [m._buffers.items() for m in model.modules()]
@@ -199,6 +212,9 @@ def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
             graph = tracer.trace(model)
             if state() != before:  # forward stores something on the model, or draws random numbers to decide
                 raise CannotTrace
+            owners = Counter(id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+            if any(owners[id(_attribute(model, str(n.target)))] > 1 for n in graph.nodes if n.op == "get_attr"):
+                raise CannotTrace  # one tensor under two names: the graph knows one, and they may part
     except Exception as error:  # whatever a forward does that symbolic values cannot follow
         raise CannotTrace from error
     return tracer, graph

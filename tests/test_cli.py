@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -298,3 +299,33 @@ def test_a_schedule_file_runs_no_code_by_itself(here, tmp_path, monkeypatch, cap
 
     assert main(["retrain", "--schedule", "alpha.pt", "--out", "r", "student.model=model_in_a_schedule:make"]) == 0
     assert (tmp_path / "imported").exists() and (tmp_path / "r" / "student.pt").exists()
+
+
+def test_a_schedule_may_lie_under_any_path(here, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "my 🎓 runs: é"
+    place.mkdir()
+    (place / "alpha.pt").write_bytes((here / "search" / "alpha.pt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LANG", "C")
+    schedule = str(place / "alpha.pt")
+    assert main(["retrain", "--schedule", schedule, "--out", str(place / "out"), "training.max_steps=1"]) == 0
+    recorded = yaml.safe_load((place / "out" / "config.yaml").read_text())
+    assert recorded["retrain"]["schedule"] == schedule
+    assert (
+        main(["retrain", "--schedule", schedule, "--out", str(place / "out"), "--resume", "training.max_steps=1"]) == 0
+    )
+    assert main(["evaluate", str(place / "out")]) == 0
+
+
+def test_the_next_command_that_a_search_prints_can_be_pasted(here, tmp_path, capsys):
+    out = tmp_path / "a b"
+    assert main(["search", "search.yaml", "--out", str(out), "training.max_steps=1"]) == 0
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert shlex.split(said)[-1] == str(out / "alpha.pt")
+
+
+def test_evaluate_of_what_is_not_there(here, capsys):
+    assert main(["evaluate", "nowhere"]) == 2
+    assert capsys.readouterr().err == "distpro: nowhere: no such run or config (and a checkpoint needs --config CFG)\n"
+    assert main(["search", "retrain"]) == 2
+    assert capsys.readouterr().err == "distpro: retrain: is a folder; a config is one YAML file\n"

@@ -1,9 +1,11 @@
 """torch.compile on teacher, student and pathways: one graph each, and the same numbers."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 import distpro
@@ -12,7 +14,7 @@ from distpro.losses import build_loss
 from distpro.models import build_model
 from distpro.objective import Objective, Term
 from distpro.schedule import Schedule
-from pathways import build_pathways
+from pathways import build_pathways, tap
 from tests.digits import settings
 
 pytestmark = pytest.mark.slow
@@ -81,6 +83,69 @@ def test_a_copy_compiles_its_own_models():
         twin.student.model.fc.bias.add_(torch.arange(10.0))
         assert not torch.allclose(twin.training_pass(batch_of(x, y)).task, compiled.training_pass(batch_of(x, y)).task)
         torch.testing.assert_close(twin.training_pass(batch_of(x, y)).output, twin.student.model(x))
+
+
+class Own(nn.Module):
+    """Somebody's own student, whose code reads an attribute; it is read by hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc, self.scale = nn.Conv2d(3, 4, 3), nn.Linear(4, 10), 1.0
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3))) * self.scale
+
+
+def doubled(forward, x):
+    return forward(x) * 2
+
+
+CHANGES = {
+    "nothing": lambda m: None,
+    "attribute": lambda m: setattr(m, "scale", 3.0),
+    "hook": lambda m: m.register_forward_hook(lambda _, args, output: output * 2),
+    "hook on a layer": lambda m: m.fc.register_forward_hook(lambda _, args, output: output * 2),
+    "forward": lambda m: setattr(m, "forward", partial(doubled, m.forward)),
+    "layer": lambda m: setattr(m, "fc", nn.Linear(m.fc.in_features, 10)),
+    "method": lambda m: setattr(type(m), "forward", lambda self, x: self.fc(self.body(x).mean((2, 3))) + 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_compiled_model_that_changes(own, change):
+    if change == "method" and not own:
+        pytest.skip("changes the class of the zoo")
+    torch.manual_seed(0)
+    kind = type("Own", (Own,), {})
+    student = kind() if own else build_model("resnet8", num_classes=10)
+    names = ["body"] if own else ["layer1"]
+    x = torch.randn(4, 3, 32, 32)
+    term = Term(build_loss("at"), "at", names, names, 1.0)
+    compiled = Objective(copy.deepcopy(student), student, [term], x, compile="eager").eval()
+    assert compiled.student.traced is not own
+    for step in range(3):
+        if step == 1:
+            CHANGES[change](student)
+        output, features = compiled.run_student(batch_of(x))
+        with tap(student, names) as taps:
+            expected = student(x)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(features[names[0]], taps[names[0]])
+
+
+def test_a_copy_of_a_compiled_objective_reads_its_own_student():
+    torch.manual_seed(0)
+    student, x = Own(), torch.randn(4, 3, 8, 8)
+    compiled = Objective(Own(), student, [Term(build_loss("at"), "at", ["body"], ["body"], 1.0)], x, compile="eager")
+    compiled.run_student(batch_of(x))
+    twin = copy.deepcopy(compiled)
+    with torch.no_grad():
+        twin.student.model.body.bias.add_(1)
+    for objective in (compiled, twin, compiled):
+        output, features = objective.run_student(batch_of(x))
+        assert torch.equal(features["body"], objective.student.model.body(x))
+        torch.testing.assert_close(output, objective.student.model(x))
 
 
 def test_from_a_config(tmp_path):

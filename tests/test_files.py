@@ -1,5 +1,6 @@
 """Files are whole or absent, and run nothing."""
 
+import argparse
 import os
 import stat
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from distpro import files as checkpoint
-from distpro.files import load_safely, save_atomically, write_atomically
+from distpro.files import Unread, load_safely, save_atomically, write_atomically
 from pathways import UserError
 
 CONTENT = {"weights": torch.arange(6.0).view(2, 3), "step": 3, "name": "a", "nested": [1.5, None, {"b": True}]}
@@ -131,3 +132,21 @@ def test_missing_files(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(UserError, match="no such file"):
             load_safely(path)
+
+
+def test_a_folder_is_no_file_and_what_is_in_it_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file, it is a folder$"):
+        load_safely(tmp_path)
+    save_atomically(CONTENT, tmp_path / "student.pt")
+    with pytest.raises(UserError, match="it is a folder: .*student.pt\\?$"):
+        load_safely(tmp_path)
+
+
+def test_objects_beside_weights_are_refused_unless_only_weights_are_wanted(tmp_path):
+    torch.save({"weights": torch.ones(2), "beside": argparse.Namespace(a=1)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        load_safely(tmp_path / "x.pt")
+    found = load_safely(tmp_path / "x.pt", weights=True)
+    assert torch.equal(found["weights"], torch.ones(2)) and type(found["beside"]) is Unread
+    with pytest.raises(UserError, match="holds more than tensors"):  # what was let in once is not let in again
+        load_safely(tmp_path / "x.pt")

@@ -5,7 +5,7 @@ Never imports report or runs.
 
 from distpro.build.cache import versions_of
 from distpro.build.checks import check_names
-from distpro.build.data import blank_data, build_data, build_loader
+from distpro.build.data import as_stored, blank_data, build_data, build_loader
 from distpro.build.given import Given
 from distpro.build.models import build_pair
 from distpro.build.objective import PRECISIONS, build_deployed, build_objective, compose
@@ -17,8 +17,9 @@ from distpro.build.terms import build_terms
 __all__ = [
     "Given",
     "OPTIMIZERS",
-    "blank_data",
     "PRECISIONS",
+    "as_stored",
+    "blank_data",
     "build_data",
     "build_deployed",
     "build_loader",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from distpro.config.schema import Config
 from distpro.data import Blank, build_augment, load_data, split
 from distpro.data.augment import Crop
 from distpro.data.loading import make_loader
+from distpro.data.statistics import stated_by, stored_facts
 from distpro.losses import LOSSES
 from distpro.train import distributed
-from pathways.registry import UserError
+from pathways.registry import UserError, is_code
 
 IMAGE_SETS = {"cifar10": (10, (3, 32, 32), 50000), "cifar100": (100, (3, 32, 32), 50000)}
 """Classes, image shape and training samples of sets that need not be there for a dry run."""
@@ -39,6 +42,17 @@ def build_data(config: Config, given: Given | None = None) -> Any:
         **root,
         **data.params,
     )
+
+
+def as_stored(config: Config, folder: Path | None, facts: Mapping[str, Any] | None = None) -> Config:
+    """The config with the mean and std that a run has used: those of its ``folder``, or among the ``facts`` of its data.
+    What the config says itself goes first, and a data set of another person's code may be normalised already."""
+    facts = (stored_facts(folder) if folder is not None else {}) if facts is None else facts
+    stored, data = stated_by(facts), config.data
+    if stored is None or (is_code(data.name) and data.name != facts.get("name")):
+        return config
+    mean, std = (list(own if said is None else said) for own, said in zip(stored, (data.mean, data.std), strict=True))
+    return config.model_copy(update={"data": data.model_copy(update={"mean": mean, "std": std})})
 
 
 def blank_data(config: Config, given: Given | None = None) -> tuple[Any, int | None]:

@@ -17,7 +17,9 @@ from distpro.build.given import Given, refuse_object
 from distpro.build.reading import Reading, reading_of
 from distpro.build.task import build_task
 from distpro.config.schema import Config, ModelConfig
+from distpro.console import raised, warn
 from distpro.data.datasets import locate
+from distpro.data.statistics import Statistics, stated_by, stored_facts
 from distpro.models import accepted, build_model, load_checkpoint
 from distpro.models.ensemble import Ensemble, InputAdapter
 from distpro.task import Task
@@ -96,7 +98,7 @@ def build_network(model: ModelConfig, facts: Mapping[str, Any], load: bool = Tru
     wanted = {name: value for name, value in facts.items() if name not in model.params}
     network = build_model(model.model, **accepted(model.model, wanted), **model.params)
     if model.checkpoint and load:
-        load_checkpoint(network, locate("checkpoint", model.checkpoint))
+        load_checkpoint(network, locate("checkpoint", model.checkpoint), weights=model.weights)
     return network
 
 
@@ -158,8 +160,10 @@ def build_pair(
         network = place(network, config).eval()
         _check_runs("teacher", network, _resized(pair.call, member))
         readings[name] = reading_of(member, network, _resized(pair.call, member), task.response)
+        if member.input is None and member.checkpoint and load:
+            _compare_statistics(name, member, data)
         if member.input is not None:
-            network = _adapted(network, member, data)
+            network = adapted(network, member, data)
             readings[name] = readings[name].within("model")
         models[name] = network
     if config.teachers:
@@ -182,10 +186,7 @@ def _check_runs(what: str, network: nn.Module, call: Call) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a model does with inputs that are not its own
-        reason = next(iter(str(error).splitlines()), "")[:160]
-        raise UserError(
-            f"{what}: two samples of the data do not pass through it ({type(error).__name__}: {reason})"
-        ) from error
+        raise UserError(f"{what}: two samples of the data do not pass through it ({raised(error)})") from error
 
 
 def _check_weights(name: str, member: ModelConfig, load: bool) -> None:
@@ -194,13 +195,31 @@ def _check_weights(name: str, member: ModelConfig, load: bool) -> None:
         raise UserError(f"{path}.checkpoint is missing: a teacher with random weights teaches nothing")
 
 
-def _adapted(network: nn.Module, member: ModelConfig, data: Any) -> InputAdapter:
+def adapted(network: nn.Module, member: ModelConfig, data: Any) -> InputAdapter:
     """The network on images as the student gets them."""
     assert member.input is not None
     if data.image_shape is None:
         raise UserError("teacher.input: for images, whose normalisation the data state")
     mean, std = data.mean or [0.0] * data.image_shape[0], data.std or [1.0] * data.image_shape[0]
     return InputAdapter(network, mean, std, member.input.mean, member.input.std, member.input.size)
+
+
+def _compare_statistics(name: str, member: ModelConfig, data: Any) -> None:
+    """Say it where a teacher was trained, by a run whose folder says so, on images of another normalisation."""
+    assert member.checkpoint is not None
+    own = stated_by(stored_facts(locate("checkpoint", member.checkpoint).parent))
+    if own is None or not data.mean or own.close_to(Statistics(data.mean, data.std)):
+        return
+    path = f"teachers.{name}" if name else "teacher"
+    here, theirs = (f"mean {_short(mean)}, std {_short(std)}" for mean, std in ((data.mean, data.std), own))
+    warn(
+        f"{path}: its run normalised images with {theirs}, this one does with {here}; "
+        f"{path}.input with its mean and std gives it what it knows"
+    )
+
+
+def _short(numbers: Sequence[float]) -> str:
+    return f"[{', '.join(f'{x:.3g}' for x in numbers)}]"
 
 
 def _resized(call: Call, member: ModelConfig) -> Call:

@@ -221,6 +221,11 @@ def build_retrain(
     retrain = config.retrain
     assert retrain.start is not None
     train = build_loader(config, data, data.train, training=True)
+    if config.training.accumulate > len(train):
+        raise UserError(
+            f"training.accumulate is {config.training.accumulate}, but an epoch has {len(train)} batches: no step could take "
+            "more (a step ends with its epoch)"
+        )
     clock = clock_of(config, train)
     objective = build_objective(config, data, data.train, clock, carry, given)
     scale: Scale | Said = distill_scale(config, int(clock.steps_per_epoch))

@@ -15,6 +15,8 @@ from distpro.config.errors import explain
 from distpro.config.schema import Config
 from pathways.registry import UserError, nearest
 
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
+
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Deep merge of mappings; where they disagree, ``above`` wins. Lists are replaced whole."""
@@ -100,6 +102,8 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; a config is one YAML file")
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
         raise UserError(f"{path}: no such config file{near}")
@@ -121,7 +125,8 @@ def _yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise UserError(f"{where}{line}: not valid YAML ({problem})") from None
 
 
 def _refuse_repeated_keys(root: yaml.Node | None, where: str) -> None:
@@ -145,12 +150,12 @@ def _refuse_repeated_keys(root: yaml.Node | None, where: str) -> None:
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 takes 1e-3 for text, because it has no point: nobody means that."""
+    """YAML 1.1 takes 1e-3 and 2.5e1 for text, for want of a point or of a sign: nobody means that."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_numbers(inner) for inner in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
+    return float(value) if isinstance(value, str) and re.fullmatch(NUMBER, value) else value
 
 
 def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from distpro.data.statistics import check_statistics
 from distpro.process import parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
 from distpro.schedule_file import START, THRESHOLD
@@ -21,9 +32,37 @@ Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is 
 
 
 class Section(BaseModel):
-    """Part of a config. Unknown keys are errors."""
+    """Part of a config. Unknown keys are errors, and so are numbers that are none: .nan, .inf, yes and no."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds):
+            return value  # looks at its own
+        for path, leaf in _leaves(value):
+            if isinstance(leaf, float) and not math.isfinite(leaf):
+                raise ValueError(f"{path}expected a finite number, found {leaf}")
+            named = not path or Any not in kinds  # of parameters, their owner says which may be true or false
+            if isinstance(leaf, bool) and named and {int, float} & kinds and bool not in kinds:
+                raise ValueError(f"{path}expected a number, found {leaf} (YAML's yes, no, on, off are truth values)")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*(_kinds(inner) for inner in get_args(annotation)))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What is no list and no mapping in a value, after its place there, ``a.0: ``."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(inner, f"{path.removesuffix(': ')}{'.' if path else ''}{key}: ")
+    else:
+        yield path, value
 
 
 class DataConfig(Section):
@@ -53,6 +92,13 @@ class InputConfig(Section):
     std: list[float]
     size: int | tuple[int, int] | None = Field(None, description="height and width")
 
+    @model_validator(mode="after")
+    def _of_images_in_0_to_1(self) -> InputConfig:
+        check_statistics(self.mean, self.std)
+        if min(self.std, default=0) <= 0 or len(self.mean) != len(self.std):
+            raise UserError(f"mean and std must be one number a channel, std above 0, got {self.mean} and {self.std}")
+        return self
+
 
 class ModelConfig(Section):
     """A model and where its features are read."""
@@ -60,6 +106,9 @@ class ModelConfig(Section):
     model: str
     params: Params = {}
     checkpoint: str | None = None
+    weights: Literal["model", "ema"] | None = Field(
+        None, description="of a checkpoint that holds both: those trained, or their moving average; null: the former"
+    )
     input: InputConfig | None = Field(None, description="of a teacher: its own normalisation and image size")
     weight: float = Field(1.0, ge=0, description="of one of several teachers: its share in their common output")
     taps: list[str] | None = Field(None, description="default: the model's stages, before their last ReLU in a teacher")
@@ -128,7 +177,9 @@ class TrainingConfig(Section):
     epochs: int = Field(240, gt=0)
     max_steps: int | None = Field(None, gt=0)
     batch_size: int = Field(128, gt=0)
-    accumulate: int = Field(1, gt=0, description="batches whose mean gradient makes one step")
+    accumulate: int = Field(
+        1, gt=0, description="batches whose mean gradient makes one step; an epoch's last step takes those left"
+    )
     drop_last: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     learning_rate: LearningRateConfig = LearningRateConfig()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, default_collate, default_convert
 
 from distpro.batch import Batch
+from distpro.console import raised
 from distpro.data.counter import make_key
 from pathways.call import Call, map_tensors
 from pathways.registry import UserError
@@ -92,15 +92,10 @@ def drawn_samples(part: Any, rows: Sequence[int], numbers: Sequence[int], seed: 
             except UserError:
                 raise
             except Exception as error:  # a data set of the user's may fail in any way
-                raise UserError(f"data: sample {number} of {type_name(root_of(part))} failed: {said(error)}") from error
+                raise UserError(
+                    f"data: sample {number} of {type_name(root_of(part))} failed: {raised(error)}"
+                ) from error
     return samples
-
-
-def said(error: Exception) -> str:
-    """An error of somebody's code in one line: its type, its message, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def root_of(part: Any) -> Any:
@@ -141,7 +136,7 @@ def _answer(name: str, function: Callable[[Any], Any], value: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # somebody's code may fail in any way
-        raise UserError(f"data: {name} failed: {said(error)}") from error
+        raise UserError(f"data: {name} failed: {raised(error)}") from error
 
 
 def _is_pair(value: Any) -> bool:

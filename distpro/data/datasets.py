@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.data.foreign import ForeignDataset, adopt, take
 from distpro.data.loader import Loader
 from distpro.data.splits import Split, class_numbers, keep_classes, sample
+from distpro.data.statistics import check_statistics, statistics
 from pathways.registry import Registry, UserError
 
 DATASETS = Registry("dataset", takes_code=True)
@@ -51,6 +51,11 @@ class Dataset:
     std: tuple[float, ...]
     signature: dict[str, Any]
     validation: Split | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The signature, and the mean and std that a model trained on the data needs wherever it is used."""
+        return {**self.signature, "mean": list(self.mean), "std": list(self.std)}
 
     @property
     def num_classes(self) -> int:
@@ -121,8 +126,9 @@ def load_data(
     root: file or folder; a relative one is looked for as given, then under ``$DISTPRO_DATA``.
     classes: the first so many classes, or a list of labels or names, which become labels 0, 1, ... in that order.
     samples: so many training samples, drawn with ``seed``, stratified where each has one label.
-    mean, std: per channel, for images in 0-1; default: of the data set's protocol, else computed from the training
-    images (at most 1000 of them if they are streamed).
+    mean, std: per channel, for images in 0-1; default: of the data set's protocol, else those of the whole training part,
+    whatever ``samples`` and ``classes`` leave of it: a teacher of the whole set and a student of a part of it see a
+    sample alike.
     params: options of the data set.
 
     Raises UserError for an unknown name or option, and for data that are absent, damaged, or fewer than asked for.
@@ -139,24 +145,15 @@ def load_data(
                 raise UserError(f"{key}: dataset '{name}' brings its own samples as they are, this cannot change them")
         data = adopt(source, f"dataset '{name}'")
         return data if samples is None else replace(data, train=take(data.train, samples, seed))
-    source = source if classes is None else _with_classes(source, classes)
-    source = source if samples is None else source._replace(train=sample(source.train, samples, seed))
-    source = _decoded(source)
     if mean is None or std is None:
         found = (source.mean, source.std) if source.mean and source.std else statistics(source.train)
         mean, std = mean or found[0], std or found[1]
-    _check_units(mean, std)
+    check_statistics(mean, std)
+    source = source if classes is None else _with_classes(source, classes)
+    source = source if samples is None else source._replace(train=sample(source.train, samples, seed))
+    source = _decoded(source)
     signature = _signature(name, source)
     return Dataset(source.train, source.test, source.names, tuple(mean), tuple(std), signature, source.validation)
-
-
-def _check_units(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raise UserError for numbers that images in 0-1 cannot have, such as those of bytes."""
-    if not all(math.isfinite(x) for x in (*mean, *std)):
-        raise UserError(f"mean and std must be finite, got {list(mean)} and {list(std)}")
-    if max(*mean, *std) > 1:
-        got = f"got {list(mean)} and {list(std)}"
-        raise UserError(f"mean and std are in 0-1 units, as of images whose white is 1, {got}: divide them by 255")
 
 
 def _with_classes(source: Source, classes: int | Sequence[int | str]) -> Source:
@@ -182,17 +179,6 @@ def _decoded(source: Source) -> Source:
         size = sum(len(part) for part in parts.values()) * math.prod(source.train.image_shape)
         stream = size > MEMORY_LIMIT
     return source if stream else _each(source, Split.decoded)
-
-
-def statistics(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, images in 0-1, over all pixels of a split; of a streamed one, over
-    1000 images evenly spaced."""
-    images = train.images if isinstance(train.images, Tensor) else train.peek(1000)
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
-    share, value = counts / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
-    mean = share @ value
-    variance = (share * (value - mean[:, None]).square()).sum(1)
-    return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
 
 
 def _signature(name: str, source: Source) -> dict[str, Any]:

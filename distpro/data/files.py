@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pathways.registry import UserError
@@ -148,6 +148,8 @@ class ImageFiles:
             return _eight_bits(image).convert("RGB")
         except UserError as error:
             raise UserError(f"{self._place(row)} {error}") from None
+        except UnidentifiedImageError:  # whose message is the address of an object
+            raise UserError(f"{self._place(row)} is not a readable image (none of a kind that is known)") from None
         except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
             raise UserError(f"{self._place(row)} is not a readable image ({error})") from None
 

@@ -64,6 +64,11 @@ class ForeignDataset:
         said = {part: f"{type_name(x)}, {_length(x)} samples" for part, x in parts.items() if x is not None}
         return {"name": "objects", **said, "classes": self.num_classes, "note": "the contents are not hashed"}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the data; how they are normalised is not."""
+        return self.signature
+
     @cached_property
     def image_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of the first sample's first tensor, None if that is no image."""

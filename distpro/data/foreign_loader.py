@@ -17,18 +17,20 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_convert,
 )
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from distpro.batch import Batch
+from distpro.console import raised
 from distpro.data.collating import (
     RandomState,
     as_batch,
     collated,
     drawn_samples,
     placed,
-    said,
+    root_of,
     stored_numbers,
     type_name,
     unlisted,
@@ -36,8 +38,10 @@ from distpro.data.collating import (
 from distpro.data.counter import make_generator
 from distpro.data.foreign import ALLOWED, is_map_style
 from distpro.data.order import BatchLoader, Plan
+from pathways.call import tensors_in
 from pathways.registry import UserError
 
+TRIED = 4  # samples that are drawn twice
 REPLAYED = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
@@ -89,7 +93,7 @@ class ForeignLoader(BatchLoader):
             self._source = _Drawn(part, plan, workers, self.device.type == "cuda")
         else:
             raise UserError(f"data: a part is {type_name(part)}; it must be {ALLOWED}")
-        self.why_not = self._source.why_not
+        self.why_not = self._source.why_not or (_draws_by_itself(part, seed) if shuffle else "")
         self.replayable = not self.why_not
 
     def __len__(self) -> int:
@@ -109,6 +113,32 @@ class ForeignLoader(BatchLoader):
                     )
                 batch = replace(batch, index=index)
             yield placed(batch, self.device, self.channels_last)
+
+
+def _draws_by_itself(part: Any, seed: int) -> str:
+    """Why samples do not come again, where some of the first ones, drawn twice, differ; else ""."""
+    data: Any = part.dataset if isinstance(part, DataLoader) else part
+    if not is_map_style(data):
+        return ""
+    rows = list(range(min(len(data), TRIED)))
+    numbers = stored_numbers(data)[rows].tolist()
+    try:
+        first, second = (drawn_samples(data, rows, numbers, seed, 0) for _ in range(2))
+    except UserError:  # is said, with its place, when the batch is read
+        return ""
+    if _same_values(first, second):
+        return ""
+    return (
+        f"{type_name(root_of(data))} gives another sample each time it is asked for it: it keeps a generator of its own"
+    )
+
+
+def _same_values(one: Any, other: Any) -> bool:
+    """Whether two samples are equal, as far as they hold tensors and arrays."""
+    ours, theirs = (list(tensors_in(default_convert(x))) for x in (one, other))
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 class _Drawn:
@@ -224,6 +254,6 @@ class _Given:
                 except UserError:
                     raise
                 except Exception as error:  # somebody's code may fail in any way
-                    raise UserError(f"data: a DataLoader failed at batch {step}: {said(error)}") from error
+                    raise UserError(f"data: a DataLoader failed at batch {step}: {raised(error)}") from error
             if step >= start:
                 yield unlisted(self.loader, value), None

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distpro.files import load_safely
+from distpro.console import warn
+from distpro.files import Unread, load_safely
 from pathways.registry import UserError
 
-WRAPPERS = ("state_dict", "model", "net", "student")
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and DistributedDataParallel, and of torch.compile
+WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "student")
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")  # by a moving average
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of parallel models and AveragedModel, of torch.compile, of Lightning
+COUNTERS = ("n_averaged", "total_ops", "total_params")  # of AveragedModel, and what thop leaves behind
 
 Shape = tuple[int, ...]
 
@@ -45,21 +48,26 @@ class LoadReport:
         return "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in parts if names) or "all fits"
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> LoadReport:
+def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, weights: str | None = None) -> LoadReport:
     """Load the weights in ``path`` into ``model``.
 
     Reads safetensors files and what ``torch.save`` wrote: a state dict, or a dict that holds one under one of
-    `WRAPPERS`. The prefixes of parallel and compiled training are removed. A model class may declare
-    ``checkpoint_aliases = {"linear.": "fc."}``: parts of names that other implementations use, and its own.
+    `WRAPPERS`, or else of `AVERAGED`. The prefixes of parallel and compiled training are removed. A model class may
+    declare ``checkpoint_aliases = {"linear.": "fc."}``: parts of names that other implementations use, and its own.
 
     Args:
         strict: if False, load what fits and report the rest.
+        weights: of a file that holds both, ``model``: those that were trained; ``ema``: their moving average; None: the
+            former, which is said on stderr.
 
     Raises UserError if the file is missing, cannot be read without running code, holds no state dict or, if strict,
     does not fit; the model is then unchanged.
     """
+    if weights not in (None, "model", "ema"):
+        raise UserError(f"weights of a checkpoint: '{weights}' (allowed: model, ema)")
     own = model.state_dict()
-    state = _own_names(_find_state_dict(_read(Path(path)), path), own, getattr(model, "checkpoint_aliases", {}))
+    found = _find_state_dict(_read(Path(path)), path, weights)
+    state = _own_names(found, own, getattr(model, "checkpoint_aliases", {}))
     report = _compare(state, own)
     if strict and not report.ok:
         raise UserError(f"{path} does not fit {type(model).__name__}: {report}")
@@ -69,9 +77,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.suffix.lower() == ".safetensors" and path.is_file():
         return _read_safetensors(path)
-    return load_safely(path)
+    return load_safely(path, weights=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -86,24 +94,53 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _find_state_dict(content: Any, path: str | Path) -> dict[str, Tensor]:
+def _find_state_dict(content: Any, path: str | Path, weights: str | None) -> dict[str, Tensor]:
+    """The state dict in a file. Says where there is another one beside it."""
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
+        plain, averaged = (_inner(content, keys) for keys in (WRAPPERS, AVERAGED))
+        if plain and averaged and weights is None:
+            warn(f"{path}: '{plain}' is taken; it also holds a moving average, '{averaged}' (weights: ema takes that)")
+            weights = "model"
+        if averaged and weights == "model" and not plain:
+            raise UserError(f"{path}: holds a moving average only, '{averaged}' (weights: ema takes it)")
+        key = averaged if averaged and weights != "model" else plain
+        if key is None:
             break
-        content = inner
+        weights = None if key == averaged else weights
+        content = content[key]
+    whole = content if isinstance(content, Unread) else _inner(content, WRAPPERS, Unread)
+    if whole is not None:
+        raise UserError(
+            f"{path}: holds a whole object in place of a state dict, which only its own code can read; save it again "
+            "where it was made: torch.save(model.state_dict(), FILE)"
+        )
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no state dict but {type(content).__name__}")
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path}: holds no state dict (its keys: {_first([str(key) for key in content]) or 'none'})")
+        raise UserError(
+            f"{path}: holds no state dict (its keys: {_first([str(key) for key in content]) or 'none'}); "
+            f"expected one by itself, or under one of {', '.join(WRAPPERS)}"
+        )
+    if weights == "ema":
+        raise UserError(f"{path}: holds no moving average (its key would be one of {', '.join(AVERAGED)})")
     return dict(content)
+
+
+def _inner(content: Any, keys: Sequence[str], kind: type = Mapping) -> str | None:
+    """The first of some keys under which a mapping holds a ``kind``."""
+    return next((k for k in keys if isinstance(content, Mapping) and isinstance(content.get(k), kind)), None)
 
 
 def _own_names(state: dict[str, Tensor], own: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
     """The state dict under the model's own names, as far as prefixes and aliases lead there."""
+    state = {name: value for name, value in state.items() if name in own or not _is_counter(name, value)}
     while prefix := next((p for p in PREFIXES if _all_start(state, p) and not _all_start(own, p)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return {name if name in own else _translate(name, aliases): value for name, value in state.items()}
+
+
+def _is_counter(name: str, value: Tensor) -> bool:
+    return name.rpartition(".")[2] in COUNTERS and value.numel() == 1
 
 
 def _all_start(names: Iterable[str], prefix: str) -> bool:
@@ -118,13 +155,25 @@ def _translate(name: str, aliases: Mapping[str, str]) -> str:
 
 def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> LoadReport:
     # BatchNorm's counter came with PyTorch 0.4.1; older files lack it, and nothing but cumulative averages reads it.
-    missing = (name for name in own if name not in state and not name.endswith("num_batches_tracked"))
+    # A tied weight has several names in the model, of which some writers store one.
+    loaded = {_place(own[name]) for name in state if name in own}
+    missing = (
+        name
+        for name, value in own.items()
+        if name not in state and not name.endswith("num_batches_tracked") and _place(value) not in loaded
+    )
     shapes = ((name, tuple(value.shape), tuple(own[name].shape)) for name, value in state.items() if name in own)
     return LoadReport(
         missing=tuple(missing),
         unexpected=tuple(name for name in state if name not in own),
         mismatched=tuple(entry for entry in shapes if entry[1] != entry[2]),
     )
+
+
+def _place(tensor: Tensor) -> Any:
+    """The same for two names of one tensor, and for no two others."""
+    known = tensor.device.type != "meta" and tensor.numel() > 0
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if known else id(tensor)
 
 
 def _first(names: Sequence[str], shown: int = 3) -> str:

@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 from distpro import build
 from distpro.build.device import settle_precision
 from distpro.build.given import OBJECT, Given
-from distpro.build.models import build_network, place
+from distpro.build.models import adapted, build_network, place
 from distpro.config.reading import for_retrain, merge, read_config
 from distpro.config.schema import Config
 from distpro.config.stages import Stage, stages_of
@@ -84,7 +85,7 @@ def _search(checked: Config, out: str | Path | None, resume: bool, given: Given)
     if resume and out is not None:
         checked = _with_estimator(checked, distributed.gather(recorded_estimator(Path(out)))[0])
     folder = open_folder(out, checked, resume)
-    data = build.build_data(checked, given)
+    data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
     trainer = build.build_search(checked, data, folder, given)
     searcher = trainer.weights
     assert isinstance(searcher, Searcher)
@@ -97,7 +98,7 @@ def _search(checked: Config, out: str | Path | None, resume: bool, given: Given)
             searcher.schedule(trainer.steps_per_epoch, meta, **meaning).save(folder / "alpha.pt")
 
     trainer.on_checkpoint = write
-    run_training(trainer, checked, resume, searcher, signature=data.signature)
+    run_training(trainer, checked, resume, searcher, facts=data.facts)
     return searcher.schedule(trainer.steps_per_epoch, meta, **meaning)
 
 
@@ -137,8 +138,9 @@ def retrain(
         _prepare(stage.config)
     if learned is None and checked.retrain.schedule is not None:
         learned = Schedule.load(checked.retrain.schedule)
+    facts = _facts_of(learned, checked) if config is None and learned is not None else {}
     with distributed.started(checked.device):
-        return _retrain(checked, stages, learned, out, resume, given)
+        return _retrain(checked, stages, learned, out, resume, given, facts)
 
 
 def _retrain(
@@ -148,13 +150,15 @@ def _retrain(
     out: str | Path | None,
     resume: bool,
     given: Given,
+    facts: Mapping[str, Any],
 ) -> Result:
     folder = open_folder(out, checked, resume)
     if checked.stages:
-        return retrain_stages(checked, stages, learned, folder, resume, given)
-    data = build.build_data(checked, given)
+        return retrain_stages(checked, stages, learned, folder, resume, given, facts)
+    recorded = build.as_stored(checked, folder) if resume else checked
+    data = build.build_data(build.as_stored(recorded, None, facts), given)
     trainer = build.build_retrain(checked, data, learned, folder, given=given)
-    metrics = run_training(trainer, checked, resume, None, signature=data.signature)
+    metrics = run_training(trainer, checked, resume, None, facts=data.facts)
     if folder is not None:
         save_student(trainer.objective, folder)
     return Result(metrics, folder)
@@ -195,25 +199,34 @@ def evaluate(
     Raises UserError if there is nothing to evaluate at ``target``.
     """
     path, given = Path(target), Given.of(data, None, student, task)
+    teaches = (
+        path.suffix in (".yaml", ".yml") and not path.is_dir()
+    )  # then it sees what a student's images are made into
     if path.is_dir():
         recorded = _checked(path / "config.yaml", overrides, given=given)
         checked, checkpoint = stages_of(recorded)[-1].config, path / "student.pt"
         if not checkpoint.is_file():
             raise UserError(f"{path}: no student.pt; has the training ended?")
-    elif path.suffix in (".yaml", ".yml"):
+    elif teaches:
         checked = _checked(path, overrides, given=given)
         if checked.teacher is None or checked.teacher.checkpoint is None:
             raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
         checkpoint = locate("checkpoint", checked.teacher.checkpoint)
         checked = checked.model_copy(update={"student": checked.teacher})
+    elif config is None and not path.is_file():
+        raise UserError(f"{path}: no such run or config (and a checkpoint needs --config CFG)")
     elif config is None:
         raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
     else:
         checked, checkpoint = _checked(config, overrides, given=given), locate("checkpoint", path)
     _prepare(checked)
+    if not teaches:
+        checked = build.as_stored(checked, path if path.is_dir() else checkpoint.parent)
     loaded, does = build.build_data(checked, given), build.build_task(checked, given)
     model = given.student or build_network(checked.student, does.model_arguments(loaded), load=False)
-    load_checkpoint(model, checkpoint)
+    load_checkpoint(model, checkpoint, weights=checked.student.weights)
+    if checked.student.input is not None:
+        model = adapted(model, checked.student, loaded)
     terms = path / "terms.pt" if path.is_dir() else None
     if terms is not None and any(LOSSES[term.loss].deploys for term in checked.terms):  # type: ignore[attr-defined]
         objective = build.build_deployed(checked, loaded, model, load_safely(terms))
@@ -230,7 +243,9 @@ def retrain_config(
     the schedule's where the given config and the overrides say nothing of them. A schedule that was read from a file is
     named in it, so that a resumed run has the same one."""
     if schedule is not None and schedule.path is not None:
-        overrides = [*overrides, f"retrain.schedule={json.dumps(schedule.path)}"]
+        checked = retrain_config(config, replace(schedule), overrides, given)
+        named = checked.retrain.model_copy(update={"schedule": schedule.path})  # as it is: YAML would not take any path
+        return checked.model_copy(update={"retrain": named})
     if config is not None:
         checked = for_retrain(_checked(config, overrides, given=given, schedule=schedule))
         if schedule is None and checked.retrain.schedule is not None:
@@ -252,6 +267,13 @@ def retrain_config(
                 f"itself: if you trust it, repeat it as {key}={name}, or give a config"
             )
     return checked
+
+
+def _facts_of(schedule: Schedule, config: Config) -> Mapping[str, Any]:
+    """What a schedule says of its search's data, where a retrain by its own config is on the same ones; else {}."""
+    same = {"name", "root", "params"}
+    searched = read_config(schedule.meta["config"]).data.model_dump(include=same)
+    return schedule.meta.get("data", {}) if config.data.model_dump(include=same) == searched else {}
 
 
 def _code_of_all(config: Config) -> list[tuple[str, str]]:
@@ -321,7 +343,7 @@ def _schedule_meta(config: Config, data: Any, objective: Objective) -> dict[str,
         "lambda": config.training.distill_weight,
         "teacher": _model_signature(teacher_name(config), objective.teacher.model),
         "student": _model_signature(config.student.model, objective.student.model),
-        "data": data.signature,
+        "data": data.facts,
         "versions": facts["packages"],
         "revision": facts["revision"],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

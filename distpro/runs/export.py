@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from distpro.build.given import OBJECT
 from distpro.build.models import build_network
 from distpro.config.reading import read_config
 from distpro.config.stages import stages_of
+from distpro.console import warn
+from distpro.data.statistics import DATA, stored_facts
 from distpro.files import load_safely
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
@@ -27,7 +30,8 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     Args:
         folder: the run's folder.
         format: ``safetensors`` (weights), ``pt2`` (torch.export program) or ``onnx``; the latter two take batches of
-            any size.
+            any size. What the data were (mean and std among it) is in the file: safetensors' and ONNX' metadata
+            ``distpro``, pt2's extra file ``data.json``.
         out: file to write; by default ``student.<format>`` in the folder.
 
     Returns the file's path. Raises UserError if the run has no student, a package is missing, or the format cannot hold
@@ -42,14 +46,15 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     through = [term.loss for term in config.terms if LOSSES[term.loss].deploys]  # type: ignore[attr-defined]
     if through:
         raise UserError(f"{folder}: the student answers through its term '{through[0]}', which cannot be exported yet")
+    facts = json.dumps(stored_facts(folder))
     if format == "safetensors":
-        return _write_safetensors(load_safely(weights), path)
+        return _write_safetensors(load_safely(weights), path, facts)
     for name in (config.student.model, config.data.name, str(config.task)):
         if name.startswith(OBJECT):
             raise UserError(
                 f"{folder}: '{name}' was handed over as an object, which {format} needs: export safetensors"
             )
-    data = build.build_data(config)
+    data = build.build_data(build.as_stored(config, folder))
     task = build.build_task(config)
     model = build_network(config.student, task.model_arguments(data), load=False).eval()
     load_checkpoint(model, weights)
@@ -61,10 +66,14 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
         dynamic = map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, dict(kwargs))
     try:
         if format == "pt2":
-            torch.export.save(torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic), path)
+            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic)
+            torch.export.save(program, path, extra_files={DATA: facts})
         else:
             onnx = {"dynamo": True, "dynamic_shapes": dynamic, "verbose": False}
-            torch.onnx.export(model, args, str(path), kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
+            written = torch.onnx.export(model, args, kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
+            assert written is not None
+            written.model.metadata_props["distpro"] = facts
+            written.save(str(path), external_data=True)
     except ImportError as error:
         raise _package_missing(format, error) from None
     except Exception as error:  # a model may do what cannot be written down
@@ -75,14 +84,28 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     return path
 
 
-def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> Path:
-    """Weights by name; what is shared is written twice, as the format has it."""
+def _write_safetensors(state: Mapping[str, Tensor], path: Path, facts: str) -> Path:
+    """Weights by name; what is shared is written once for each name, for the format has no other way, and said."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise _package_missing("safetensors", error) from None
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
+    for names in _tied(state):
+        warn(
+            f"{path}: {' and '.join(names)} are one tensor in the student, and two in the file: tie them when you load it"
+        )
+    whole = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    save_file(whole, path, metadata={"format": "pt", "distpro": facts})
     return path
+
+
+def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor that has several."""
+    found: dict[Any, list[str]] = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            found.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), []).append(name)
+    return [names for names in found.values() if len(names) > 1]
 
 
 def _package_missing(format: str, error: ImportError) -> UserError:

@@ -15,27 +15,25 @@ import torch
 import yaml
 
 from distpro.config.schema import Config
+from distpro.data.statistics import DATA, stored_facts
 from distpro.files import write_atomically
 from distpro.train import distributed
 from pathways.registry import UserError
 
-DATA = "data.json"  # what the data are, for a resumed run to compare
 
-
-def record(config: Config, folder: Path, signature: Mapping[str, Any] | None = None) -> None:
-    """What a run needs to be repeated."""
+def record(config: Config, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """What a run needs to be repeated. ``facts``: of its data, see `distpro.data.datasets.Dataset`."""
     write_atomically(as_yaml(config), folder / "config.yaml")
     write_atomically(json.dumps(environment(), indent=1) + "\n", folder / "environment.json")
-    if signature is not None:
-        write_atomically(json.dumps(signature, indent=1, default=str) + "\n", folder / DATA)
+    if facts is not None:
+        write_atomically(json.dumps(facts, indent=1, default=str) + "\n", folder / DATA)
 
 
-def check_data(folder: Path, signature: Mapping[str, Any]) -> None:
+def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
     """Raise UserError where a run that is to be resumed began with other data, as far as they can be told apart."""
-    if not (folder / DATA).is_file():  # of a run from before
-        return
-    before = json.loads((folder / DATA).read_text(encoding="utf-8"))
-    differing = _differences(before, json.loads(json.dumps(signature, default=str)))
+    before = stored_facts(folder)
+    now = json.loads(json.dumps(facts, default=str))
+    differing = _differences(before, {key: now.get(key) for key in before})  # runs from before say less, or nothing
     if differing:
         raise UserError(f"{folder}: the data have changed since the run began: {'; '.join(differing[:3])}")
 

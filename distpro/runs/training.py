@@ -10,11 +10,12 @@ from typing import Any
 
 from distpro.build.device import note_emulation
 from distpro.config.schema import Config
-from distpro.console import note
+from distpro.console import note, warn
 from distpro.files import save_atomically, write_atomically
 from distpro.objective import Objective, Term
 from distpro.report.plots import heatmap_figure, schedule_figure
 from distpro.runs.folder import as_yaml, check_data, flat, record
+from distpro.runs.notes import at_the_end, at_the_start
 from distpro.search.searcher import Searcher
 from distpro.train import distributed
 from distpro.train.tracking import Tracker
@@ -48,13 +49,13 @@ def run_training(
     resume: bool,
     searcher: Searcher | None,
     ended: Callable[[Path], None] = lambda folder: None,
-    signature: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Train with tracking; everything that a finished run leaves in its folder but its weights. ``ended`` is called
-    before the result is written, which says that the training has ended. ``signature``: plain values that state the data;
-    a resumed run must have the same."""
-    if resume and trainer.folder is not None and signature is not None:
-        check_data(trainer.folder, signature)
+    before the result is written, which says that the training has ended. ``facts``: what states the data; a resumed
+    run must have the same."""
+    if resume and trainer.folder is not None and facts is not None:
+        check_data(trainer.folder, facts)
     note_emulation(config)
     if resume:
         trainer.resume()
@@ -62,10 +63,13 @@ def run_training(
         note(f"a resumed run will not come to the same numbers: {trainer.why_not}")
     if trainer.objective.cache is not None:
         note(trainer.objective.cache.describe())
+    if not resume and distributed.is_main():
+        for said in at_the_start(trainer, facts):
+            warn(said)
     if trainer.folder is None or not distributed.is_main():
-        return trainer.fit()
+        return _fit(trainer)
     if not resume:
-        record(config, trainer.folder, signature)
+        record(config, trainer.folder, facts)
     first = trainer.step + 1 if resume else None
     with Tracker(trainer.folder, resume_step=first, tensorboard=config.tracking.tensorboard) as tracker:
         trainer.tracker = tracker
@@ -75,7 +79,7 @@ def run_training(
                 tracker.alpha_layout(
                     [e.key for e in searcher.entries], [e.level or (0, 0, 0) for e in searcher.entries]
                 )
-        metrics = trainer.fit()
+        metrics = _fit(trainer)
         if searcher is not None:
             learned = searcher.schedule(trainer.steps_per_epoch, {})
             tracker.figure("alpha/processes", schedule_figure(learned), trainer.step)
@@ -83,4 +87,12 @@ def run_training(
         tracker.hparams(flat(config.model_dump()), metrics)
     ended(trainer.folder)
     write_atomically(json.dumps(metrics, indent=1) + "\n", trainer.folder / "result.json")
+    return metrics
+
+
+def _fit(trainer: Trainer) -> dict[str, float]:
+    metrics = trainer.fit()
+    if distributed.is_main():
+        for said in at_the_end(trainer):
+            warn(said)
     return metrics

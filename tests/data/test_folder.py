@@ -216,6 +216,15 @@ def test_a_damaged_image_is_named(tmp_path, workers):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"no image at all", b""])
+def test_what_is_no_image_is_named_without_an_objects_address(content, tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "ant" / "1.png").write_bytes(content)
+    with pytest.raises(UserError, match="train/ant/1.png is not a readable image") as error:
+        load(tmp_path)
+    assert "0x" not in str(error.value) and "BytesIO" not in str(error.value)
+
+
 def test_wrong_trees(tree, tmp_path):
     with pytest.raises(UserError, match="but others are .*: give image_size"):
         load_data("folder", tree)

@@ -303,3 +303,30 @@ def test_processes_need_a_distributed_sampler():
 
 def by_number(batches):
     return [int(x[0]) for batch in batches for x in batch.inputs]
+
+
+class OwnGenerator(Noisy):
+    """``kind``: whose generator draws."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.torch, self.numpy = kind, torch.Generator().manual_seed(0), np.random.default_rng(0)
+        self.python = random.Random(0)
+
+    def __getitem__(self, n):
+        drawn = {
+            "torch": lambda: torch.rand((), generator=self.torch),
+            "numpy": lambda: self.numpy.random(2),
+            "python": lambda: torch.tensor(self.python.random()),
+            "none": lambda: torch.rand(()),
+        }
+        return drawn[self.kind](), n % 2
+
+
+@pytest.mark.parametrize("wrap", [lambda part: part, lambda part: Subset(part, [3, 1, 7]), DataLoader])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python", "none"])
+def test_a_generator_of_its_own_is_found_out(kind, wrap):
+    loader = foreign(wrap(OwnGenerator(kind)))
+    assert loader.replayable == (kind == "none")
+    assert ("OwnGenerator gives another sample each time" in loader.why_not) == (kind != "none")
+    assert foreign(wrap(OwnGenerator(kind)), shuffle=False).replayable  # evaluation reads it once an epoch, as it comes

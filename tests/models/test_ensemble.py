@@ -8,6 +8,7 @@ from torch import nn
 from distpro.models import build_model, stage_taps
 from distpro.models.ensemble import Ensemble, InputAdapter
 from pathways import Tapped, UserError, tap
+from tests.pathways.reference import called_by, without_relus
 
 STUDENT = {"student_mean": (0.5071, 0.4867, 0.4408), "student_std": (0.2675, 0.2565, 0.2761)}
 TEACHER = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -148,14 +149,9 @@ def test_members_and_layers_that_no_tap_reads_do_not_run():
     given, ensemble = adapted_members()
     first, *_ = ensemble.member_taps("wide").post
     tapped = Tapped(ensemble, [first], images(), output=False)
-    called = []
-    for model in given.values():
-        for module in model.modules():
-            if not list(module.children()):
-                module.register_forward_hook(lambda m, *_: called.append(m))
-    tapped(images())
-    assert tapped.traced and called == [ensemble.get_submodule(n) for n in tapped.modules_run]
-    assert all(n.startswith("wide.model.") for n in tapped.modules_run) and given["wide"].fc not in called
+    _, called = called_by(lambda: tapped(images()), ensemble)
+    assert tapped.traced and called == without_relus(ensemble, tapped.modules_run)
+    assert all(n.startswith("wide.model.") for n in called) and "wide.model.fc" not in called
 
 
 def test_members_that_state_no_taps():

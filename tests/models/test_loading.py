@@ -1,5 +1,7 @@
 """Weights from files: wrappers, names of other implementations, real checkpoints, and files that do not fit."""
 
+import argparse
+import collections
 import io
 import os
 import zipfile
@@ -45,12 +47,89 @@ def prefixed(prefix):
         prefixed("module._orig_mod."),
         lambda state: {"state_dict": prefixed("module.")(state)},
         lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+        lambda state: {"epoch": 1, "model_state_dict": state, "optimizer_state_dict": {}},
+        lambda state: {"n_averaged": torch.tensor(3), **prefixed("module.")(state)},
+        lambda state: {"state_dict": prefixed("model.")(state), "pytorch-lightning_version": "2"},
+        lambda state: {**state, "total_ops": torch.zeros(1), "layer1.total_params": torch.zeros(1)},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, deeper=argparse.Namespace(a=[1]))},
+        lambda state: {"model": state, "best": np.float64(91.2), "draws": np.random.default_rng(0).random(3)},
+        lambda state: {"model": state, "optimizer": collections.defaultdict(dict, {0: {"step": 1}})},
+        lambda state: {"model": state, "when": Path("a/b"), "count": collections.Counter("ab")},
+        lambda state: {"model_ema": state},
     ],
 )
 def test_wrappers(wrap, tmp_path):
     source, target = build_model("resnet8"), build_model("resnet8")
     torch.save(wrap(source.state_dict()), tmp_path / "x.pt")
     assert load_checkpoint(target, tmp_path / "x.pt").ok
+    assert same(source, target)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.tar"])
+def test_guests_of_files_of_old_versions(name, tmp_path):
+    source, target = build_model("resnet8"), build_model("resnet8")
+    content = {"state_dict": source.state_dict(), "best": np.float32(3.5), "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=False)
+    assert load_checkpoint(target, tmp_path / name).ok
+    assert same(source, target)
+
+
+@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize(("weights", "taken"), [(None, 0), ("model", 0), ("ema", 1)])
+def test_a_moving_average_beside_the_weights(averaged, weights, taken, tmp_path, capsys):
+    trained, mean, target = (build_model("resnet8") for _ in range(3))
+    torch.save(
+        {"state_dict": trained.state_dict(), averaged: prefixed("module.")(mean.state_dict())}, tmp_path / "x.pt"
+    )
+    load_checkpoint(target, tmp_path / "x.pt", weights=weights)
+    assert same((trained, mean)[taken], target)
+    said = capsys.readouterr().err
+    assert (said == "") == (weights is not None)
+    assert weights is not None or f"'state_dict' is taken; it also holds a moving average, '{averaged}'" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "weights", "message"),
+    [
+        ("state_dict", "ema", "holds no moving average"),
+        ("model_ema", "model", "holds a moving average only, 'model_ema'"),
+    ],
+)
+def test_weights_that_are_not_there(key, weights, message, tmp_path):
+    torch.save({key: build_model("resnet8").state_dict()}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(build_model("resnet8"), tmp_path / "x.pt", weights=weights)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: {"model": model, "epoch": 3}])
+def test_a_model_saved_whole(wrap, tmp_path):
+    torch.save(wrap(build_model("resnet8")), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"whole object .* torch.save\(model.state_dict\(\), FILE\)"):
+        load_checkpoint(build_model("resnet8"), tmp_path / "x.pt")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_one_name_of_a_tied_weight_is_enough(tmp_path):
+    torch.save({"embed.weight": torch.ones(5, 3)}, tmp_path / "x.pt")
+    model = Tied()
+    assert load_checkpoint(model, tmp_path / "x.pt").ok
+    assert model.head.weight is model.embed.weight and model.head.weight.eq(1).all()
+    torch.save({}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        load_checkpoint(model, tmp_path / "x.pt")
+
+
+def test_safetensors_in_capitals(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    source, target = build_model("resnet8"), build_model("resnet8")
+    safetensors.save_file(source.state_dict(), tmp_path / "X.SAFETENSORS")
+    load_checkpoint(target, tmp_path / "X.SAFETENSORS")
     assert same(source, target)
 
 
@@ -164,6 +243,21 @@ def test_code_is_not_run(tmp_path):
     with pytest.raises(UserError, match="x.pt: holds more than tensors"):
         load_checkpoint(build_model("resnet8"), tmp_path / "x.pt")
     assert not (tmp_path / "was run").exists()
+
+
+def touch(path):
+    Path(path).touch()
+
+
+def test_code_beside_the_weights_is_not_run_either(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return touch, (str(tmp_path / "was run"),)
+
+    source, target = build_model("resnet8"), build_model("resnet8")
+    torch.save({"state_dict": source.state_dict(), "beside": Trap()}, tmp_path / "x.pt")
+    load_checkpoint(target, tmp_path / "x.pt")
+    assert same(source, target) and not (tmp_path / "was run").exists()
 
 
 def test_damaged_file(tmp_path):

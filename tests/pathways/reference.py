@@ -1,5 +1,7 @@
 """A model of the field, its forward written by hand, and the three ways of reading it."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,3 +86,33 @@ def hooks_on(model):
 class Fails(nn.Module):
     def forward(self, x):
         raise RuntimeError("as planned")
+
+
+def leaves(model):
+    """Modules that call no others. An attention's projection is one of its parameters by another name."""
+    whole = {n: m for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) or not list(m.children())}
+    return {n: m for n, m in whole.items() if n.rpartition(".")[0] not in whole}
+
+
+def called_by(run, model):
+    """Leaf modules whose forward runs in ``run()``, in order. They are watched from outside: a hook would change what runs."""
+    called, names = [], {module: name for name, module in leaves(model).items()}
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code.co_name == "forward":
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module in names:
+                called.append(names[module])
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        result = run()
+    finally:
+        sys.setprofile(before)
+    return result, list(dict.fromkeys(called))
+
+
+def without_relus(model, names):
+    """The modules without those that fused code computes itself."""
+    return [n for n in names if not isinstance(model.get_submodule(n), nn.ReLU)]

@@ -24,6 +24,8 @@ from tests.pathways.containers import (
 )
 from tests.pathways.reference import READERS, by_hooks, by_tapped_hooks
 
+pytestmark = pytest.mark.usefixtures("trusted_tests")
+
 
 def t(*numbers):
     return torch.tensor(numbers, dtype=torch.float32)

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from distpro.models import build_model, stage_taps
 from pathways import Tapped
 from pathways.fusing import FrozenConv
-from tests.pathways.reference import NAMES, images, resnet, weighted_sum, written_by_hand
+from tests.pathways.reference import NAMES, called_by, images, resnet, weighted_sum, written_by_hand
 
 ZOO = [
     "resnet8",
@@ -79,9 +79,9 @@ def test_what_follows_a_convolution_becomes_part_of_it(monkeypatch):
     monkeypatch.setattr(FrozenConv, "__call__", lambda self, *a: calls.append((self.relu, a)) or call(self, *a))
     fused = Tapped(model, ["layer2:pre_relu"], images().float(), frozen=True)
     calls.clear()
-    model.bn1.forward = None
     with torch.no_grad():
-        fused(images().float())
+        _, called = called_by(lambda: fused(images().float()), model)
+    assert called == ["layer2.0.relu2", "pool", "fc"]
     assert len(calls) == 9 and all(isinstance(norm, nn.BatchNorm2d) for _, (_, norm, _, _) in calls)
     assert [relu for relu, _ in calls].count(True) == 1 + 2 * 3 - 1
     assert sum(other is not None for _, (*_, other) in calls) == 3
@@ -118,6 +118,15 @@ def test_changed_weights_and_statistics_are_noticed():
         lambda: model.load_state_dict(build_model("resnet8").state_dict()),
         lambda: model.conv1.weight.mul_(1.5),
         lambda: setattr(model.conv1.weight, "data", torch.randn(16, 3, 3, 3)),
+        lambda: model.conv1.weight.data.mul_(0.5),
+        lambda: [b.data.mul_(2) for b in model.buffers() if b.is_floating_point()],
+        lambda: torch._foreach_mul_([p.data for p in model.parameters()], 1.1),
+        lambda: torch._foreach_lerp_(
+            [p.data for p in model.parameters()], [p.data for p in build_model("resnet8").parameters()], 0.3
+        ),
+        lambda: model.layer1[0].bn1.running_mean.data.copy_(torch.randn(16)),
+        lambda: setattr(model.layer1[0].bn1, "weight", nn.Parameter(torch.randn(16), requires_grad=False)),
+        lambda: setattr(model.layer1[0].bn1, "eps", 0.5),
     ):
         with torch.no_grad():
             change()
@@ -125,6 +134,27 @@ def test_changed_weights_and_statistics_are_noticed():
             torch.testing.assert_close(after, model(x), rtol=1e-4, atol=1e-4)
         assert fused.runs_fused is False and not torch.allclose(after, before)  # gradients are on here
         before = after
+
+
+def test_folded_weights_follow_the_values():
+    """Each kind of source by itself, written to in a way that counts no version; NaN, too."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 4, 3).requires_grad_(False), nn.BatchNorm2d(4).requires_grad_(False).eval()
+    run, x = FrozenConv(True), torch.randn(2, 3, 5, 5)
+    for tensor in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        with torch.no_grad():
+            before = run(conv, norm, x, None)
+            version = tensor._version
+            tensor.data.mul_(1.5).add_(0.1)
+            assert tensor._version == version
+            found = run(conv, norm, x, None)
+            torch.testing.assert_close(found, norm(conv(x)).relu())
+            assert not torch.equal(found, before)
+    conv.bias.data[0] = float("nan")
+    with torch.no_grad():
+        assert run(conv, norm, x, None)[:, 0].isnan().all() and not run(conv, norm, x, None)[:, 1:].isnan().any()
+        norm.eps = 3.0
+        torch.testing.assert_close(run(conv, norm, x, None)[:, 1:], norm(conv(x)).relu()[:, 1:])
 
 
 def test_fused_code_gives_way():

@@ -25,6 +25,8 @@ from tests.pathways.reference import (
     written_by_hand,
 )
 
+pytestmark = pytest.mark.usefixtures("trusted_tests")
+
 
 def test_tapped_shares_the_model_and_leaves_it_alone():
     model = resnet()

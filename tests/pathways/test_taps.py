@@ -24,6 +24,8 @@ from tests.pathways.reference import (
     written_by_hand,
 )
 
+pytestmark = pytest.mark.usefixtures("trusted_tests")
+
 # Values and gradients
 
 
@@ -258,6 +260,15 @@ def test_tapped_hooks_are_removed():
     model = resnet()
     handle = model.register_forward_hook(lambda *_: None)
     tapped = Tapped(model, ["layer1", "layer2:pre_relu"])
+    tapped(images())
+    handle.remove()
+    assert not tapped.traced and hooks_on(model) == 0
+
+
+def test_hooks_that_stay_are_removed():
+    model = resnet()
+    handle = model.register_forward_hook(lambda *_: None)
+    tapped = Tapped(model, ["layer1", "layer2:pre_relu"], hold=True)
     handle.remove()
     assert hooks_on(model)
     tapped.remove()

@@ -319,9 +319,8 @@ def test_evaluate(runs):
         assert distpro.evaluate(runs / run) == pytest.approx({m: said[run][m] for m in metrics})
     path = runs / "retrain" / "student.pt"
     assert distpro.evaluate(path, config=runs / "retrain" / "config.yaml") == distpro.evaluate(runs / "retrain")
-    of_teacher = distpro.evaluate(runs / "search" / "config.yaml")
-    # normalised by the statistics of the search's own samples, so not to the last digit
-    assert of_teacher["accuracy"] == pytest.approx(said["teacher"]["accuracy"], abs=3)
+    of_teacher = distpro.evaluate(runs / "search" / "config.yaml")  # on a quarter of its samples, normalised as it was
+    assert of_teacher == pytest.approx({m: said["teacher"][m] for m in metrics})
 
 
 # Wrong use

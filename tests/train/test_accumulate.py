@@ -22,6 +22,7 @@ from distpro.train.rates import LearningRate
 from distpro.train.tracking import Tracker, read_metrics
 from distpro.train.trainer import Interrupted, Trainer
 from distpro.weights import Replay
+from pathways import UserError
 from tests.digits import settings
 from tests.runs.test_resume import differences
 from tests.train.test_trainer import terms
@@ -175,3 +176,9 @@ def test_poly_moves_every_step_of_a_run(tmp_path):
     distpro.train(changed, out=tmp_path)
     rates = [row["lr"] for row in read_metrics(tmp_path) if "lr" in row]
     assert rates == pytest.approx([0.05 * (1 - step / 4) ** 0.9 for step in range(4)])
+
+
+def test_more_batches_than_an_epoch_has_are_refused():
+    with pytest.raises(UserError, match="training.accumulate is 6, but an epoch has 5 batches"):
+        distpro.train(settings(changes={"training": {"accumulate": 6}}))
+    distpro.train(settings(changes={"training": {"accumulate": 5, "epochs": 1}}))

@@ -1,0 +1,107 @@
+"""What a person should hear at the start and at the end of a training that can hardly be meant so, in a line each.
+
+None of it is an error: a student may begin at chance level on purpose, and labels may be noise. Only tasks with an accuracy,
+one label a sample, are looked at, on a few test batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpro.batch import Batch
+from distpro.data import Loader
+from distpro.objective import Objective
+from distpro.train.tracking import read_metrics
+from distpro.train.trainer import Trainer
+from pathways.probing import untouched
+
+SAMPLES = 512
+
+
+def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None) -> list[str]:
+    """Of a teacher that knows nothing of the data, and of a student with more classes than the data."""
+    objective, notes = trainer.objective, []
+    if trainer.task.headline != "accuracy":
+        return []
+    if objective.teacher is not None:
+        said = _guesses(trainer, _teacher(objective))
+        cure = "other weights, images of another normalisation (teacher.input), or classes in another order?"
+        notes += [f"the teacher {said}: {cure}"] if said else []
+    response = _student(objective)(next(_few(trainer.test_loader)))
+    answers, classes = 0 if response is None or response.dim() != 2 else response.shape[1], (facts or {}).get("classes")
+    if isinstance(classes, int) and answers > classes:
+        notes.append(f"the student answers with {answers} classes, the data have {classes}")
+    return notes
+
+
+def at_the_end(trainer: Trainer) -> list[str]:
+    """Of a student that has learnt nothing, or whose loss has risen."""
+    notes = []
+    if trainer.task.headline == "accuracy":
+        said = _guesses(trainer, _student(trainer.objective))
+        notes += [f"the student {said}: training.optimizer.lr, or longer?"] if said else []
+    rows = read_metrics(trainer.folder) if trainer.folder is not None else []
+    losses = [row["train/task_loss"] for row in rows if "train/task_loss" in row]
+    if len(losses) > 1 and losses[-1] > losses[0]:
+        rose = f"from {losses[0]:.4g} to {losses[-1]:.4g}"
+        notes.append(f"the task loss of the training rose {rose}: lower training.optimizer.lr?")
+    return notes
+
+
+def _guesses(trainer: Trainer, answer: Callable[[Batch], Tensor | None]) -> str:
+    """What to say of answers that are hardly right more often than one class for every sample would be; else ""."""
+    hits, labels = 0, []
+    for batch in _few(trainer.test_loader):
+        response, target = answer(batch), trainer.task.labels(batch)[0]
+        if target is not None and target.is_floating_point() and target.dim() == 2:
+            target = target.argmax(1)
+        if response is None or target is None or response.dim() != 2 or target.shape != response.shape[:1]:
+            return ""
+        hits += int((response.argmax(1) == target).sum())
+        labels.append(target.cpu())
+    seen = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
+    if len(seen) < 2 or (seen == seen[0]).all():
+        return ""
+    most = int(torch.unique(seen, return_counts=True)[1].max()) / len(seen)
+    right = hits / len(seen)
+    if right > most + 2 * math.sqrt(most * (1 - most) / len(seen)):  # two standard errors
+        return ""
+    return f"is right in {right:.1%} of {len(seen)} test samples, and one class for all of them in {most:.1%}"
+
+
+def _few(loader: Any) -> Iterator[Batch]:
+    """Some batches, from everywhere where that costs nothing, for files lie sorted by class."""
+    first = next(iter(loader.epoch(0)))
+    count = min(len(loader), max(1, SAMPLES // max(first.samples, 1)), 16)
+    if isinstance(loader, Loader):
+        yield first
+        yield from (next(iter(loader.epoch(0, start=n * len(loader) // count))) for n in range(1, count))
+    else:
+        yield from islice(loader.epoch(0), count)
+
+
+def _teacher(objective: Objective) -> Callable[[Batch], Tensor | None]:
+    def answer(batch: Batch) -> Tensor | None:
+        assert objective.teacher is not None
+        model = objective.teacher.model
+        with untouched(model), objective.autocast():
+            return objective.task.response(objective.task.call(batch, False).run(model.eval()))
+
+    return answer
+
+
+def _student(objective: Objective) -> Callable[[Batch], Tensor | None]:
+    def answer(batch: Batch) -> Tensor | None:
+        was_training = objective.training
+        with untouched(objective.student):
+            response = objective.task.response(objective.eval().predict(batch))
+        objective.train(was_training)
+        return response
+
+    return answer

@@ -1,0 +1,183 @@
+"""What is said of models that know nothing, and of data sets that do not come again; what code of one's own raises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import distpro
+from distpro.cli import main
+from distpro.models import build_model
+from distpro.train.trainer import Trainer
+from tests.digits import settings
+
+pytestmark = pytest.mark.slow
+
+HERE = __name__
+
+
+class Bright(nn.Module):
+    """Knows the class of `images` without training; ``always``: says that class of every sample."""
+
+    def __init__(self, num_classes=3, always=None):
+        super().__init__()
+        self.scale, self.num_classes, self.always = nn.Parameter(torch.ones(())), num_classes, always
+
+    def forward(self, x):
+        level = (x.mean((1, 2, 3))[:, None] - torch.linspace(-1, 1, self.num_classes)).square()
+        z = -8 * self.scale * level
+        return z if self.always is None else 0 * z + nn.functional.one_hot(torch.tensor(self.always), self.num_classes)
+
+
+def images(count, shares=(1, 1, 1)):
+    y = torch.arange(len(shares)).repeat_interleave(torch.tensor(shares)).repeat(count)[:count].sort().values
+    x = torch.linspace(-1, 1, len(shares))[y].view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    return TensorDataset(x + 0.1 * torch.rand(x.shape), y)
+
+
+def notes(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("distpro: note: ")]
+
+
+def config(**training):
+    chosen = {"epochs": 1, "batch_size": 20, "optimizer": {"lr": 1e-3}, **training}
+    return settings(changes={"data": {"augment": [], "samples": None}, "training": chosen})
+
+
+@pytest.mark.parametrize("count", [60, 1500])
+@pytest.mark.parametrize(("always", "said"), [(None, False), (0, True), (2, True)])
+def test_a_teacher_at_chance_level_is_said(count, always, said, capsys):
+    data = images(60), images(count)
+    given = config() | {"terms": [{"loss": "kd", "weight": 1}], "retrain": {"weights": "constant"}}
+    given |= {"teacher": {"model": "object:Bright"}, "data": {"name": "object:tuple"}}
+    distpro.retrain(given, data=data, teacher=Bright(always=always), student=Bright())
+    found = [line for line in notes(capsys) if "the teacher is right in" in line]
+    # somebody else's data are read from their beginning, where 1500 sorted samples are of one class
+    assert len(found) == (said and count == 60)
+    assert not found or "33.3% of 60 test samples, and one class for all of them in 33.3%" in found[0]
+
+
+def test_it_is_found_in_a_folder_sorted_by_class(tmp_path, capsys):
+    y = np.arange(1500) // 500
+    x = np.broadcast_to((40 + 80 * y)[:, None, None, None], (1500, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x[::25], y_train=y[::25], x_test=x, y_test=y)
+    torch.save(Bright(always=1).state_dict(), tmp_path / "t.pt")
+    given = config() | {"data": {"name": "npz", "root": str(tmp_path / "x.npz"), "mean": [0.47] * 3, "std": [0.26] * 3}}
+    given |= {
+        "terms": [{"loss": "kd", "weight": 1}],
+        "retrain": {"weights": "constant"},
+        "student": {"model": f"{HERE}:Bright"},
+    }
+    for always, said in ((1, 1), (None, 0)):
+        taught = {"model": f"{HERE}:Bright", "params": {"always": always}, "checkpoint": str(tmp_path / "t.pt")}
+        distpro.retrain(given | {"teacher": taught})
+        assert sum("the teacher is right in" in line for line in notes(capsys)) == said
+
+
+def test_the_note_changes_no_number(tmp_path, monkeypatch):
+    torch.save(build_model("resnet14", num_classes=10).state_dict(), tmp_path / "t.pt")
+    with_note = distpro.search(settings(tmp_path / "t.pt"))
+    monkeypatch.setattr("distpro.runs.training.at_the_start", lambda trainer, facts: [])
+    without = distpro.search(settings(tmp_path / "t.pt"))
+    assert torch.equal(with_note.alpha_tilde, without.alpha_tilde)
+
+
+def test_a_student_that_has_learnt_nothing_is_said(capsys):
+    for always, said in ((0, 1), (None, 0)):
+        distpro.train(config(), data=(images(60), images(60)), student=Bright(always=always))
+        assert sum("the student is right in" in line for line in notes(capsys)) == said
+
+
+@pytest.mark.parametrize(("rate", "said"), [(50.0, True), (0.05, False)])
+def test_a_loss_that_rose_is_said(rate, said, tmp_path, capsys):
+    distpro.train(settings(changes={"training": {"optimizer": {"lr": rate}}}), out=tmp_path / "run")
+    assert any("the task loss of the training rose from" in line for line in notes(capsys)) == said
+
+
+@pytest.mark.parametrize(("classes", "said"), [(10, 0), (100, 1)])
+def test_more_classes_than_the_data_have_are_said(classes, said, capsys):
+    distpro.train(settings(changes={"student": {"params": {"num_classes": classes}}, "training": {"max_steps": 1}}))
+    assert (
+        sum(f"the student answers with {classes} classes, the data have 10" in line for line in notes(capsys)) == said
+    )
+
+
+def test_tasks_without_accuracy_are_left_alone(capsys):
+    class Task:
+        headline, higher_is_better = "error", False
+
+        def __getattr__(self, name):
+            return getattr(distpro.tasks.Classification(), name)
+
+        def metrics(self):
+            found = distpro.tasks.Classification().metrics()
+            compute = found.compute
+            found.compute = lambda: {"error": 100 - compute()["accuracy"]}
+            return found
+
+    distpro.train(config(), data=(images(60), images(60)), student=Bright(always=0), task=Task())
+    assert notes(capsys) == []
+
+
+# Code of one's own
+
+
+class Constructed(nn.Module):
+    def __init__(self, num_classes=10):
+        raise RuntimeError("no weights here\nat all")
+
+
+class Run(nn.Module):
+    """Fails in training, where no check before the first step looks; or always."""
+
+    def __init__(self, num_classes=10, always=False):
+        super().__init__()
+        self.layer, self.always = nn.Linear(192, num_classes), always
+
+    def forward(self, x):
+        if self.training or self.always:
+            raise KeyError("later")
+        return self.layer(x.flatten(1))
+
+
+def data_that_fail():
+    return [1 / 0]
+
+
+def an_optimiser(params, lr):
+    raise ValueError("not today")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"model": f"{HERE}:Constructed"}}, "RuntimeError: no weights here at all"),
+        ({"student": {"model": f"{HERE}:Run"}}, "KeyError: 'later'"),
+        (
+            {"student": {"model": f"{HERE}:Run", "params": {"always": True}}},
+            "do not pass through it (KeyError: 'later'",
+        ),
+        (
+            {"data": {"name": f"{HERE}:data_that_fail", "samples": None, "params": None}},
+            "ZeroDivisionError: division by zero",
+        ),
+        ({"training": {"optimizer": {"name": f"{HERE}:an_optimiser"}}}, "ValueError: not today"),
+    ],
+)
+def test_what_ones_own_code_raises_is_one_line_with_its_place(changes, message, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings(changes=changes)))
+    assert main(["train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1] and "test_notes.py, line " in said[-1] and said[-1].startswith("distpro: ")
+    assert not any("Traceback" in line for line in said)
+
+
+def test_distpros_own_faults_keep_their_traceback(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings()))
+    monkeypatch.setattr(Trainer, "fit", None)  # calling it fails in distpro's file
+    with pytest.raises(TypeError):
+        main(["train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
