@@ -145,6 +145,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         revive_every=search.revive_every,
         repeats=search.repeats,
         validation_batches=search.validation_batches or _validation_batches(config, validation, horizon),
+        shows_last_update=horizon > 1,
         scale=distill_scale(config, len(train)),
         measure=None if how == "none" else measure,
         rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)

@@ -50,6 +50,8 @@ class Searcher:
         rate: the learning rate's factor in the present step, by which h is divided: h is proportional to the learning
             rate, and an optimiser of α̃ with a long memory (Adam) would take small steps for long after it has dropped.
         validation_batches: batches of D_val that one update looks at.
+        shows_last_update: where the last step ends with an update, let the history's last row be what that has led to, in
+            place of the weights that the step has had: of a few large updates, each counts.
         revive_every: with a threshold, all terms are computed again in the first of every so many updates, so that a
             dropped term has a signal and may come back; 0 never.
     """
@@ -73,6 +75,7 @@ class Searcher:
         measure: Callable[[], Tensor] | None = None,
         rate: Callable[[], float] = lambda: 1.0,
         validation_batches: int = 1,
+        shows_last_update: bool = False,
     ):
         learned = [n for n, constant in enumerate(objective.constants_at(0)) if constant is None]
         if not learned:
@@ -90,7 +93,7 @@ class Searcher:
         self._measure, self._rate = measure, rate
         self.scales = torch.ones(len(learned), device=device)
         count = len(learned)
-        self.validation_batches = validation_batches
+        self.validation_batches, self.shows_last_update = validation_batches, shows_last_update
         self.alpha_tilde = weighting.start(count).to(device).requires_grad_()
         if optimizer == "relative":
             self.optimizer: torch.optim.Optimizer = RelativeStep(
@@ -166,7 +169,7 @@ class Searcher:
         distributed.average([h, self.estimator.validation_loss])
         self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
         self.optimizer.step()
-        if step + 1 == self.history.shape[1]:  # nothing follows that could show what the last update has led to
+        if self.shows_last_update and step + 1 == self.history.shape[1]:
             with torch.no_grad():
                 self.history[0, step], self.history[1, step] = self.alpha_tilde, self.weighting(self.alpha_tilde)
         return True
