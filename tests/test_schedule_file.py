@@ -113,7 +113,7 @@ def content(**changes):
         (content(scalars=[]), "damaged schedule .TypeError: scalars is list"),
         (content(scalars={"task": [1.0, 1.0]}), "damaged schedule .TypeError: task is list"),
         (content(scalars={3: torch.ones(2)}), "scalars must be names, found 3"),
-        (content(start=1), "start is 1"),
+        (content(start=1.1), "start is 1.1"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")

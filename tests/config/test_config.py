@@ -5,7 +5,7 @@ import os
 import pytest
 
 from distpro.config.reading import for_retrain, merge, presets, read_config
-from distpro.config.schema import Config
+from distpro.config.schema import Config, SearchConfig
 from distpro.schedule import REDUCTIONS
 from pathways.registry import UserError
 
@@ -150,13 +150,13 @@ def test_a_missing_file_names_the_nearest_one(write, tmp_path):
     write(STUDENT, "cifar10.yaml")
     assert "no such config file; did you mean 'cifar10.yaml'?" in message_of(tmp_path / "cifar01.yaml")
     assert "no such config file" in message_of(tmp_path / "nowhere" / "a.yaml")
-    assert "no such config file" in message_of(tmp_path)
+    assert "is a folder; a config is one YAML file" in message_of(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("preset: papr", "unknown preset 'papr'; did you mean 'paper'? (allowed: paper, paper_imagenet)"),
+        ("preset: papr", "unknown preset 'papr'; did you mean 'paper'? (allowed: default, paper, paper_imagenet)"),
         ("preset: [paper]", "unknown preset"),
         ("base: rum.yaml", "rum.yaml: no such config file; did you mean 'run.yaml'?"),
         ("base: [a.yaml]", "expected the path of one YAML file"),
@@ -268,7 +268,32 @@ def test_a_config_survives_its_own_dump(write):
 def test_every_preset_is_a_valid_config(name):
     config = read_config({"preset": name, "student": {"model": "resnet8"}})
     assert config != Config(student={"model": "resnet8"})
-    assert for_retrain(config).training.epochs > config.training.epochs
+    if name != "default":
+        assert for_retrain(config).training.epochs > config.training.epochs
+
+
+def test_a_search_without_a_space_takes_the_default_one():
+    """One that names pathways, terms, or neither of them in so many words (null) does not."""
+    pair = {"teacher": {"model": "resnet20"}, "student": {"model": "resnet8"}}
+    config = read_config(pair, searching=True)
+    assert config.pathways.connect == "matched" and len(config.terms) == 6
+    assert config.search.horizon == 0.25 and config.search.weighting == "log" and config.retrain.start == 1
+    assert read_config(pair).pathways is None and not read_config(pair).terms
+    assert not read_config({**pair, "pathways": {"connect": "same"}}, searching=True).terms
+    assert read_config({**pair, "pathways": None, "terms": [{"loss": "kd"}]}, searching=True).search.horizon == 1
+    own = read_config({**pair, "search": {"horizon": 7}}, searching=True)
+    assert own.search.horizon == 7 and len(own.terms) == 6
+
+
+@pytest.mark.parametrize("horizon", [0, -3, 1.5, 0.0, "all"])
+def test_a_horizon_is_steps_a_fraction_or_whole(horizon):
+    with pytest.raises(UserError, match="horizon"):
+        read_config({"student": {"model": "resnet8"}, "search": {"horizon": horizon}})
+
+
+def test_a_horizon_in_steps():
+    steps = [SearchConfig(horizon=h).steps_back(48) for h in (1, 12, 0.25, "whole", 100, 0.001)]
+    assert steps == [1, 12, 12, 48, 48, 1]
 
 
 def test_the_paper_preset_says_what_the_paper_says():

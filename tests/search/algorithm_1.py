@@ -72,6 +72,7 @@ FORMULAS = {
     "biased_l1": lambda a: a / (a.abs().sum() + 1),
     "l1": lambda a: a / a.abs().sum(),
     "sigmoid": lambda a: 1 / (1 + (-a).exp()),
+    "log": lambda a: a.exp(),
 }
 
 
@@ -88,7 +89,7 @@ class ByHand:
         self.teacher = [p.detach() for p in objective.teacher.parameters()]
         self.weighting, self.gamma, self.betas = FORMULAS[weighting], gamma, betas
         self.window, self.every, self.repeats, self.scale = window, every, repeats, scale
-        self.alpha = torch.ones(3)
+        self.alpha = torch.full((3,), -math.log(4)) if weighting == "log" else torch.ones(3)
         self.moments = [torch.zeros(3), torch.zeros(3)]
         self.updates = 0
         self.rows = []

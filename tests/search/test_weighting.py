@@ -1,4 +1,4 @@
-"""The five normalisations of Table 7, their derivatives, and the threshold."""
+"""The five normalisations of Table 7 and the logarithm, their derivatives, and the threshold."""
 
 import math
 
@@ -19,15 +19,25 @@ def closed_form(name, a, g=1.0):
         "biased_l1": [x / (norm + 1) for x in a],
         "l1": [x / norm for x in a],
         "sigmoid": [1 / (1 + math.exp(-x)) for x in a],
+        "log": exponentials,
     }[name]
 
 
-NAMES = ["biased_softmax", "softmax", "biased_l1", "l1", "sigmoid"]
+TABLE_7 = ["biased_softmax", "softmax", "biased_l1", "l1", "sigmoid"]
+NAMES = [*TABLE_7, "log"]
 ALPHA = [[1.0] * 27, [0.3, -1.2, 2.5, 0.7], [5.0], [-3.0, 4.0]]
 
 
 def test_table_7_has_five_rows():
-    assert set(WEIGHTINGS) == set(NAMES)
+    assert set(WEIGHTINGS) == {*TABLE_7, "log"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_start_at_equal_weights(name):
+    weights = WEIGHTINGS.build(name)(WEIGHTINGS.build(name).start(9))
+    assert torch.allclose(weights, weights[0].expand(9))
+    if name in ("biased_softmax", "log"):
+        assert torch.allclose(weights, torch.full((9,), 0.1))
 
 
 @pytest.mark.parametrize("alpha", ALPHA)
