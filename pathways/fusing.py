@@ -110,7 +110,7 @@ class FrozenConv:
 
     def __init__(self, relu: bool):
         self.relu = relu
-        self._takes_sum = True
+        self._takes_sum = self._finite = True
         self._made_from: Any = None
         self._sources: list[Tensor | None] = []
         self._known: tuple[Tensor, Tensor | None] | None = None
@@ -120,7 +120,7 @@ class FrozenConv:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         weight, bias = self._folded(conv, norm, dtype)
         x = x.to(dtype)
-        if kind == "cpu" and _onednn_takes(dtype):
+        if kind == "cpu" and _onednn_takes(dtype) and self._finite:  # its ReLU makes 0 of NaN
             return self._onednn(conv, x, weight, bias, other)
         y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         y = y if other is None else y + other
@@ -157,6 +157,7 @@ class FrozenConv:
                 bias = factor * shift if norm.bias is None else factor * shift + norm.bias
                 weight = weight * factor.view(-1, 1, 1, 1)  # type: ignore[assignment]
             self._known = weight.to(dtype), None if bias is None else bias.to(dtype)
+            self._finite = all(bool(t.isfinite().all()) for t in self._known if t is not None)
         return self._known
 
 

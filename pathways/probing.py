@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -14,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from pathways.call import Call
 from pathways.taps import is_compiled, tap
+from pathways.trust import own_containers
 
 
 @contextmanager
@@ -61,17 +63,25 @@ def _put_back(buffer: Tensor | None, copy: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Give the modules back their present attributes afterwards, and Python its random state."""
+    """Give the modules back their present attributes afterwards, with the present content of lists, dicts and sets, and
+    Python and NumPy their random states."""
     attributes = {m: dict(vars(m)) for m in model.modules()}
-    random_state = random.getstate()
+    contents = [(c, c.copy()) for m in attributes for c in own_containers(m)]
+    random_state, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
     try:
         yield
     finally:
         random.setstate(random_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         for module, values in attributes.items():
             for name in vars(module).keys() - values.keys():
                 del vars(module)[name]
             vars(module).update(values)
+        for container, content in contents:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def _without_compiled_code(model: nn.Module) -> AbstractContextManager[Any]:

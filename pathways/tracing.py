@@ -17,7 +17,7 @@ from torch.fx.immutable_collections import immutable_dict
 from pathways.probing import restored, untouched
 from pathways.registry import UserError
 from pathways.taps import ACTIVATION_FUNCTIONS, TapName, locate, read_input, read_output
-from pathways.trust import only_known_code_runs, trusted
+from pathways.trust import Unchanged, only_known_code_runs, trusted
 
 _ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU)  # ReLU6 is a Hardtanh
 _ACTIVATION_METHODS = ("relu", "relu_")
@@ -190,9 +190,8 @@ def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
         raise CannotTrace
 
     def state() -> tuple[Any, ...]:
-        values = [vars(m).items() for m in model.modules()] + [m._buffers.items() for m in model.modules()]
-        attributes = [(k, id(v)) for items in values for k, v in items if k != "training"]
-        return attributes, random.getstate(), torch.get_rng_state().tolist()
+        buffers = [(name, id(b)) for m in model.modules() for name, b in m._buffers.items()]
+        return buffers, random.getstate(), torch.get_rng_state().tolist()
 
     try:
         parameters = inspect.signature(model.forward).parameters.values()
@@ -207,10 +206,12 @@ def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
             torch.autocast(device, torch.bfloat16, enabled=training),
         ):
             model.train(training)
-            before = state()
+            unchanged, before = Unchanged(model), state()
             tracer = _Tracer()
             graph = tracer.trace(model)
-            if state() != before:  # forward stores something on the model, or draws random numbers to decide
+            if (
+                not unchanged() or state() != before
+            ):  # forward stores something on the model, or draws random numbers to decide
                 raise CannotTrace
             owners = Counter(id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
             if any(owners[id(_attribute(model, str(n.target)))] > 1 for n in graph.nodes if n.op == "get_attr"):

@@ -89,8 +89,12 @@ def hooks_of(model: nn.Module) -> list[tuple[Any, ...]]:
     return own + [tuple(getattr(nn.modules.module, f"_global{kind}").items()) for kind in _HOOKS]
 
 
+def own_containers(module: nn.Module) -> list[Any]:
+    """The lists, dicts and sets that a module has as attributes, and those in them."""
+    return list(_containers([value for name, value in vars(module).items() if name not in _OF_ANY_MODULE]))[1:]
+
+
 def _containers(value: Any) -> Iterator[Any]:
-    """The lists, dicts and sets in a value, itself included."""
     if isinstance(value, (list, dict, set)):
         yield value
     if isinstance(value, (list, tuple, dict, set)):
@@ -123,8 +127,7 @@ class Unchanged:
         tensors = [t for m in self._modules for t in (m._parameters, m._buffers)]
         self._empty = hooks + [t for t in tensors if not t]
         self._tensors = [(t, _present(t)) for t in tensors if t]
-        own = [value for m in self._modules for name, value in vars(m).items() if name not in _OF_ANY_MODULE]
-        self._containers = [(c, c.copy()) for c in _containers(own) if c is not own]
+        self._containers = [(c, c.copy()) for m in self._modules for c in own_containers(m)]
         self._classes = [(m, type(m)) for m in self._modules]
         bases = {base for kind in {type(m) for m in self._modules} for base in kind.__mro__}
         self._code = [(base, _code_of(base)) for base in bases]

@@ -74,16 +74,18 @@ def test_a_frozen_segmenter_is_fused(segmenter):
 
 
 def test_traced_code_has_to_agree_in_training_mode_too():
+    passes = []
+
     class Counts(nn.Module):
         """Its training passes are numbered where the tracer does not see it."""
 
         def __init__(self):
             super().__init__()
-            self.a, self.passes = nn.Linear(3, 3), []
+            self.a = nn.Linear(3, 3)
 
         def forward(self, x):
-            self.passes.extend([1] * self.training)
-            return self.a(x) * max(1, len(self.passes))
+            passes.extend([1] * self.training)
+            return self.a(x) * max(1, len(passes))
 
     x = torch.randn(4, 3)
     assert Tapped(Counts(), ["a"], x, frozen=True).traced

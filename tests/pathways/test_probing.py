@@ -1,7 +1,9 @@
 """Probing a model leaves no trace, and finds its stages."""
 
+import random
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -51,6 +53,34 @@ def test_probing_leaves_no_trace(probe, fails):
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), rng)
     assert hooks_on(model) == 0
+
+
+class Keeps(nn.Module):
+    """Collects in containers, draws of three generators, and has a child of its own in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.losses, self.by_name, self.seen = nn.Linear(3, 3), [], {"all": [1]}, {1}
+
+    def forward(self, x):
+        y = self.fc(x) * (random.random() + np.random.uniform() + torch.rand(()))
+        self.losses.append(y.mean())
+        self.by_name["last"] = y
+        self.by_name["all"].append(2)
+        self.seen |= {2}
+        return y
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_probing_empties_what_it_filled(fails):
+    model = nn.Sequential(Keeps(), Fails() if fails else nn.Identity())
+    kept = model[0].losses, model[0].by_name, model[0].seen
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with pytest.raises(RuntimeError, match="as planned") if fails else nullcontext():
+        probe_shapes(model, ["0"], torch.zeros(2, 3))
+    assert all(a is b for a, b in zip(kept, (model[0].losses, model[0].by_name, model[0].seen), strict=True))
+    assert kept == ([], {"all": [1]}, {1})
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
 def test_probe_shapes():
