@@ -198,12 +198,12 @@ def _dry_run(config: Any, searching: bool) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from distpro.config.reading import read_config
+    from distpro.config.reading import default_space, read_config
     from distpro.report.words import explain_schedule
     from distpro.runs.commands import search
 
     if options.dry_run:
-        _dry_run(read_config(options.config, options.overrides, searching=True), searching=True)
+        _dry_run(read_config(options.config, options.overrides, space=default_space()), searching=True)
         return
     folder = _out(options, Path(options.config).stem)
     schedule = search(options.config, folder, options.overrides, options.resume)

@@ -37,11 +37,10 @@ def read_config(
     source: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     below: Mapping[str, Any] | None = None,
-    searching: bool = False,
+    space: Mapping[str, Any] | None = None,
 ) -> Config:
     """A checked config from a YAML file or a mapping, with ``key=value`` overrides (dotted keys, YAML values). ``below``
-    stands in the place of the defaults. ``searching``: it is for a search, which takes the preset ``default`` where the
-    config says nothing of pathways and terms.
+    stands in the place of the defaults, and ``space`` where the config says nothing of pathways and terms (not even null).
 
     Raises UserError naming file, key, what was found, what is allowed and the nearest allowed name.
     """
@@ -53,11 +52,16 @@ def read_config(
         if not equals or not key:
             raise UserError(f"override '{override}': expected key=value, for instance training.epochs=10")
         content = merge(content, _nest(key.split("."), _yaml(value, f"override '{override}'")))
-    if searching and not {"pathways", "terms"} & content.keys():
-        content = merge(_preset("default"), content)
+    if space is not None and not {"pathways", "terms"} & content.keys():
+        content = merge(space, content)
     config = check(content, str(path))
     for_retrain(config, str(path))  # or its mistakes would show only when the search is over
     return config
+
+
+def default_space() -> dict[str, Any]:
+    """What a search takes whose config says nothing of pathways and terms: the preset ``default``."""
+    return _preset("default")
 
 
 def for_retrain(config: Config, where: str = "config") -> Config:

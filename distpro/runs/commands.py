@@ -24,7 +24,7 @@ from distpro import build
 from distpro.build.device import settle_precision
 from distpro.build.given import OBJECT, Given
 from distpro.build.models import adapted, build_network, place
-from distpro.config.reading import for_retrain, merge, read_config
+from distpro.config.reading import default_space, for_retrain, merge, read_config
 from distpro.config.schema import Config
 from distpro.config.stages import Stage, stages_of
 from distpro.data.datasets import locate
@@ -306,7 +306,19 @@ def _checked(
     objects = given.overrides() if given is not None else []
     source = config.model_dump(exclude_unset=True) if isinstance(config, Config) else config
     below = {} if schedule is None else _said_by(schedule)
-    return settle_precision(read_config(source, [*overrides, *objects], below, searching), searching)
+    space = default_space() if searching else None if schedule is None else _space_of(schedule)
+    return settle_precision(read_config(source, [*overrides, *objects], below, space), searching)
+
+
+def _space_of(schedule: Schedule) -> dict[str, Any] | None:
+    """The pathways and terms that a schedule was searched with; None where they name code of somebody's own, which a file
+    does not run."""
+    stored = schedule.meta.get("config")
+    if not isinstance(stored, Mapping):
+        return None
+    space = {key: stored[key] for key in ("pathways", "terms") if key in stored}
+    config = read_config({"student": {"model": ""}, **space})
+    return None if any(key.startswith(("terms", "pathways")) for key, _ in _code_named_in(config)) else space
 
 
 def _said_by(schedule: Schedule) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from distpro.config.reading import for_retrain, merge, presets, read_config
+from distpro.config.reading import default_space, for_retrain, merge, presets, read_config
 from distpro.config.schema import Config, SearchConfig
 from distpro.schedule import REDUCTIONS
 from pathways.registry import UserError
@@ -275,13 +275,13 @@ def test_every_preset_is_a_valid_config(name):
 def test_a_search_without_a_space_takes_the_default_one():
     """One that names pathways, terms, or neither of them in so many words (null) does not."""
     pair = {"teacher": {"model": "resnet20"}, "student": {"model": "resnet8"}}
-    config = read_config(pair, searching=True)
+    config = read_config(pair, space=default_space())
     assert config.pathways.connect == "matched" and len(config.terms) == 6
     assert config.search.horizon == 0.25 and config.search.weighting == "log" and config.retrain.start == 1
     assert read_config(pair).pathways is None and not read_config(pair).terms
-    assert not read_config({**pair, "pathways": {"connect": "same"}}, searching=True).terms
-    assert read_config({**pair, "pathways": None, "terms": [{"loss": "kd"}]}, searching=True).search.horizon == 1
-    own = read_config({**pair, "search": {"horizon": 7}}, searching=True)
+    assert not read_config({**pair, "pathways": {"connect": "same"}}, space=default_space()).terms
+    assert read_config({**pair, "pathways": None, "terms": [{"loss": "kd"}]}, space=default_space()).search.horizon == 1
+    own = read_config({**pair, "search": {"horizon": 7}}, space=default_space())
     assert own.search.horizon == 7 and len(own.terms) == 6
 
 

@@ -1,0 +1,88 @@
+"""A search over a horizon from end to end: its default space, its memory, its schedule, and a run that is stopped."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+
+import distpro
+from distpro.config.reading import read_config
+from distpro.files import load_safely, save_atomically
+from distpro.models import build_model
+from distpro.schedule import Schedule
+from distpro.train.trainer import Interrupted
+from tests.digits import settings
+from tests.runs.test_resume import differences, stop_after
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    save_atomically(build_model("resnet14", num_classes=10).state_dict(), path)
+    return path
+
+
+def horizon(teacher, **search):
+    """A search of twelve steps whose config names no space."""
+    config = settings(teacher, {"search": {"horizon": 0.25, **search}})
+    return {key: value for key, value in config.items() if key not in ("pathways", "terms")}
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    distpro.search(horizon(teacher), out=folder)
+    return folder
+
+
+def test_the_default_space_and_its_schedule(teacher, whole):
+    schedule = Schedule.load(whole / "alpha.pt")
+    assert len(schedule.keys) == 11 and {"kd", "dkd", "dist", "sp", "pkt"} < set(schedule.keys)
+    assert (schedule.reading, schedule.start, schedule.strength) == ("log", 1.0, 1.0)
+    w = schedule.weights
+    assert torch.allclose(w[:3], torch.full_like(w[:3], 1 / 12))  # a window of three steps has one set of weights
+    assert (w[3] != w[2]).any() and torch.equal(w[3], w[5])
+    moved = (w[3].log() - w[2].log()).abs().max().item()
+    assert 0 < moved <= 1 + 1e-5  # four updates: the largest step of a logarithm is 1
+    assert (w[-1] != w[-2]).any()  # what the last update has led to
+    assert torch.equal(w.log(), schedule.alpha_tilde) or torch.allclose(w.log(), schedule.alpha_tilde, atol=1e-5)
+
+
+def test_a_replay_takes_the_last_weights(teacher, whole, tmp_path):
+    schedule = Schedule.load(whole / "alpha.pt")
+    kept = schedule.played(7)
+    assert torch.equal(kept.weights, schedule.drop(schedule.threshold).weights[-1:].expand(7, -1))
+    result = distpro.retrain(schedule=whole / "alpha.pt", out=tmp_path / "run")
+    assert 0 <= result.metrics["accuracy"] <= 100
+    assert read_config(tmp_path / "run" / "config.yaml").retrain.start == 1
+
+
+def test_a_search_that_is_stopped_in_a_window_ends_in_the_same_bytes(teacher, whole, tmp_path, monkeypatch):
+    """It stops after the window's sweep; a kill inside one goes back to the checkpoint before it."""
+    stop_after(monkeypatch, [4], signal.SIGTERM)
+    with pytest.raises(Interrupted) as stopped:
+        distpro.search(horizon(teacher), out=tmp_path / "run")
+    monkeypatch.undo()
+    assert "step 6" in str(stopped.value)
+    distpro.search(horizon(teacher), out=tmp_path / "run", resume=True)
+    for name in ("checkpoint.pt", "alpha.pt"):
+        files = [load_safely(folder / name) for folder in (whole, tmp_path / "run")]
+        for file in files:
+            file.pop("seconds", None)
+            file.get("meta", {}).pop("created", None)
+        assert differences(*files) == []
+
+
+def test_a_horizon_that_does_not_fit_is_shortened(teacher, capsys):
+    schedule = distpro.search(horizon(teacher, memory=0.002))
+    said = capsys.readouterr().err
+    assert "search.horizon: 3 steps of" in said and "search.memory" in said
+    assert len(schedule.weights.unique(dim=0)) > 4
+
+
+def test_what_looks_one_step_back_is_refused(teacher):
+    with pytest.raises(distpro.UserError, match="looks one step back; with a horizon of 3: sweep or unrolled"):
+        distpro.search(horizon(teacher, estimator="finite_difference"))
