@@ -123,9 +123,9 @@ def _scale_output(module, _args, output):
     return output * 1.5 if isinstance(output, torch.Tensor) else output
 
 
-def _forward_once_more(module):
+def _scale_forward(module):
     forward = module.forward
-    module.forward = lambda x: forward(x) + 0
+    module.forward = lambda x: forward(x) * 1.5
 
 
 CHANGES = {
@@ -138,8 +138,8 @@ CHANGES = {
     "hook on a part": lambda m: next(m.children()).register_forward_hook(_scale_output),
     "hooks on all": lambda m: [x.register_forward_hook(_scale_output) for x in m.modules()],
     "hook before": lambda m: m.register_forward_pre_hook(lambda _, args: (args[0] + 1,)),
-    "backward hook": lambda m: m.register_full_backward_hook(lambda _, g, o: (None if g[0] is None else g[0] * 2,)),
-    "forward of the model": _forward_once_more,
+    "backward hook": lambda m: m.register_full_backward_pre_hook(lambda _, gradients: (gradients[0] * 2,)),
+    "forward of the model": _scale_forward,
     "convolution replaced": lambda m: [
         setattr(x, n, nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding))
         for x in list(m.modules())
