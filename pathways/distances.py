@@ -98,7 +98,8 @@ class HCL(nn.Module):
             # Average pooling is linear, so the difference is pooled instead of both maps.
             difference = x - target
             if all(big % small == 0 for side in x.shape[2:] for big, small in pairwise([side, *sizes])):
-                loss = _PyramidSquares.apply(difference, sizes, weights)
+                squares = _PyramidSquares if torch.compiler.is_compiling() else _PyramidSquaresWithTangents
+                loss = squares.apply(difference, sizes, weights)
             else:  # uneven windows overlap, so their means cannot be averaged again
                 levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in sizes)]
                 loss = sum(w * _mean(level.square()) for w, level in zip(weights, levels, strict=True))
@@ -114,16 +115,9 @@ class _PyramidSquares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, d: Tensor, sizes: Sequence[int], weights: Sequence[float]) -> Tensor:
         ctx.save_for_backward(d)
-        ctx.save_for_forward(d)
         ctx.sizes, ctx.weights = sizes, weights
         levels = _pyramid(d, sizes)
         return torch.stack([w * _mean(level.square()) for w, level in zip(weights, levels, strict=True)]).sum()
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (d,) = ctx.saved_tensors
-        levels = zip(ctx.weights, _pyramid(d, ctx.sizes), _pyramid(tangent, ctx.sizes), strict=True)
-        return torch.stack([2 * w * _mean(level * moved) for w, level, moved in levels]).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -137,6 +131,21 @@ class _PyramidSquares(torch.autograd.Function):
             result = own
         assert result is not None
         return result, None, None
+
+
+class _PyramidSquaresWithTangents(_PyramidSquares):
+    """The same with a forward-mode rule, which torch.compile takes for a reason not to compile."""
+
+    @staticmethod
+    def forward(ctx: Any, d: Tensor, sizes: Sequence[int], weights: Sequence[float]) -> Tensor:
+        ctx.save_for_forward(d)
+        return _PyramidSquares.forward(ctx, d, sizes, weights)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (d,) = ctx.saved_tensors
+        levels = zip(ctx.weights, _pyramid(d, ctx.sizes), _pyramid(tangent, ctx.sizes), strict=True)
+        return torch.stack([2 * w * _mean(level * moved) for w, level, moved in levels]).sum()
 
 
 def _pyramid(d: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -78,7 +78,7 @@ def test_a_search_that_is_stopped_in_a_window_ends_in_the_same_bytes(teacher, wh
 
 def test_a_horizon_that_does_not_fit_is_shortened(teacher, capsys):
     schedule = distpro.search(horizon(teacher, memory=0.002))
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "search.horizon: 3 steps of" in said and "search.memory" in said
     assert len(schedule.weights.unique(dim=0)) > 4
 
