@@ -152,3 +152,41 @@ def test_a_relative_step_has_the_size_that_it_is_given():
         p.grad = factor * torch.tensor([1.0, -2.0, 0.0])
         RelativeStep([p], lr=0.5, momentum=0.0, floor=0.02).step()
         assert torch.allclose(p.detach(), torch.tensor([-0.5, 1.0, 0.0]) * size)
+
+
+class Opaque(torch.autograd.Function):
+    """tanh without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+class Forgetful(Opaque):
+    """tanh whose rule loses the tangent without a word."""
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return torch.zeros_like(tangent)
+
+
+@pytest.mark.parametrize("function", [None, Opaque, Forgetful])
+def test_the_product_is_taken_by_a_way_that_is_right(function):
+    """Forward over reverse where it is; double backward where an operator has no tangent, or a wrong one."""
+
+    class Activation(nn.Module):
+        def forward(self, x):
+            return function.apply(x)
+
+    case = Horizon("nesterov", activation=nn.Tanh if function is None else Activation)
+    case.batches = case.batches[:3]
+    estimator, h = case.estimate_all("sweep")
+    assert estimator._over_reverse is (function is None)
+    assert relative(h, case.estimate_all("unrolled")[1]) < 1e-8

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,6 +28,7 @@ from distpro.objective import Objective
 from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.differentiable import State, clip, differentiable_step
 from distpro.search.estimators.swap import swapped
+from distpro.search.estimators.tangents import second_order_tangents
 from distpro.train import distributed
 from distpro.train.state import no_trace, set_random_state
 from pathways.call import tensors_in
@@ -35,9 +37,11 @@ from pathways.registry import UserError
 
 @dataclass
 class _Kept:
-    """A training step as the sweep repeats it: the step, the optimiser's state and settings before it, and the buffers."""
+    """A training step as the sweep repeats it: the step, its gradient before clipping, the optimiser's state and settings
+    before it, and the buffers."""
 
     step: TrainingStep
+    gradients: list[Tensor | None]
     states: list[State]
     groups: list[dict[str, Any]]
     buffers: list[Tensor]
@@ -47,8 +51,11 @@ class _Kept:
 class Sweep(Estimator):
     """Exact derivative through the last ``steps`` training steps, see the module.
 
-    Per step it keeps the parameters, the optimiser's state, the buffers, the batch and the teacher's tensors, and takes a forward and a
-    backward pass and the derivative of both (double backward) when it goes back. Everything runs in float32 whatever the training's precision, attention
+    The Hessian-vector product comes by forward over reverse: the backward pass's tangent along u, which is the term losses' tangents
+    too. Where the first step's is not what the derivative of the backward pass says (double backward, nearly twice as
+    dear; an operator may have no forward-mode rule, or lose the tangent without a word), that is taken from there on.
+
+    Per step it keeps the parameters, the gradient, the optimiser's state, the buffers, the batch and the teacher's tensors, everything else is computed again. The sweep runs in float32 whatever the training's precision, attention
     in its plain form (the fused kernels have no second derivative).
     A run stops, and keeps checkpoints, between windows only.
 
@@ -57,6 +64,7 @@ class Sweep(Estimator):
     """
 
     name = "sweep"
+    tolerance = 1e-3  # of the two products' relative difference, in float32
 
     def __init__(
         self,
@@ -76,6 +84,7 @@ class Sweep(Estimator):
         place = {p: n for n, (p, _) in enumerate(self._params)}
         self._clip_groups = [[place[p] for p in group] for group in objective.clip_groups(clip_by)]
         self._max_norm = max_norm
+        self._over_reverse: bool | None = None  # None: not known yet
         self._kept: list[_Kept] = []
         self._buffers: list[Tensor] = []
 
@@ -89,7 +98,9 @@ class Sweep(Estimator):
             state = self.optimizer.state.get(p, {})
             states.append({k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)})
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self._kept.append(_Kept(step, states, groups, self._buffers))
+        gradients = [None if p.grad is None else p.grad.detach().clone() for p, _ in self._params]
+        lean = replace(step.done, loss=step.done.task, output=None, views=[])  # without the graph
+        self._kept.append(_Kept(replace(step, done=lean), gradients, states, groups, self._buffers))
 
     def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
         untraced = no_trace(self.objective.student, self.objective.terms)
@@ -108,9 +119,54 @@ class Sweep(Estimator):
 
     def _back(self, kept: _Kept, a: list[Tensor], b: list[State]) -> tuple[Tensor, list[Tensor], list[State]]:
         """From the adjoints after a step to h of the step and the adjoints before it."""
+        theta = [kept.step.theta[p].detach() for p, _ in self._params]
+        u, a, b = self._through_step(kept, [t.clone() for t in theta], kept.gradients, a, b)
+        if self._over_reverse is None:
+            self._over_reverse = not distributed.any_of(not self._agree(kept, theta, u))
+        product, h = (self._forward_over_reverse if self._over_reverse else self._double_backward)(kept, theta, u)
+        averaged = distributed.average_where_any(product, theta)
+        return h, [x if s is None else x + s for x, s in zip(a, averaged, strict=True)], b
+
+    def _agree(self, kept: _Kept, theta: list[Tensor], u: list[Tensor | None]) -> bool:
+        """Whether both ways to the Hessian-vector product give the same for a step."""
+        truth = _joined(*self._double_backward(kept, theta, u))
+        try:
+            found = _joined(*self._forward_over_reverse(kept, theta, u))
+        except (NotImplementedError, RuntimeError):
+            return False
+        return found.shape == truth.shape and bool((found - truth).norm() <= self.tolerance * truth.norm())
+
+    def _double_backward(
+        self, kept: _Kept, theta: list[Tensor], u: list[Tensor | None]
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """∇²L u by parameter and h, as the derivative of ⟨∇L, u⟩."""
+        leaves = [t.detach().requires_grad_() for t in theta]
+        weights = kept.step.weights.detach().clone().requires_grad_()
+        gradients = torch.autograd.grad(self._loss(kept, leaves, weights), leaves, create_graph=True, allow_unused=True)
+        pull = [(g * x).sum() for g, x in zip(gradients, u, strict=True) if g is not None and x is not None]
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(torch.stack(pull).sum(), [*leaves, weights], allow_unused=True)
+        )
+        return found[:-1], _or_zero(found[-1], weights)
+
+    def _forward_over_reverse(
+        self, kept: _Kept, theta: list[Tensor], u: list[Tensor | None]
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """The same as the tangents, along u, of the gradients by θ and by w (which is λ s ℓ)."""
+        with second_order_tangents():
+            leaves = [
+                t.detach().requires_grad_() if x is None else forward_ad.make_dual(t.detach().requires_grad_(), x)
+                for t, x in zip(theta, u, strict=True)
+            ]
+            weights = kept.step.weights.detach().clone().requires_grad_()
+            gradients = torch.autograd.grad(self._loss(kept, leaves, weights), [*leaves, weights], allow_unused=True)
+            tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
+            *product, h = [None if t is None else t.detach().clone() for t in tangents]
+            return product, _or_zero(h, weights)
+
+    def _loss(self, kept: _Kept, theta: list[Tensor], weights: Tensor) -> Tensor:
+        """The step's loss with other tensors in the place of the parameters and w; the same random numbers and buffers."""
         step = kept.step
-        theta = [step.theta[p].detach().requires_grad_() for p, _ in self._params]
-        weights = step.weights.detach().clone().requires_grad_()
         with torch.no_grad():
             for buffer, before in zip(self._all_buffers(), kept.buffers, strict=True):
                 buffer.copy_(before)
@@ -118,15 +174,7 @@ class Sweep(Estimator):
         self.objective.at(step.number)
         with swapped(self.objective, dict(zip([p for p, _ in self._params], theta, strict=True))):
             taught = step.done.teacher or None
-            loss = self.objective.training_pass(step.batch, step.scale * weights, teacher=taught).loss
-        gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
-        values = distributed.average_where_any([g if g is None else g.detach() for g in gradients], theta)
-        u, a, b = self._through_step(kept, [t.detach() for t in theta], values, a, b)
-        pull = [(g * x).sum() for g, x in zip(gradients, u, strict=True) if g is not None and x is not None]
-        *second, h = torch.autograd.grad(torch.stack(pull).sum(), [*theta, weights], allow_unused=True)
-        averaged = distributed.average_where_any(second, theta)
-        a = [x if s is None else x + s for x, s in zip(a, averaged, strict=True)]
-        return torch.zeros_like(weights) if h is None else h, a, b
+            return self.objective.training_pass(step.batch, step.scale * weights, teacher=taught).loss
 
     def _through_step(
         self, kept: _Kept, theta: Sequence[Tensor], gradients: Sequence[Tensor | None], a: list[Tensor], b: list[State]
@@ -163,6 +211,10 @@ class Sweep(Estimator):
 
     def _all_buffers(self) -> list[Tensor]:
         return [*self.objective.student.buffers(), *self.objective.terms.buffers()]
+
+
+def _joined(product: list[Tensor | None], h: Tensor) -> Tensor:
+    return torch.cat([h.flatten(), *(t.flatten() for t in product if t is not None)])
 
 
 def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:

@@ -75,6 +75,13 @@ def forward_mode(
             raise NoRule(operator) from error
 
 
+@contextmanager
+def second_order_tangents() -> Iterator[None]:
+    """Forward over reverse: what is a dual tensor inside has its tangent in the backward pass too."""
+    with torch.enable_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), TangentRules():
+        yield
+
+
 def _without_rule(error: NotImplementedError) -> str | None:
     """The operator that PyTorch complains about; None where it complains about something else."""
     named = re.match(r"Trying to use forward AD with (\w+)", str(error))
