@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study_file import StudyFile, at_budget
+from study_file import StudyFile, at_budget, half_width
 
 
 def draw_budgets(study: StudyFile, path: Path) -> None:
@@ -52,6 +52,28 @@ def draw_bars(study: StudyFile, path: Path) -> None:
     axis.invert_yaxis()
     lowest = min(min(values) for values in found.values())
     axis.set(xlim=(lowest - 3, None), xlabel=f"test {study.metric}, %; dots: seeds; blue: learned schedules")
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def draw_dots(study: StudyFile, path: Path) -> None:
+    """Accuracy of every run: a dot per seed, and the mean with its 95 % interval of Student's t."""
+    plt = _pyplot()
+    found = {k: [r[study.metric] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
+    found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.27 * len(found)))
+    for place, (label, values) in enumerate(found.items()):
+        search = study.search_of(label)
+        learned = search is not None and study.runs[label].get("retrain.weights", "searched") == "searched"
+        colour = "C0" if learned else "0.35"
+        axis.plot(values, [place] * len(values), "o", markersize=4, alpha=0.4, color=colour)
+        half = half_width(values) if len(values) > 1 else 0.0
+        axis.errorbar(statistics.mean(values), place, xerr=half, marker="|", markersize=12, capsize=3, color=colour)
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    lowest, highest = (f(v for values in found.values() for v in values) for f in (min, max))
+    axis.set(xlim=(lowest - 1, highest + 1))  # an interval of a few seeds may be wider than what there is to see
+    axis.set(xlabel=f"test {study.metric}, %; dots: seeds, lines: mean with 95 % interval, blue: learned weights")
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
 
@@ -109,7 +131,13 @@ def draw_weights(study: StudyFile, path: Path) -> None:
     _save(figure, path)
 
 
-FIGURES = {"bars": draw_bars, "budgets": draw_budgets, "levels": draw_levels, "weights": draw_weights}
+FIGURES = {
+    "bars": draw_bars,
+    "budgets": draw_budgets,
+    "dots": draw_dots,
+    "levels": draw_levels,
+    "weights": draw_weights,
+}
 
 
 def _pyplot() -> Any:

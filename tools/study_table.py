@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 
 from study_figures import FIGURES
-from study_file import ROOT, StudyFile
+from study_file import ROOT, StudyFile, half_width
 
 from distpro.files import write_atomically
 
 METRICS = {"miou": "mIoU"}  # as tables write them
-# Two-sided 95 % points of Student's t by degrees of freedom.
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 def render(study: StudyFile) -> str:
@@ -96,7 +93,7 @@ def _interval(differences: list[float]) -> str:
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return f"{mean:+.2f}"
-    half = T95.get(len(differences) - 1, 1.96) * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = half_width(differences)
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
