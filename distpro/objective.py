@@ -338,15 +338,16 @@ class Objective(nn.Module):
 
         Args:
             batch: what to compute on.
-            weights: λ·w of each entry. A term whose entries are 0 in a list of numbers is not computed, and without
-                any term the teacher does not run; a tensor of weights (searched ones) computes every term.
+            weights: λ·w of each entry, or none. A term with zeros in a list of numbers is not computed, and without any
+                term the teacher does not run; a tensor of weights (searched ones) computes every term.
             capture: keep each term's own gradient with respect to what it reads, see `TrainingPass.views`.
-            teacher: the teacher's tensors for this batch, if they are known already.
+            teacher: the teacher's tensors for this batch, if they are known.
         """
+        if len(weights) not in (0, len(self.entries)):
+            raise UserError(f"objective: {len(weights)} weights for {len(self.entries)} term losses")
         active = None if isinstance(weights, Tensor) else [w != 0 for w in weights]
         needed = bool(self.entries) and (active is None or any(active))
-        if needed and teacher is None:
-            teacher = self.run_teacher(batch)
+        teacher = self.run_teacher(batch) if needed and teacher is None else teacher
         output, features = self.run_student(batch)
         reader = Reader(self.task, batch)
         computes = output is not None and self.computes_task

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pathways.call import Call
+from pathways.call import Call, tensors_in
 from pathways.containers import alike
 from pathways.fusing import foldable, fused
 from pathways.probing import restored, untouched
@@ -95,6 +95,12 @@ def _outcome(run: Any, model: nn.Module, training: bool) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
+def _not_finite(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has a nan or an infinity: oneDNN's ReLU makes 0 of a nan, which a model by itself hands on."""
+    tensors = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+    return not all(bool(t.isfinite().all()) for t in tensors)
+
+
 class Tapped(nn.Module):
     """A model that returns its taps as values: ``tapped(x) → (output, {tap: tensor})``, with any arguments and any
     output that the model has.
@@ -175,6 +181,28 @@ class Tapped(nn.Module):
         elif hold or any(map(is_compiled, model.modules())):
             self._held = Taps(model, self.names)
             self._hooks = hooks_of(model)
+        elif example is not None and self.names:
+            self._check_hooks(example, modes)
+
+    def _check_hooks(self, example: Call, modes: Sequence[bool]) -> None:
+        """Raise UserError where the model gives something else on the example when its taps are read: a tap is a copy where it
+        may be overwritten, and so is no longer the tensor that the model goes on with under another name."""
+
+        def read() -> Any:
+            with tap(self.model, self.names):
+                return example.run(self.model)
+
+        for training in modes:
+            alone = [_outcome(lambda: example.run(self.model), self.model, training) for _ in range(2)]
+            if isinstance(alone[0], str) or not alike(
+                alone[0], alone[1], 1e-4
+            ):  # it does not run so, or never gives the same
+                continue
+            if not alike(alone[0], _outcome(read, self.model, training), 1e-4):
+                raise UserError(
+                    f"{type(self.model).__name__} gives another output when {', '.join(self.names)} are read: something is "
+                    "written to in place there, or kept, under another name; tap the module before or behind"
+                )
 
     @property
     def traced(self) -> bool:
@@ -251,7 +279,7 @@ class Tapped(nn.Module):
             by_hooks = torch.compiler.disable(self._by_hooks) if self._held is None else self._by_held_hooks
             return by_hooks(args, kwargs)
         if self._function is not None and self.unchanged:
-            fused = self._fused is not None and self._may_fuse()
+            fused = self._fused is not None and self._may_fuse() and not (self._frozen and _not_finite(args, kwargs))
             return self._run(self._fused if fused else self._function, args, kwargs)
         return (self._by_held_hooks if self._held is not None and self.unchanged else self._by_hooks)(args, kwargs)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,14 +28,33 @@ def no_trace(*modules: nn.Module) -> Iterator[None]:
 def random_state(module: nn.Module) -> dict[str, Tensor]:
     """State of the random generators that a pass of ``module`` may use."""
     device = next(module.parameters()).device
-    state = {"cpu": torch.get_rng_state()}
+    state = {"cpu": torch.get_rng_state(), "python": _of_python(), "numpy": _of_numpy()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
+def _of_python() -> Tensor:
+    version, numbers, next_gauss = random.getstate()
+    return torch.tensor([version, math.nan if next_gauss is None else next_gauss, *numbers], dtype=torch.float64)
+
+
+def _of_numpy() -> Tensor:
+    kept = np.random.get_state(legacy=False)
+    assert isinstance(kept, dict)
+    inner = kept["state"]
+    return torch.tensor([inner["pos"], kept["has_gauss"], kept["gauss"], *inner["key"].tolist()], dtype=torch.float64)
+
+
 def set_random_state(state: dict[str, Tensor]) -> None:
     """Back to a state from `random_state`."""
     torch.set_rng_state(state["cpu"])
+    if "python" in state:  # not in checkpoints of before
+        version, next_gauss = int(state["python"][0]), float(state["python"][1])
+        numbers = tuple(map(int, state["python"][2:].tolist()))
+        random.setstate((version, numbers, None if math.isnan(next_gauss) else next_gauss))
+    if "numpy" in state:
+        position, has_gauss, gauss, *keys = state["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), gauss))
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -15,7 +15,7 @@ from distpro.search.estimators import ESTIMATORS, obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import BiasedSoftmax
-from distpro.train.state import no_trace, random_state
+from distpro.train.state import no_trace, random_state, set_random_state
 
 
 def quantised() -> nn.Module:
@@ -99,3 +99,22 @@ def test_a_search_of_a_quantised_student():
         searcher.after_update(step)
         same(trained, state(student))
     assert searcher.alpha_tilde.isfinite().all() and (searcher.alpha_tilde != 1).all()
+
+
+def test_python_and_numpy_draw_again():
+    """What a student draws from Python's or NumPy's own generators is drawn again when a step is repeated."""
+    import random
+
+    import numpy as np
+
+    model = torch.nn.Linear(2, 2)
+    random.gauss(0, 1), np.random.randn()  # each keeps a second number for the next call
+    state = random_state(model)
+
+    def draw():
+        return random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(()).item()
+
+    first = draw()
+    assert draw() != first
+    set_random_state(state)
+    assert draw() == first
