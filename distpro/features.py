@@ -86,7 +86,7 @@ class Reader:
         """What a term reads of the ``student`` or ``teacher``, in the order of its taps: maps as `maps_of` gives them,
         and each sample's first row unless it reads all."""
         names = self.names_of(term, getattr(term, f"{side}_taps"), features)
-        maps = maps_of(term, side, {name: features[name] for name in names})
+        maps = maps_of(term, side, names, features)
         return maps if term.rows == "all" else [self.first_rows(x) for x in maps]
 
     # A sample's rows
@@ -179,10 +179,11 @@ def at_size(labels: Tensor, size: Sequence[int]) -> Tensor:
     return labels[:, rows[:, None], columns]
 
 
-def maps_of(term: Any, side: str, features: Features) -> list[Tensor]:
-    """The features as a loss takes them, maps (N, C, H, W), where the term says that a tap gives (N, H, W, C)."""
+def maps_of(term: Any, side: str, names: Sequence[str], features: Features) -> list[Tensor]:
+    """The named features (one may come twice) as a loss takes them, maps (N, C, H, W), where the term says that a tap
+    gives (N, H, W, C)."""
     last = getattr(term, f"{side}_last", ())
-    return [channels_first(x, name in last) for name, x in features.items()]
+    return [channels_first(features[name], name in last) for name in names]
 
 
 def own_views(read: Features) -> dict[str, Tensor]:

@@ -263,8 +263,8 @@ class Objective(nn.Module):
             if term is None:
                 return self.task.call(batch, self.student.training).run(self.student.model)
             _, features = self.run_student(batch, None)
-            read = {tap: features[tap] for tap in term.student_taps}  # type: ignore[union-attr]
-            return term.loss.predict(unwrap(maps_of(term, "student", read)))  # type: ignore[operator,union-attr]
+            maps = maps_of(term, "student", term.student_taps, features)  # type: ignore[arg-type]
+            return term.loss.predict(unwrap(maps))  # type: ignore[operator,union-attr]
 
     def task_loss_of(self, output: Any, batch: Batch, reader: Reader | None = None) -> Tensor:
         """Task loss in full precision, of each sample's first row."""

@@ -255,7 +255,7 @@ def test_take():
         ({"strength": -1.0}, "strength is -1.0 .allowed: a number 0 and more"),
         ({"strength": "3"}, "strength is '3'"),
         ({"warmup": float("inf")}, "warmup is inf"),
-        ({"start": 1.0}, "start is 1.0 .allowed: a number from 0 to below 1"),
+        ({"start": 1.1}, "start is 1.1 .allowed: a number from 0 to 1"),
         ({"threshold": float("nan")}, "threshold is nan .allowed: a number, or None"),
         ({"reading": ""}, "reading is ''"),
         ({"reading": "log", "weights": torch.full((4, 2), -1.0)}, "weights are below 0"),

@@ -33,7 +33,7 @@ def test_review_on_five_levels_has_the_fifteen_connections_of_imagenet():
 @pytest.mark.parametrize(
     "rule, message",
     [
-        ("revew", "unknown connection rule 'revew'; did you mean 'review'.*allowed: all, same, review"),
+        ("revew", "unknown connection rule 'revew'; did you mean 'review'.*allowed: all, same, matched, review"),
         ([["tt1", "s1"]], "'tt1' is no teacher tap; did you mean 't1'.*allowed: t1, t2, t3"),
         ([["t1", "t1"]], "'t1' is no student tap"),
         ([["t1", "s1"], ["t1", "s1"]], "listed twice"),
