@@ -246,6 +246,7 @@ class SearchConfig(Section):
         for name, (one, more) in _BY_HORIZON.items():
             if getattr(self, name) is None:
                 setattr(self, name, one if self.horizon == 1 else more)
+                self.model_fields_set.discard(name)  # nobody has stated it
         return self
 
     def steps_back(self, total: int) -> int:
@@ -356,6 +357,7 @@ class Config(Section):
     def _start_by_horizon(self) -> Config:
         if self.retrain.start is None:
             self.retrain.start = START if self.search.horizon == 1 else 1.0
+            self.retrain.model_fields_set.discard("start")  # nobody has stated it
         return self
 
     @property
