@@ -71,7 +71,7 @@ class Objective(nn.Module):
         task: Task | None = None,
     ):
         super().__init__()
-        self._backend = compile
+        self.backend = compile
         self._run, self._run_pathways = guarded(_run, self._compiled(_run)), self._compiled(_run_each)
         self.task: Task = Classification() if task is None else task
         self.task_loss, self.precision = task_loss, precision
@@ -108,9 +108,9 @@ class Objective(nn.Module):
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, compiled if that is wanted. It is given its modules: a copy of the objective has others."""
-        if self._backend is None:
+        if self.backend is None:
             return function
-        return torch.compile(function, backend=self._backend, dynamic=False)
+        return torch.compile(function, backend=self.backend, dynamic=False)
 
     def _tapped(
         self, now: Tapped | None, model: nn.Module, taps: Sequence[str], output: bool, frozen: bool = False
@@ -121,7 +121,7 @@ class Objective(nn.Module):
             if (now.names, now.output) == (names, output):
                 return now
             now.remove()
-        return Tapped(model, names, self.example_input, output, frozen, hold=self._backend is not None)
+        return Tapped(model, names, self.example_input, output, frozen, hold=self.backend is not None)
 
     @property
     def computes_task(self) -> bool:

@@ -286,3 +286,11 @@ def test_a_loss_that_does_not_have_the_levels_it_is_weighted_by():
 def test_wrong_use(build, message):
     with pytest.raises(UserError, match=message):
         build(network(0), network(1))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0] * 3, torch.ones(1)])
+def test_weights_of_another_number_than_the_terms_are_refused(weights):
+    terms = [Term(build_loss("kd"), "one"), Term(build_loss("kd"), "two")]
+    objective = Objective(nn.Linear(4, 3), nn.Linear(4, 3), terms)
+    with pytest.raises(UserError, match="weights for 2 term losses"):
+        objective.training_pass(batch_of(torch.randn(2, 4), torch.tensor([0, 1])), weights)

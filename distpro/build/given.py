@@ -36,8 +36,7 @@ class Given:
         cls, data: Any = None, teacher: nn.Module | None = None, student: nn.Module | None = None, task: Any = None
     ) -> Given:
         """Check what was handed over. ``data``: (train, test) or (train, validation, test) of Datasets or DataLoaders, a
-        mapping of such parts, or
-        a set that `distpro.data` has loaded. Raises UserError for anything else."""
+        mapping of such parts, or a set that `distpro.data` has loaded. Raises UserError for anything else."""
         for name, model in (("teacher", teacher), ("student", student)):
             if model is not None and not isinstance(model, nn.Module):
                 raise UserError(f"{name} is {type(model).__name__}, not a torch.nn.Module")

@@ -136,7 +136,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         WEIGHTINGS.build(weighting_name, **weighting_params),
         validation.endless,
         total_steps=total,
-        learning_rate=search.learning_rate or REACH / max(1, total // max(search.every, horizon)),
+        learning_rate=search.learning_rate or _learning_rate(search, total // max(search.every, horizon)),
         optimizer=search.optimizer,
         betas=search.betas,
         momentum=search.momentum,
@@ -172,6 +172,11 @@ def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_siz
     return min(horizon, fits)
 
 
+def _learning_rate(search: SearchConfig, updates: int) -> float:
+    """γ where the config says none."""
+    return REACH / max(1, updates) if search.optimizer == "relative" else 0.05
+
+
 def _validation_batches(config: Config, validation: Any, horizon: int) -> int:
     """Of the validation part: one batch for every step's gradient; for one over a horizon all, up to some samples."""
     size = config.search.validation_batch_size or config.training.batch_size
@@ -180,7 +185,8 @@ def _validation_batches(config: Config, validation: Any, horizon: int) -> int:
 
 def _choose_estimator(config: Config, objective: Objective, example: Batch, horizon: int) -> tuple[str, dict[str, Any]]:
     """Name and parameters of the hypergradient estimator; in the place of ``auto`` the sweep where the horizon is more
-    than one step, else forward_mode, or finite_difference where that cannot be. Raises UserError where the config asks for what cannot be."""
+    than one step, else forward_mode, or finite_difference where that cannot be. Raises UserError where the config asks
+    for what cannot be."""
     name, params = parse_spec(config.search.estimator, "search.estimator")
     several = distributed.world_size() > 1
     if several and name == "unrolled":

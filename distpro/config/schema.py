@@ -260,7 +260,6 @@ class SearchConfig(Section):
 _BY_HORIZON: dict[str, tuple[Any, Any]] = {
     "weighting": ("biased_softmax", "log"),
     "optimizer": ("adam", "relative"),
-    "learning_rate": (0.05, None),
     "momentum": (0.0, 0.5),
 }
 """What a search takes where its config says nothing: with a horizon of one step, and with a longer one."""

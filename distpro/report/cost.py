@@ -147,6 +147,7 @@ def _passes(config: Config, searching: bool) -> dict[str, float]:
     passes = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
     if searching:
         name, params = parse_spec(config.search.estimator, "search.estimator")
+        name = "sweep" if name == "auto" and config.search.horizon != 1 else name
         forward_mode = {"student": 3.0 + 3.0}
         extra = {
             "auto": forward_mode,
@@ -156,9 +157,11 @@ def _passes(config: Config, searching: bool) -> dict[str, float]:
         }.get(name, {})
         for part, count in extra.items():
             passes[part] += count / config.search.every
-        if name == "sweep":  # in every step: forward and backward again, and the derivative of both
-            passes["student"] += 9.0
-            passes["terms"] += 9.0
+        if (
+            name == "sweep"
+        ):  # in every step: forward and backward again with tangents; 2.34 trainings (tools/bench_horizon.py)
+            passes["student"] += 7.0
+            passes["terms"] += 7.0
         if config.search.repeats:
             passes = {
                 part: count + (1 if part == "teacher" else 3) / config.search.every for part, count in passes.items()

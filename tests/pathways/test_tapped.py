@@ -313,3 +313,37 @@ def test_autocast(read):
         _, features = read(model, NAMES, images().float())
     assert features["layer2"].dtype == features["layer1.0.relu:input"].dtype == torch.bfloat16
     assert all(torch.equal(features[n], expected[n]) for n in NAMES)
+
+
+class Rewritten(nn.Module):
+    """An in-place operation behind a module's input, which the model goes on with under another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.last(hidden + self.act(hidden))
+
+
+def test_reading_a_tap_may_not_change_what_the_model_gives():
+    torch.manual_seed(0)
+    model, x = Rewritten(), torch.randn(3, 4)
+    with pytest.raises(UserError, match="Rewritten gives another output when act:input are read"):
+        Tapped(model, ["act:input"], x)
+    output, _ = Tapped(model, ["first"], x)(x)
+    assert torch.equal(output, model(x))
+
+
+def test_a_frozen_model_hands_on_the_nan_of_its_input():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    tapped = Tapped(model, ["2"], x, frozen=True)
+    x[1, 0, 4, 4] = torch.nan
+    with torch.no_grad():
+        assert tapped.runs_fused
+        output, taps = tapped(x)
+        assert torch.equal(output.isnan(), model(x).isnan()) and output[1].isnan().all()
+        assert taps["2"].isnan().any()

@@ -14,7 +14,7 @@ through it (reverse mode; Maclaurin et al. 2015) with the adjoints a of the para
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from distpro.objective import Objective
 from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.differentiable import State, clip, differentiable_step
 from distpro.search.estimators.swap import swapped
-from distpro.search.estimators.tangents import second_order_tangents
+from distpro.search.estimators.tangents import dual_numbers
 from distpro.train import distributed
 from distpro.train.state import no_trace, set_random_state
 from pathways.call import tensors_in
@@ -51,20 +51,27 @@ class _Kept:
 class Sweep(Estimator):
     """Exact derivative through the last ``steps`` training steps, see the module.
 
-    The Hessian-vector product comes by forward over reverse: the backward pass's tangent along u, which is the term losses' tangents
-    too. Where the first step's is not what the derivative of the backward pass says (double backward, nearly twice as
-    dear; an operator may have no forward-mode rule, or lose the tangent without a word), that is taken from there on.
+    The Hessian-vector product comes by forward over reverse: the backward pass's tangent along u, which gives the term
+    losses' tangents too. Where the first step's is not what the derivative of the backward pass says (double backward; an
+    operator may have no forward-mode rule, or lose the tangent without a word), that is taken from there on.
 
-    Per step it keeps the parameters, the gradient, the optimiser's state, the buffers, the batch and the teacher's tensors, everything else is computed again. The sweep runs in float32 whatever the training's precision, attention
-    in its plain form (the fused kernels have no second derivative).
-    A run stops, and keeps checkpoints, between windows only.
+    Per step it keeps the parameters, the gradient, the optimiser's state, the buffers, the batch and the teacher's
+    tensors; everything else is computed again, uncompiled and without autocast whatever the training does, attention in
+    its plain form (the fused kernels have no second derivative). A run stops, and keeps checkpoints, between windows only.
+
+    Args:
+        objective, optimizer, max_norm, clip_by: as of any `Estimator`.
+        steps: N, the window.
 
     Attributes:
         per_step: the last window's h of each step, (steps, N).
+        tolerance: largest relative difference of the two products that counts as rounding.
+
+    Raises UserError for an optimiser whose step is not written out in `differentiable`.
     """
 
     name = "sweep"
-    tolerance = 1e-3  # of the two products' relative difference, in float32
+    tolerance = 1e-3  # of float32; a lost tangent is off by its whole share
 
     def __init__(
         self,
@@ -153,7 +160,7 @@ class Sweep(Estimator):
         self, kept: _Kept, theta: list[Tensor], u: list[Tensor | None]
     ) -> tuple[list[Tensor | None], Tensor]:
         """The same as the tangents, along u, of the gradients by θ and by w (which is λ s ℓ)."""
-        with second_order_tangents():
+        with dual_numbers():
             leaves = [
                 t.detach().requires_grad_() if x is None else forward_ad.make_dual(t.detach().requires_grad_(), x)
                 for t, x in zip(theta, u, strict=True)
@@ -223,18 +230,20 @@ def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
 
 @contextmanager
 def _plain(objective: Objective) -> Iterator[None]:
-    """The objective without autocast."""
+    """The objective without autocast, and uncompiled: compiled code has neither second derivatives nor tangents."""
     precision, objective.precision = objective.precision, None
+    uncompiled = nullcontext() if objective.backend is None else torch.compiler.set_stance("force_eager")
     try:
-        yield
+        with uncompiled:
+            yield
     finally:
         objective.precision = precision
 
 
 def bytes_per_step(objective: Objective, batch_size: int, example: Batch) -> int:
-    """What a `Sweep` keeps of a training step, at most: parameters with two moments each, buffers, batch, the teacher's
-    tensors. ``example``: a batch of any number of samples."""
-    state = 3 * sum(map(_bytes, objective.trainable_parameters()))
+    """What a `Sweep` keeps of a training step, in bytes, at most: parameters with a gradient and two moments each, buffers,
+    batch, the teacher's tensors. ``example``: a batch of any number of samples."""
+    state = 4 * sum(map(_bytes, objective.trainable_parameters()))
     state += sum(map(_bytes, (*objective.student.buffers(), *objective.terms.buffers())))
     read = {id(t): t for t in (*tensors_in(example.inputs), *tensors_in(example.target))}
     taught = objective.run_teacher(example).values()

@@ -54,11 +54,7 @@ def forward_mode(
     """
     device = next(iter(parameters.values())).device.type
     autocast = torch.autocast(device, precision, enabled=precision is not None)
-    # Gradients are enabled, so that a no_grad of the model's own shows; nothing needs one.
-    plain = torch.enable_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), TangentRules()
-    with ExitStack() as contexts:
-        for context in (*plain, autocast):
-            contexts.enter_context(context)
+    with dual_numbers(), autocast, ExitStack() as contexts:
         values: dict[Tensor, Tensor] = {
             own: forward_ad.make_dual(parameters[name].detach(), direction[name].detach())
             if name in direction
@@ -76,8 +72,10 @@ def forward_mode(
 
 
 @contextmanager
-def second_order_tangents() -> Iterator[None]:
-    """Forward over reverse: what is a dual tensor inside has its tangent in the backward pass too."""
+def dual_numbers() -> Iterator[None]:
+    """Where tensors may have tangents, with the rules of this module; a backward pass inside has them too (forward over
+    reverse)."""
+    # Gradients are enabled also where nothing needs one, so that a no_grad of the model's own shows.
     with torch.enable_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), TangentRules():
         yield
 
