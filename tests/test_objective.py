@@ -11,6 +11,7 @@ from torch import nn
 
 import distpro
 from distpro.batch import batch_of
+from distpro.losses import build_loss
 from distpro.objective import Objective, Term
 from pathways import UserError, build_pathways
 from tests.pairs import Distance, Levels, batch, free, network, pooled, schedule

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from pathways import Tapped, tap
+from pathways import Tapped, UserError, tap
 from tests.pathways.reference import (
     NAMES,
     READERS,
