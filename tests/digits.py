@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distpro.config.reading import merge
+from distpro.files import save_atomically
+from distpro.models import build_model
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+def random_teacher(folder: Path) -> Path:
+    """Checkpoint of the settings' teacher, a ResNet-14, with random weights."""
+    torch.manual_seed(0)
+    path = folder / "teacher.pt"
+    save_atomically(build_model("resnet14", num_classes=10).state_dict(), path)
+    return path
 
 
 def settings(teacher: str | Path | None = None, changes: dict[str, Any] | None = None) -> dict[str, Any]:

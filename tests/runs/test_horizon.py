@@ -9,20 +9,16 @@ import torch
 
 import distpro
 from distpro.config.reading import read_config
-from distpro.files import load_safely, save_atomically
-from distpro.models import build_model
+from distpro.files import load_safely
 from distpro.schedule import Schedule
 from distpro.train.trainer import Interrupted
-from tests.digits import settings
+from tests.digits import random_teacher, settings
 from tests.runs.test_resume import differences, stop_after
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    save_atomically(build_model("resnet14", num_classes=10).state_dict(), path)
-    return path
+    return random_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def horizon(teacher, **search):

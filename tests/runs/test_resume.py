@@ -15,13 +15,12 @@ import yaml
 
 import distpro
 from distpro.cli import main
-from distpro.files import load_safely, save_atomically
-from distpro.models import build_model
+from distpro.files import load_safely
 from distpro.schedule import Schedule
 from distpro.train.tracking import read_metrics
 from distpro.train.trainer import Interrupted, Trainer
 from tests.conftest import ROOT
-from tests.digits import settings
+from tests.digits import random_teacher, settings
 
 pytestmark = pytest.mark.slow
 
@@ -30,10 +29,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    save_atomically(build_model("resnet14", num_classes=10).state_dict(), path)
-    return path
+    return random_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
