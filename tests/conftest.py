@@ -28,7 +28,7 @@ def one_thread():
 @pytest.fixture
 def data_folder() -> Path:
     """The folder of real data, or a skip."""
-    folder = Path(os.environ.get("DISTPRO_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ.get("DISTPRO_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no data at {folder} (set $DISTPRO_DATA)")
     return folder

@@ -220,21 +220,23 @@ def build_retrain(
     folder: Path | None = None,
     carry: Carry | None = None,
     given: Given | None = None,
+    parts: tuple[Any, Any] | None = None,
 ) -> Trainer:
     """A trainer whose weights replay a schedule or a control (lines 8-14), on the whole training set.
 
-    ``carry``: what a stage takes over from the one before.
+    ``carry``: what a stage takes over from the one before. ``parts``: (training, test) in the place of the data set's.
     """
     retrain = config.retrain
     assert retrain.start is not None
-    train = build_loader(config, data, data.train, training=True)
+    train_part, test_part = parts or (data.train, data.test)
+    train = build_loader(config, data, train_part, training=True)
     if config.training.accumulate > len(train):
         raise UserError(
             f"training.accumulate is {config.training.accumulate}, but an epoch has {len(train)} batches: no step could take "
             "more (a step ends with its epoch)"
         )
     clock = clock_of(config, train)
-    objective = build_objective(config, data, data.train, clock, carry, given)
+    objective = build_objective(config, data, train_part, clock, carry, given)
     scale: Scale | Said = distill_scale(config, int(clock.steps_per_epoch))
     if schedule is not None and config.training.distill_warmup is None:
         schedule, scale = replace(schedule, strength=config.training.distill_weight), "schedule"
@@ -253,10 +255,10 @@ def build_retrain(
         raise UserError("task_weight is 0 and there is no term: nothing to train")
     objective.cache = build_cache(config, data, objective, example_of(config, data))
     optimizer = build_optimizer(config, objective.trainable_parameters())
-    test = build_loader(config, data, data.test, training=False)
+    test = build_loader(config, data, test_part, training=False)
     name = f"retrain ({retrain.weights})"
     trainer = _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)
-    _check_last_batch(trainer, config, data.train)
+    _check_last_batch(trainer, config, train_part)
     return trainer
 
 

@@ -218,6 +218,12 @@ class SearchConfig(Section):
     momentum: float | None = Field(None, ge=0, lt=1)
     per_rate: bool = Field(False, description="divide h by the learning rate's factor, to which it is proportional")
     every: int = Field(1, ge=1, description="steps between two updates of α; at least the horizon")
+    trials: int | None = Field(
+        None,
+        ge=0,
+        description="trainings on the search's part of the data, judged on its validation part: first for the strength of the "
+        "equal weights that it starts from, then of what it has learned; null: 9 with a longer horizon, 0 with one of a step",
+    )
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     normalise: Literal["none", "loss", "gradient"] | None = Field(
         None,
@@ -247,6 +253,14 @@ class SearchConfig(Section):
             if getattr(self, name) is None:
                 setattr(self, name, one if self.horizon == 1 else more)
                 self.model_fields_set.discard(name)  # nobody has stated it
+        logarithmic = self.weighting in ("log", {"log": {}}, {"name": "log"})
+        if self.trials is None:
+            self.trials = TRIALS if self.horizon != 1 and logarithmic else 0
+            self.model_fields_set.discard("trials")
+        elif self.trials and not logarithmic:
+            raise ValueError(
+                f"trials need search.weighting log, which has a strength to choose; it is {self.weighting}"
+            )
         return self
 
     def steps_back(self, total: int) -> int:
@@ -257,6 +271,7 @@ class SearchConfig(Section):
         return min(max(steps, 1), total)
 
 
+TRIALS = 9  # of a search over a longer horizon
 _BY_HORIZON: dict[str, tuple[Any, Any]] = {
     "weighting": ("biased_softmax", "log"),
     "optimizer": ("adam", "relative"),

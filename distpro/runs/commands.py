@@ -9,9 +9,7 @@ alpha.pt          the schedule (search)        data.json         what the data w
 from __future__ import annotations
 
 import copy
-import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +30,11 @@ from distpro.files import load_safely
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
 from distpro.objective import Objective
-from distpro.report.cost import teacher_name
-from distpro.runs.folder import environment, open_folder, recorded_estimator
+from distpro.runs.folder import open_folder
+from distpro.runs.searching import run_search
 from distpro.runs.stages import retrain_stages
 from distpro.runs.training import Result, run_training, save_student
 from distpro.schedule import Schedule
-from distpro.schedule_file import meaning_of
-from distpro.search.searcher import Searcher
 from distpro.task import Task
 from distpro.train import distributed
 from distpro.train.evaluation import evaluate as evaluate_student
@@ -78,35 +74,7 @@ def search(
     checked = _checked(config, overrides, searching=True, given=given)
     _prepare(checked)
     with distributed.started(checked.device):
-        return _search(checked, out, resume, given)
-
-
-def _search(checked: Config, out: str | Path | None, resume: bool, given: Given) -> Schedule:
-    if resume and out is not None:
-        checked = _with_estimator(checked, distributed.gather(recorded_estimator(Path(out)))[0])
-    folder = open_folder(out, checked, resume)
-    data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
-    trainer = build.build_search(checked, data, folder, given)
-    searcher = trainer.weights
-    assert isinstance(searcher, Searcher)
-    checked = _with_estimator(checked, searcher.estimator.name)
-    meta = _schedule_meta(checked, data, trainer.objective)
-    meaning = meaning_of(meta["config"])
-
-    def write() -> None:
-        if folder is not None:
-            searcher.schedule(trainer.steps_per_epoch, meta, **meaning).save(folder / "alpha.pt")
-
-    trainer.on_checkpoint = write
-    run_training(trainer, checked, resume, searcher, facts=data.facts)
-    return searcher.schedule(trainer.steps_per_epoch, meta, **meaning)
-
-
-def _with_estimator(config: Config, taken: Any) -> Config:
-    """The config with the estimator that a run has taken in the place of ``auto``."""
-    if taken is None or parse_spec(config.search.estimator, "search.estimator")[0] != "auto":
-        return config
-    return config.model_copy(update={"search": config.search.model_copy(update={"estimator": taken})})
+        return run_search(checked, out, resume, given)
 
 
 def retrain(
@@ -342,25 +310,3 @@ def _prepare(config: Config) -> None:
     build.check_names(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-
-
-def _schedule_meta(config: Config, data: Any, objective: Objective) -> dict[str, Any]:
-    """What `alpha.pt` says beside the numbers."""
-    assert objective.teacher is not None
-    facts = environment()
-    return {
-        "config": json.loads(config.model_dump_json()),
-        "weighting": json.loads(json.dumps(config.search.weighting)),
-        "threshold": config.retrain.threshold,
-        "lambda": config.training.distill_weight,
-        "teacher": _model_signature(teacher_name(config), objective.teacher.model),
-        "student": _model_signature(config.student.model, objective.student.model),
-        "data": data.facts,
-        "versions": facts["packages"],
-        "revision": facts["revision"],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _model_signature(name: str, model: nn.Module) -> dict[str, Any]:
-    return {"model": name, "parameters": sum(p.numel() for p in model.parameters())}

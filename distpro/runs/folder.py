@@ -51,7 +51,8 @@ def open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | 
     if not distributed.is_main():  # rank 0 looks, and writes at once
         return folder
     if resume:
-        for needed in [written] if config.stages else [folder / "checkpoint.pt", written]:
+        parts = config.stages or (folder / "trials").is_dir()  # of which each has a checkpoint of its own
+        for needed in [written] if parts else [folder / "checkpoint.pt", written]:
             if not needed.is_file():
                 raise UserError(f"{folder}: no {needed.name} to resume from")
         differing = _differences(yaml.safe_load(written.read_text()), json.loads(config.model_dump_json()))
@@ -61,7 +62,7 @@ def open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | 
     if written.exists():
         way = (
             "continue it with --resume"
-            if config.stages or (folder / "checkpoint.pt").is_file()
+            if config.stages or (folder / "checkpoint.pt").is_file() or (folder / "trials").is_dir()
             else "remove it, it has no checkpoint,"
         )
         raise UserError(f"{folder}: holds a run already; {way} or choose another --out")

@@ -50,10 +50,11 @@ def run_training(
     searcher: Searcher | None,
     ended: Callable[[Path], None] = lambda folder: None,
     facts: Mapping[str, Any] | None = None,
+    conclude: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train with tracking; everything that a finished run leaves in its folder but its weights. ``ended`` is called
-    before the result is written, which says that the training has ended. ``facts``: what states the data; a resumed
-    run must have the same."""
+    before the result is written, which says that the run has ended; ``conclude`` before that, in every process, also
+    without a folder. ``facts``: what states the data; a resumed run must have the same."""
     if resume and trainer.folder is not None and facts is not None:
         check_data(trainer.folder, facts)
     note_emulation(config)
@@ -67,7 +68,9 @@ def run_training(
         for said in at_the_start(trainer, facts):
             warn(said)
     if trainer.folder is None or not distributed.is_main():
-        return _fit(trainer)
+        metrics = _fit(trainer)
+        conclude()
+        return metrics
     if not resume:
         record(config, trainer.folder, facts)
     first = trainer.step + 1 if resume else None
@@ -80,6 +83,7 @@ def run_training(
                     [e.key for e in searcher.entries], [e.level or (0, 0, 0) for e in searcher.entries]
                 )
         metrics = _fit(trainer)
+        conclude()
         if searcher is not None:
             learned = searcher.schedule(trainer.steps_per_epoch, {})
             tracker.figure("alpha/processes", schedule_figure(learned), trainer.step)

@@ -46,7 +46,7 @@ class Searcher:
             twice the cost.
         scale: λ, or a function of the step that gives it.
         measure: gives the factor on each entry's loss that makes the terms alike in size, (N,), see `distpro.search.scales`;
-            called once, before the first step. None leaves the losses as they are.
+            called once, before the first step, see `measure`. None leaves the losses as they are.
         rate: the learning rate's factor in the present step, by which h is divided: h is proportional to the learning
             rate, and an optimiser of α̃ with a long memory (Adam) would take small steps for long after it has dropped.
         validation_batches: batches of D_val that one update looks at.
@@ -117,8 +117,7 @@ class Searcher:
         """λ·w of every entry: a tensor, or a list whose zeros are terms that the threshold has dropped."""
         if self.watches(step):
             self.estimator.before_pass()
-        if step == 0 and self._measure is not None:
-            self.scales = self._measure()[self.learned].to(self.scales)
+        self.measure()
         weights = self.weighting(self.alpha_tilde)
         self.history[0, step], self.history[1, step] = self.alpha_tilde, weights
         self.steps_done = step + 1
@@ -130,6 +129,29 @@ class Searcher:
         self._weights = constants.index_copy(0, self.learned, weights)
         effective = constants.index_copy(0, self.learned, self.scale(step) * self.scales * weights)
         return effective.tolist() if dropping else effective
+
+    def measure(self) -> None:
+        """Make the terms alike in size, where that is not done yet."""
+        if self._measure is not None:
+            self.scales = self._measure()[self.learned].to(self.scales)
+            self._measure = None
+
+    @torch.no_grad()
+    def last(self) -> Tensor:
+        """The weights that the search has come to, (N,); those that it begins with before its first step."""
+        if self.steps_done:
+            return self.history[1, self.steps_done - 1].clone()
+        return self.weighting(self.alpha_tilde).clone()
+
+    @torch.no_grad()
+    def start_from(self, weights: Tensor) -> None:
+        """Begin with other weights, (N,), of a search whose α̃ is log w."""
+        self.alpha_tilde.copy_(weights.log())
+
+    @torch.no_grad()
+    def end_with(self, weights: Tensor) -> None:
+        """Let other weights, (N,), be the last ones of the history, of a search whose α̃ is log w."""
+        self.history[0, self.steps_done - 1], self.history[1, self.steps_done - 1] = weights.log(), weights
 
     def _constants(self, step: int) -> Tensor:
         """Weight of each entry that is not searched, (N,), 0 for those that are."""
@@ -183,10 +205,15 @@ class Searcher:
 
     # State
 
-    def schedule(self, steps_per_epoch: float, meta: dict[str, Any], **meaning: Any) -> Schedule:
-        """What has been learned so far. ``meaning``: what a replay makes of it, see `distpro.schedule_file.meaning_of`."""
+    def schedule(
+        self, steps_per_epoch: float, meta: dict[str, Any], constant: Tensor | None = None, **meaning: Any
+    ) -> Schedule:
+        """What has been learned so far; or ``constant`` weights, (N,), of a search whose α̃ is log w. ``meaning``: what a
+        replay makes of it, see `distpro.schedule_file.meaning_of`."""
         entries = self.entries
         alpha_tilde, weights = self.history[:, : self.steps_done].cpu()
+        if constant is not None:
+            alpha_tilde, weights = constant[None].log().cpu(), constant[None].cpu()
         return Schedule(
             keys=tuple(e.key for e in entries),
             levels=torch.tensor([e.level or (0, 0, 0) for e in entries], dtype=torch.int64),
@@ -215,6 +242,7 @@ class Searcher:
         with torch.no_grad():
             self.alpha_tilde.copy_(state["alpha_tilde"])
             self.scales.copy_(state["scales"])
+            self._measure = None
             self.steps_done = state["history"].shape[1]
             self.history[:, : self.steps_done] = state["history"].to(self.history.device)
         self.optimizer.load_state_dict(state["optimizer"])

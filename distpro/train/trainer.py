@@ -41,6 +41,10 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
+class Diverged(UserError):
+    """A loss is no finite number any more."""
+
+
 @dataclass
 class Trainer:
     """Trains the objective's student.
@@ -244,12 +248,12 @@ class Trainer:
         if not math.isfinite(total):
             raise self._divergence(losses.cpu())
 
-    def _divergence(self, losses: Tensor) -> UserError:
+    def _divergence(self, losses: Tensor) -> Diverged:
         """What to say of the steps since the last log row, (steps, 1 + terms)."""
         row, column = (~losses.isfinite()).nonzero()[0].tolist()
         wrong = ["task", *self.objective.keys][column]
         cure = "training.distill_weight" if wrong == "task" else "training.distill_weight, or leave that term out"
-        return UserError(
+        return Diverged(
             f"training diverged: the {wrong} loss is {losses[row, column]:g} at step {self.step - len(losses) + row + 1} "
             f"(lower the learning rate, {cure}?)"
         )

@@ -14,7 +14,7 @@ import torch
 from distpro.data import Loader, load_data, split
 from pathways.registry import UserError
 
-DATA = Path(os.environ.get("DISTPRO_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("DISTPRO_DATA") or Path(__file__).parents[3] / "shared" / "data")
 NAMES = ["ant", "bee", "cat"]
 
 

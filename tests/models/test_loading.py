@@ -16,7 +16,7 @@ from torch import nn
 from distpro.models import build_model, load_checkpoint
 from pathways import UserError
 
-DATA = Path(os.environ.get("DISTPRO_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("DISTPRO_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 CIFAR10 = {
     "resnet20": "resnet20-12fca82f.th",
     "resnet32": "resnet32-d509ac18.th",

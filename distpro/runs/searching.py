@@ -1,0 +1,150 @@
+"""A search from its start to its schedule: the pass over a training, and the trials around it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from distpro import build
+from distpro.build.given import Given
+from distpro.config.schema import Config
+from distpro.objective import Objective
+from distpro.report.cost import teacher_name
+from distpro.runs.folder import environment, open_folder, record, recorded_estimator
+from distpro.runs.training import run_training
+from distpro.runs.trials import Trials
+from distpro.schedule import Schedule
+from distpro.schedule_file import meaning_of
+from distpro.search.searcher import Searcher
+from distpro.search.strength import Strength
+from distpro.train import distributed
+from distpro.train.state import random_state, set_random_state
+from pathways.space import parse_spec
+
+AFTER = 4
+"""Of the trials of a search, those that are kept for what it has learned."""
+
+
+def run_search(checked: Config, out: str | Path | None, resume: bool, given: Given) -> Schedule:
+    """Learn a schedule, write it to the folder, and return it."""
+    if resume and out is not None:
+        checked = _with_estimator(checked, distributed.gather(recorded_estimator(Path(out)))[0])
+    folder = open_folder(out, checked, resume)
+    data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
+    trials = Trials(checked, data, given, None if folder is None else folder / "trials", checked.search.trials or 0)
+    trainer = build.build_search(checked, data, folder, given)
+    searcher = trainer.weights
+    assert isinstance(searcher, Searcher)
+    checked = _with_estimator(checked, searcher.estimator.name)
+    meta = _schedule_meta(checked, data, trainer.objective)
+    meaning = meaning_of(meta["config"])
+
+    def learned(weights: Tensor | None = None) -> Schedule:
+        return searcher.schedule(trainer.steps_per_epoch, meta, weights, **meaning)
+
+    def write() -> None:
+        if folder is not None:
+            learned().save(folder / "alpha.pt")
+
+    trainer.on_checkpoint = write
+    begun = folder is not None and resume and (folder / "checkpoint.pt").is_file()
+    around = _Around(trials, searcher, learned)
+    if trials.most:
+        if folder is not None and not resume and distributed.is_main():
+            record(checked, folder, data.facts)  # a run that is killed in a trial can be gone on with
+        state = random_state(trainer.objective.student)
+        around.choose_start()
+        set_random_state(state)
+
+    def conclude() -> None:
+        if trials.most:
+            around.choose_end()
+            if distributed.is_main():
+                write()
+
+    run_training(trainer, checked, begun, searcher, facts=data.facts, conclude=conclude)
+    return learned()
+
+
+class _Around:
+    """The trials around a search's pass: how strong the equal weights are that it starts from, and whether what it has learned
+    is better.
+
+    Before: equal weights at the strength at which a training with them is best. After: the last weights, at their best
+    strength; where they are worse than the start was, half of the way too. The best of all is what the schedule ends with.
+
+    Args:
+        schedule: of constant weights (N,).
+    """
+
+    def __init__(self, trials: Trials, searcher: Searcher, schedule: Callable[[Tensor], Schedule]):
+        self.trials, self.searcher, self.schedule = trials, searcher, schedule
+        self.start, self._of_start = searcher.last(), math.inf
+
+    def choose_start(self) -> None:
+        """Let the pass start from equal weights of the best strength."""
+        self.searcher.measure()
+        strength = Strength(self._judge("equal weights", self.start), max(1, self.trials.most - AFTER))
+        factor = strength.best()
+        self._of_start = min(strength.judged.values())
+        self.start = self.start * factor
+        self.searcher.start_from(self.start)
+
+    def choose_end(self) -> None:
+        """Let the schedule end with the best weights that were found; with what was learned, where no trial is left."""
+        if not self._left():
+            return
+        last = self.searcher.last()
+        found = {self._of_start: self.start}
+        strength = Strength(self._judge("learned", last), self._left())
+        factor = strength.best(coarse=False)
+        found.setdefault(min(strength.judged.values()), last * factor)
+        if min(found) == self._of_start and self._left():
+            half = (last * self.start).sqrt()
+            found.setdefault(self._judge("half of the way", half)(1.0), half)
+        self.searcher.end_with(found[min(found)])
+
+    def _left(self) -> int:
+        return self.trials.most - len(self.trials.rows)
+
+    def _judge(self, what: str, weights: Tensor) -> Callable[[float], float]:
+        def judge(factor: float) -> float:
+            name = what if factor == 1 else f"{what} times {factor:.3g}"
+            return self.trials.judge(name, self.schedule(weights * factor))
+
+        return judge
+
+
+def _with_estimator(config: Config, taken: Any) -> Config:
+    """The config with the estimator that a run has taken in the place of ``auto``."""
+    if taken is None or parse_spec(config.search.estimator, "search.estimator")[0] != "auto":
+        return config
+    return config.model_copy(update={"search": config.search.model_copy(update={"estimator": taken})})
+
+
+def _schedule_meta(config: Config, data: Any, objective: Objective) -> dict[str, Any]:
+    """What `alpha.pt` says beside the numbers."""
+    assert objective.teacher is not None
+    facts = environment()
+    return {
+        "config": json.loads(config.model_dump_json()),
+        "weighting": json.loads(json.dumps(config.search.weighting)),
+        "threshold": config.retrain.threshold,
+        "lambda": config.training.distill_weight,
+        "teacher": _model_signature(teacher_name(config), objective.teacher.model),
+        "student": _model_signature(config.student.model, objective.student.model),
+        "data": data.facts,
+        "versions": facts["packages"],
+        "revision": facts["revision"],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _model_signature(name: str, model: nn.Module) -> dict[str, Any]:
+    return {"model": name, "parameters": sum(p.numel() for p in model.parameters())}

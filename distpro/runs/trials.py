@@ -1,0 +1,94 @@
+"""Trainings that judge weights: on the part of the data that a search trains on, by the part that it validates on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distpro import build
+from distpro.build.data import search_parts
+from distpro.build.given import Given
+from distpro.config.schema import Config
+from distpro.console import note
+from distpro.files import write_atomically
+from distpro.schedule import Schedule
+from distpro.task import Task
+from distpro.train import distributed
+from distpro.train.trainer import Diverged
+
+
+@dataclass
+class Trials:
+    """Trains a search's config with weights that are to be judged; each from its own start, all with the config's seed.
+
+    Args:
+        config, data, given: of the search.
+        folder: where each trial has a folder of its own while it runs, and ``result.json`` when it has ended: it is not trained
+            again then, and goes on from its checkpoint before that. None keeps nothing.
+        most: how many there will be at most, for what is printed.
+
+    Attributes:
+        rows: name, what it was judged, and metrics of every trial so far, in order.
+    """
+
+    config: Config
+    data: Any
+    given: Given
+    folder: Path | None = None
+    most: int = 0
+
+    def __post_init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.given = replace(self.given, student=copy.deepcopy(self.given.student))  # before a search trains it
+
+    def judge(self, name: str, schedule: Schedule | None = None, config: Config | None = None) -> float:
+        """What is to be small of the training that plays ``schedule``, or that another ``config`` says: see `judged`."""
+        folder = None if self.folder is None else self.folder / re.sub(r"[^\w.+-]+", "_", name)
+        done = None if folder is None or not (folder / "result.json").is_file() else folder / "result.json"
+        if distributed.any_of(done is not None):
+            metrics = distributed.gather(None if done is None else json.loads(done.read_text(encoding="utf-8")))[0]
+        else:
+            metrics = self._train(name, folder, schedule, config or self.config)
+        value = judged(metrics, build.build_task(self.config, self.given))
+        self.rows.append({"name": name, "judged": value, **metrics})
+        if distributed.is_main():
+            said = "  ".join(f"{k} {metrics[k]:.4g}" for k in metrics if k not in ("epoch", "step", "seconds"))
+            note(f"trial {len(self.rows)} of {self.most} at most: {name}: {said or 'diverged'}")
+        return value
+
+    def _train(self, name: str, folder: Path | None, schedule: Schedule | None, config: Config) -> Mapping[str, float]:
+        at_the_end = config.tracking.model_copy(update={"evaluate_every": config.training.epochs})
+        checked = config.model_copy(update={"tracking": at_the_end})
+        if schedule is not None:
+            replayed = {"weights": "searched", "start": schedule.start, "threshold": schedule.threshold, "mapping": {}}
+            checked = checked.model_copy(update={"retrain": checked.retrain.model_copy(update=replayed)})
+        given = replace(self.given, student=copy.deepcopy(self.given.student))
+        validation, train = search_parts(checked, self.data)
+        trainer = build.build_retrain(checked, self.data, schedule, folder, given=given, parts=(train, validation))
+        trainer.name = f"trial {len(self.rows) + 1}"
+        if folder is not None and (folder / "checkpoint.pt").is_file():
+            trainer.resume()
+        try:
+            metrics = {k: v for k, v in trainer.fit().items() if not k.startswith("best_")}
+        except Diverged:
+            metrics = {}
+        if folder is not None and distributed.is_main():
+            write_atomically(json.dumps(metrics, indent=1) + "\n", folder / "result.json")
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        return metrics
+
+
+def judged(metrics: Mapping[str, float], task: Task) -> float:
+    """What is to be small: the validation loss where the task's metrics have one, else the headline, by its sign; inf of a
+    training that has diverged."""
+    if not metrics:
+        return math.inf
+    worth = metrics[task.headline] * (-1 if task.higher_is_better else 1)
+    value = metrics.get("loss", worth)
+    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,151 @@
+"""The trials of a search over a horizon: what they judge, what they leave, and a search that is stopped in one."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import distpro
+from distpro import build
+from distpro.build.data import search_parts
+from distpro.config.reading import read_config
+from distpro.files import load_safely
+from distpro.runs.trials import judged
+from distpro.schedule import Schedule
+from distpro.tasks import TASKS
+from distpro.train.trainer import Diverged, Interrupted, Trainer
+from tests.digits import random_teacher, settings
+from tests.runs.test_resume import differences, stop_after
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return random_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def searching(teacher, **search):
+    """A search of twelve steps, in four windows, with a space of two terms."""
+    changes = {
+        "search": {"horizon": 3, "trials": 6, **search},
+        "pathways": None,
+        "terms": [{"loss": "kd"}, {"loss": "sp"}],
+    }
+    return settings(teacher, changes)
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    distpro.search(searching(teacher), out=folder)
+    return folder
+
+
+def results(folder):
+    return {path.parent.name: json.loads(path.read_text()) for path in (folder / "trials").glob("*/result.json")}
+
+
+def test_the_schedule_ends_with_the_weights_that_were_judged_best(whole):
+    found = results(whole)
+    assert {"equal_weights", "learned"} < set(found) and 3 <= len(found) <= 6
+    assert not list((whole / "trials").glob("*/checkpoint.pt"))
+    best = min(found, key=lambda name: found[name].get("loss", math.inf))
+    schedule = Schedule.load(whole / "alpha.pt")
+    first, last = schedule.weights[0], schedule.weights[-1]
+    factor = float(best.rpartition("times_")[2]) if "times" in best else 1.0
+    equal = min((n for n in found if n.startswith("equal")), key=lambda n: found[n].get("loss", math.inf))
+    strength = float(equal.rpartition("times_")[2]) if "times" in equal else 1.0
+    assert first.tolist() == pytest.approx(
+        [strength / 3] * 2, rel=0.01
+    )  # the pass begins where equal weights were best
+    if best.startswith("equal"):
+        assert last.tolist() == pytest.approx([factor / 3] * 2, rel=0.01)
+    else:
+        assert (last / last.sum() - 0.5).abs().max() > 1e-3
+
+
+def test_a_trial_is_the_retrain_of_its_weights_on_the_searchs_part(teacher, tmp_path):
+    """What `equal weights` is judged by is what a training on those samples as a data set of their own says."""
+    plain = searching(teacher, trials=1)
+    plain["data"] = {**plain["data"], "augment": []}  # it is drawn by a sample's number in its set
+    schedule = distpro.search(plain, out=tmp_path / "search")
+    config = read_config(plain)
+    data = build.build_data(config)
+    validation, train = search_parts(config, data)
+    arrays = {"names": np.array(data.names)}
+    for name, part in (("train", train), ("test", validation)):
+        arrays |= {f"x_{name}": part.images.permute(0, 2, 3, 1).numpy(), f"y_{name}": part.labels.numpy()}
+    np.savez(tmp_path / "parts.npz", **arrays)
+    there = {"name": "npz", "root": str(tmp_path / "parts.npz"), "samples": None, "params": {}}
+    scales = dict(zip(schedule.keys, schedule.scales.tolist(), strict=True))
+    own = {
+        **plain,
+        "data": {**plain["data"], **there, "mean": list(data.mean), "std": list(data.std)},
+        "terms": [{"loss": loss, "weight": scales[loss] / 3} for loss in ("kd", "sp")],
+        "retrain": {"weights": "constant"},
+    }
+    expected = distpro.retrain(own).metrics["loss"]
+    assert results(tmp_path / "search")["equal_weights"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("trial", [0, 2, 5])
+def test_a_search_that_is_stopped_in_a_trial_ends_in_the_same_bytes(teacher, whole, tmp_path, monkeypatch, trial):
+    """Before the pass and after it."""
+    fits = []
+    fit = Trainer.fit
+
+    def stopping(trainer):
+        fits.append(trainer)
+        if len(fits) - 1 == trial:
+            stop_after(monkeypatch, [trainer.step + 5], signal.SIGTERM)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", stopping)
+    with pytest.raises(Interrupted):
+        distpro.search(searching(teacher), out=tmp_path / "run")
+    monkeypatch.undo()
+    distpro.search(searching(teacher), out=tmp_path / "run", resume=True)
+    for name in ("checkpoint.pt", "alpha.pt"):
+        files = [load_safely(folder / name) for folder in (whole, tmp_path / "run")]
+        for file in files:
+            file.pop("seconds", None)
+            file.get("meta", {}).pop("created", None)
+        assert differences(*files) == []
+    for name, result in results(whole).items():
+        again = results(tmp_path / "run")[name]
+        assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+
+def test_without_a_folder_it_learns_the_same(teacher, whole):
+    found = distpro.search(searching(teacher))
+    assert torch.equal(found.weights, Schedule.load(whole / "alpha.pt").weights)
+
+
+def test_a_trial_that_diverges_is_worst(teacher, tmp_path, monkeypatch):
+    fit = Trainer.fit
+
+    def diverging(trainer):
+        if trainer.name == "trial 2":
+            raise Diverged("training diverged")
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", diverging)
+    distpro.search(searching(teacher, trials=6), out=tmp_path / "run")
+    assert [name for name, result in results(tmp_path / "run").items() if not result] == ["equal_weights_times_10"]
+
+
+def test_what_is_judged():
+    task = TASKS.build("classification")
+    assert judged({"accuracy": 50.0, "loss": 0.5}, task) == 0.5
+    assert judged({"accuracy": 50.0}, task) == -50.0
+    assert judged({"accuracy": 50.0, "loss": math.nan}, task) == judged({}, task) == math.inf
+
+
+def test_trials_need_a_strength_to_choose(teacher):
+    with pytest.raises(distpro.UserError, match="trials need search.weighting log"):
+        distpro.search(searching(teacher, weighting="softmax"))
+    assert distpro.search(searching(teacher, weighting="softmax", trials=None)).reading == "softmax"
