@@ -37,8 +37,9 @@ from distpro.weights import Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
-REACH = 4.0
-"""How far the logarithm of a weight may move in a search by relative steps, all of them together."""
+REACH, REACH_FROM_TRIALS = 4.0, 2.0
+"""How far the logarithm of a weight may move in a search by relative steps, all of them together; and where trials have
+chosen the strength that it starts from, so that it has no way to go to it."""
 
 VALIDATION_SAMPLES = 1024
 """On so many samples at most a gradient over a horizon looks at the validation loss; it is far dearer than they are."""
@@ -174,7 +175,9 @@ def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_siz
 
 def _learning_rate(search: SearchConfig, updates: int) -> float:
     """γ where the config says none."""
-    return REACH / max(1, updates) if search.optimizer == "relative" else 0.05
+    if search.optimizer != "relative":
+        return 0.05
+    return (REACH_FROM_TRIALS if search.trials else REACH) / max(1, updates)
 
 
 def _validation_batches(config: Config, validation: Any, horizon: int) -> int:
