@@ -25,7 +25,7 @@ from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Said, Schedule, warmed_up
-from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle
+from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle, second_obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
@@ -198,6 +198,12 @@ def _choose_estimator(config: Config, objective: Objective, example: Batch, hori
         if name not in ("auto", "sweep", "unrolled"):
             raise UserError(
                 f"search.estimator: {name} looks one step back; with a horizon of {horizon}: sweep or unrolled"
+            )
+        without = next(filter(None, distributed.gather(second_obstacle(objective, example))), "")
+        if without:
+            raise UserError(
+                f"search.horizon: {without} has no second derivative in PyTorch, which a horizon of several steps needs; "
+                "use search.horizon=1, or leave out what uses it"
             )
         return "sweep" if name == "auto" else name, {"steps": horizon, **params}
     if name not in ("auto", "forward_mode"):
