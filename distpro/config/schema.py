@@ -224,6 +224,12 @@ class SearchConfig(Section):
         description="trainings on the search's part of the data, judged on its validation part: first for the strength of the "
         "equal weights that it starts from, then of what it has learned; null: 9 with a longer horizon, 0 with one of a step",
     )
+    criterion: Literal["task", "calibrated"] | None = Field(
+        None,
+        description="what of the validation part is to be small: the task loss (the paper), or the cross entropy at its best "
+        "temperature, which does not ask how sure of itself a student is; null: task, with a longer horizon calibrated where the "
+        "task's loss is a cross entropy",
+    )
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     normalise: Literal["none", "loss", "gradient"] | None = Field(
         None,
@@ -276,6 +282,7 @@ _BY_HORIZON: dict[str, tuple[Any, Any]] = {
     "weighting": ("biased_softmax", "log"),
     "optimizer": ("adam", "relative"),
     "momentum": (0.0, 0.5),
+    "criterion": ("task", "calibrated"),
 }
 """What a search takes where its config says nothing: with a horizon of one step, and with a longer one."""
 
