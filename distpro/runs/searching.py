@@ -30,6 +30,9 @@ from pathways.space import parse_spec
 AFTER = 4
 """Of the trials of a search, those that are kept for what it has learned."""
 
+BELOW = 0.1
+"""The pass starts from this part of the best strength of equal weights."""
+
 
 def run_search(checked: Config, out: str | Path | None, resume: bool, given: Given) -> Schedule:
     """Learn a schedule, write it to the folder, and return it."""
@@ -75,11 +78,12 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
 
 
 class _Around:
-    """The trials around a search's pass: how strong the equal weights are that it starts from, and whether what it has learned
-    is better.
+    """The trials around a search's pass: how strong the terms are, which a gradient is least to be trusted with, and whether
+    what the pass has learned is better than equal weights.
 
-    Before: equal weights at the strength at which a training with them is best. After: the last weights, at their best
-    strength; where they are worse than the start was, half of the way too. The best of all is what the schedule ends with.
+    Before: equal weights at the strength at which a training with them is best. The pass starts from a part of it: near where
+    trainings diverge a gradient says nothing. After: what the pass has made of the weights' shares, at that best strength and near
+    it; where it is worse than equal weights, half of the way too. The best of all is what the schedule ends with.
 
     Args:
         schedule: of constant weights (N,).
@@ -87,29 +91,28 @@ class _Around:
 
     def __init__(self, trials: Trials, searcher: Searcher, schedule: Callable[[Tensor], Schedule]):
         self.trials, self.searcher, self.schedule = trials, searcher, schedule
-        self.start, self._of_start = searcher.last(), math.inf
+        self.equal, self._of_equal = searcher.last(), math.inf
 
     def choose_start(self) -> None:
-        """Let the pass start from equal weights of the best strength."""
+        """Find the strength, and let the pass start below it."""
         self.searcher.measure()
-        strength = Strength(self._judge("equal weights", self.start), max(1, self.trials.most - AFTER))
-        factor = strength.best()
-        self._of_start = min(strength.judged.values())
-        self.start = self.start * factor
-        self.searcher.start_from(self.start)
+        strength = Strength(self._judge("equal weights", self.equal), max(1, self.trials.most - AFTER))
+        self.equal = self.equal * strength.best()
+        self._of_equal = min(strength.judged.values())
+        self.searcher.start_from(self.equal * BELOW)
 
     def choose_end(self) -> None:
         """Let the schedule end with the best weights that were found; with what was learned, where no trial is left."""
-        if not self._left():
-            return
         last = self.searcher.last()
-        found = {self._of_start: self.start}
-        strength = Strength(self._judge("learned", last), self._left())
-        factor = strength.best(coarse=False)
-        found.setdefault(min(strength.judged.values()), last * factor)
-        if min(found) == self._of_start and self._left():
-            half = (last * self.start).sqrt()
-            found.setdefault(self._judge("half of the way", half)(1.0), half)
+        learned = last * (self.equal.sum() / last.sum())
+        found = {math.inf: learned}
+        if self._left():
+            strength = Strength(self._judge("learned", learned), self._left())
+            factor = strength.best(coarse=False)
+            found = {self._of_equal: self.equal, min(strength.judged.values()): learned * factor}
+        if min(found) == self._of_equal and self._left():
+            half = (learned * self.equal).sqrt()
+            found[self._judge("half of the way", half)(1.0)] = half
         self.searcher.end_with(found[min(found)])
 
     def _left(self) -> int:

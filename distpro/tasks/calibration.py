@@ -23,17 +23,22 @@ Rows = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 """A task's ``rows(output, batch)``: logits (P, K) of all positions that count, and their labels (P,) or probabilities (P, K)."""
 
 
-def calibrated_loss(logits: Tensor, target: Tensor) -> Tensor:
+def calibrated_loss(logits: Tensor, target: Tensor, average: Callable[[Tensor], Tensor] = lambda loss: loss) -> Tensor:
     """The mean cross entropy of logits (P, K) at their best temperature, a scalar; 0 of no positions.
 
     The gradient by the logits is that at the temperature held fixed: at its optimum it moves nothing (envelope theorem).
+
+    Args:
+        average: of a scalar over several processes that each have a part of the positions, so that all take one temperature.
     """
-    if len(logits) == 0:
-        return logits.sum()
     logits = logits.float()
+
+    def loss(inverse: float) -> Tensor:
+        return F.cross_entropy(inverse * logits, target) if len(logits) else logits.sum()
+
     with torch.no_grad():
-        inverse = _smallest(lambda x: F.cross_entropy(x * logits.detach(), target))
-    return F.cross_entropy(inverse * logits, target)
+        inverse = _smallest(lambda x: average(loss(x)))
+    return loss(inverse)
 
 
 def _smallest(loss: Callable[[float], Tensor], steps: int = 16) -> float:

@@ -285,8 +285,12 @@ def test_compiled_models_are_probed(compiler):
     model[0].compile(backend="eager")
     model(x)
     assert probe_shapes(model, ["0.0"], x) == {"0.0": (4,)}
-    with pytest.raises(UserError, match="compiled before the tap was set"), tap(model, ["0.0"]) as taps:
-        model(x), taps["0.0"]
+    with tap(model, ["0.0"]) as taps:  # older versions of PyTorch compile again for a new hook, later ones do not
+        model(x)
+        try:
+            assert torch.equal(taps["0.0"], model[0][0].forward(x))
+        except UserError as error:
+            assert "compiled before the tap was set" in str(error)
 
 
 # Pathways

@@ -23,7 +23,7 @@ def teacher(tmp_path_factory):
 
 def horizon(teacher, **search):
     """A search of twelve steps whose config names no space."""
-    config = settings(teacher, {"search": {"horizon": 0.25, "trials": 0, **search}})
+    config = settings(teacher, {"search": {"horizon": 0.25, "trials": 0, "validation_fraction": 0.2, **search}})
     return {key: value for key, value in config.items() if key not in ("pathways", "terms")}
 
 

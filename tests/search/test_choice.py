@@ -133,12 +133,18 @@ def found(student):
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_student_with_an_operator_without_its_rule(name):
     student, message = WITHOUT[name]
-    assert message in found(student)
+    answer = found(student)
+    if name == "torchvision's operator" and "jvp is not implemented" in answer:
+        return  # older versions of torchvision say so, later ones lose the tangent
+    assert message in answer
 
 
 @pytest.mark.parametrize("name", WITH)
 def test_a_student_that_has_tangents(name):
-    assert found(WITH[name]) == ""
+    answer = found(WITH[name])
+    if name == "checkpoint" and "_NoopSaveInputs has no forward-mode rule" in answer:
+        return  # nor have they in older versions of PyTorch
+    assert answer == ""
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "shufflenet_v1", "vgg8"])

@@ -111,12 +111,13 @@ def test_a_search_and_a_retrain(folder):
 
 def test_a_search_over_a_horizon(folder):
     """Sweep and trials: the same weights, and the same trainings judged alike."""
-    config = write(folder, search={"horizon": 3, "trials": 6})
+    config = write(folder, search={"horizon": 3, "trials": 6, "validation_fraction": 0.2})
     two("search", config, "--out", "two")
     alone = distpro.search(config, out="one")
     together = Schedule.load("two/alpha.pt")
-    assert torch.allclose(together.alpha_tilde, alone.alpha_tilde, atol=2e-3)
-    assert (alone.alpha_tilde[3] - alone.alpha_tilde[0]).abs().max() > 0.2
+    moved = (alone.alpha_tilde[3] - alone.alpha_tilde[0]).abs().max().item()
+    assert torch.allclose(together.alpha_tilde[:6], alone.alpha_tilde[:6], atol=0.02 * moved) and moved > 1e-4
+    assert torch.allclose(together.weights[-1], alone.weights[-1], rtol=0.02)
     judged = [
         {path.parent.name: json.loads(path.read_text())["loss"] for path in Path(run).glob("trials/*/result.json")}
         for run in ("two", "one")

@@ -90,7 +90,8 @@ class Estimator:
         `distpro.tasks.calibration`."""
         if self.calibrated:
             task = self.objective.task
-            return calibrated_loss(*task.rows(Reader(task, batch).plain(output), batch))  # type: ignore[attr-defined]
+            logits, target = task.rows(Reader(task, batch).plain(output), batch)  # type: ignore[attr-defined]
+            return calibrated_loss(logits, target, _averaged)
         return self.objective.task_loss_of(output, batch)
 
     def validation_gradient(self, batches: Sequence[Batch]) -> dict[nn.Parameter, Tensor]:
@@ -109,3 +110,9 @@ class Estimator:
         self.validation_loss = loss
         averaged = distributed.average_where_any(summed, params)
         return {p: g for p, g in zip(params, averaged, strict=True) if g is not None}
+
+
+def _averaged(scalar: Tensor) -> Tensor:
+    """Over all processes."""
+    distributed.average([scalar])
+    return scalar
