@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from distpro.data.statistics import check_statistics
-from distpro.process import parse_process, reduction_of
+from distpro.process import learned_of, parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
 from distpro.schedule_file import START, THRESHOLD
 from pathways.registry import UserError
@@ -129,7 +129,11 @@ class TermConfig(Section):
 
     loss: str
     key: str | None = None
-    params: Params = {}
+    params: Params = Field(
+        {},
+        description="of the loss; its scalars also as processes, and as learned, or {learned: {initial: 4}}: by a search over a "
+        "horizon, replayed in retrain",
+    )
     weight: float | Literal["learned", "schedule"] | dict[str, Any] = Field(
         "learned",
         description="a number; a process such as {linear: {initial: 1, final: 0}}; 'learned' (by search, replayed in "
@@ -341,7 +345,11 @@ class Config(Section):
     )
     student: ModelConfig
     freeze: list[str] = Field([], description="modules of the student that do not train")
-    task_weight: ProcessSpec = Field(1.0, description="of the task loss, a number or a process; 0: not computed")
+    task_weight: ProcessSpec | Literal["learned"] = Field(
+        1.0,
+        description="of the task loss, a number or a process; 0: not computed; learned, or {learned: {initial: 1}}: by a search "
+        "over a horizon, replayed in retrain",
+    )
     prune: bool = Field(True, description="run only the parts of the models that a loss depends on")
     cache: CacheConfig | None = None
     teacher_training: bool = Field(False, description="run the teacher in training mode (a fault of ReviewKD's code)")
@@ -356,7 +364,10 @@ class Config(Section):
     @field_validator("task_weight")
     @classmethod
     def _known_process(cls, weight: Any) -> Any:
-        return _check_process(weight)
+        learned = learned_of(weight)
+        if learned is not None and isinstance(learned.initial, list):
+            raise UserError(f"task_weight: learned: initial: expected one number, found {learned.initial}")
+        return _check_process(weight) if learned is None else weight
 
     @model_validator(mode="after")
     def _one_or_several_teachers(self) -> Config:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from distpro import build
 from distpro.build.given import Given
@@ -21,6 +21,7 @@ from distpro.runs.training import run_training
 from distpro.runs.trials import Trials
 from distpro.schedule import Schedule
 from distpro.schedule_file import meaning_of
+from distpro.search.learned import Constants
 from distpro.search.searcher import Searcher
 from distpro.search.strength import Strength
 from distpro.train import distributed
@@ -45,8 +46,8 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
     meta = _schedule_meta(checked, data, trainer.objective)
     meaning = meaning_of(meta["config"])
 
-    def learned(weights: Tensor | None = None) -> Schedule:
-        return searcher.schedule(trainer.steps_per_epoch, meta, weights, **meaning)
+    def learned(values: Constants | None = None) -> Schedule:
+        return searcher.schedule(trainer.steps_per_epoch, meta, values, **meaning)
 
     def write() -> None:
         if folder is not None:
@@ -80,10 +81,10 @@ class _Around:
     strength; where they are worse than the start was, half of the way too. The best of all is what the schedule ends with.
 
     Args:
-        schedule: of constant weights (N,).
+        schedule: of constant weights and scalars.
     """
 
-    def __init__(self, trials: Trials, searcher: Searcher, schedule: Callable[[Tensor], Schedule]):
+    def __init__(self, trials: Trials, searcher: Searcher, schedule: Callable[[Constants], Schedule]):
         self.trials, self.searcher, self.schedule = trials, searcher, schedule
         self.start, self._of_start = searcher.last(), math.inf
 
@@ -93,8 +94,8 @@ class _Around:
         strength = Strength(self._judge("equal weights", self.start), max(1, self.trials.most - AFTER))
         factor = strength.best()
         self._of_start = min(strength.judged.values())
-        self.start = self.start * factor
-        self.searcher.start_from(self.start)
+        self.start = self.start.times(factor)
+        self.searcher.start_from(self.start.weights)
 
     def choose_end(self) -> None:
         """Let the schedule end with the best weights that were found; with what was learned, where no trial is left."""
@@ -104,19 +105,19 @@ class _Around:
         found = {self._of_start: self.start}
         strength = Strength(self._judge("learned", last), self._left())
         factor = strength.best(coarse=False)
-        found.setdefault(min(strength.judged.values()), last * factor)
+        found.setdefault(min(strength.judged.values()), last.times(factor))
         if min(found) == self._of_start and self._left():
-            half = (last * self.start).sqrt()
+            half = last.halfway(self.start)
             found.setdefault(self._judge("half of the way", half)(1.0), half)
         self.searcher.end_with(found[min(found)])
 
     def _left(self) -> int:
         return self.trials.most - len(self.trials.rows)
 
-    def _judge(self, what: str, weights: Tensor) -> Callable[[float], float]:
+    def _judge(self, what: str, values: Constants) -> Callable[[float], float]:
         def judge(factor: float) -> float:
             name = what if factor == 1 else f"{what} times {factor:.3g}"
-            return self.trials.judge(name, self.schedule(weights * factor))
+            return self.trials.judge(name, self.schedule(values.times(factor)))
 
         return judge
 
