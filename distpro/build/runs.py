@@ -34,7 +34,7 @@ from distpro.train import distributed
 from distpro.train.checks import check_last_batch
 from distpro.train.rates import LearningRate
 from distpro.train.trainer import Trainer
-from distpro.weights import Scale, Weights, replay
+from distpro.weights import CONTROLS, Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
@@ -260,6 +260,9 @@ def build_retrain(
     scale: Scale | Said = distill_scale(config, int(clock.steps_per_epoch))
     if schedule is not None and config.training.distill_warmup is None:
         schedule, scale = replace(schedule, strength=config.training.distill_weight), "schedule"
+    replays = schedule is not None and retrain.weights in CONTROLS
+    if learned_of(config.task_weight) is not None and replays and TASK not in schedule.scalars:  # type: ignore[union-attr]
+        raise UserError("task_weight: it is learned, but the schedule has no scalar 'task': state a number")
     weights = replay(
         objective,
         retrain.weights,

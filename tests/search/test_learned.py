@@ -1,5 +1,5 @@
 """Numbers beside the weights that a search over a horizon learns: their gradient against autograd through the whole training
-and against real trainings, and which scalars can be learned."""
+and against real trainings, and how they move."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from distpro.objective import Objective, Term
 from distpro.search.estimators import ESTIMATORS
 from distpro.search.estimators.swap import swapped
 from distpro.search.estimators.unrolled import _DIFFERENTIABLE, _clip
-from distpro.search.learned import LearnedScalars
+from distpro.search.learned import Constants, LearnedScalars
+from distpro.search.relative import RelativeStep
+from distpro.search.searcher import Searcher
+from distpro.search.weighting import WEIGHTINGS
 from distpro.train.state import no_trace
+from pathways.registry import UserError
+from tests.search.algorithm_1 import Batches, objective_of_four
 from tests.search.test_hypergradient import relative
 from tests.search.test_sweep import Horizon
 
@@ -60,7 +65,7 @@ class Learning(Horizon):
             original(step)
 
         estimator.before_step = before_step
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(self.batches):  # noqa: B007  (before_step reads it)
             step = self.step(batch, self.weights, estimator)
         return estimator, estimator(step, [self.validation])
 
@@ -135,3 +140,96 @@ def test_real_trainings_agree(name):
             difference = (validation_loss(at, which, 1e-5) - validation_loss(at, which, -1e-5)) / 2e-5
             found = estimator.per_step[at, len(case.weights) + which].item()
             assert found == pytest.approx(difference, rel=1e-5, abs=1e-9), (at, NAMES[which])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("kt.temperature", "scalar 'kt.temperature' is of no term"),
+        ("kd.heat", "'heat' of term 'kd' cannot move (allowed: temperature, ce_weight)"),
+        (
+            "kd.ce_weight",
+            "scalar 'kd.ce_weight' starts from 0.0; a learned one moves as its logarithm: state a start above 0",
+        ),
+        (
+            "hcl.level_weights",
+            "'level_weights' of term 'hcl' is a list: name an item, level_weights.0 to level_weights.3",
+        ),
+        ("hcl.level_weights.4", "'level_weights.4' of term 'hcl' is a list: name an item"),
+    ],
+)
+def test_names_of_nothing_are_refused(name, message):
+    objective = Learning("sgd").objective
+    with pytest.raises(UserError) as refused:
+        LearnedScalars(objective, [name], 1)
+    assert message in str(refused.value)
+
+
+# The search
+
+
+def searcher(**settings):
+    objective = objective_of_four()
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.1)
+    name = settings.pop("estimator", "sweep")
+    estimator = ESTIMATORS.build(name, objective, optimizer, **({"steps": 3} if name == "sweep" else {}))
+    settings = {"optimizer": "relative", "scalars": ["task", "kd.temperature"], **settings}
+    return Searcher(
+        objective,
+        estimator,
+        WEIGHTINGS.build("log"),
+        Batches(11).endless,
+        total_steps=12,
+        learning_rate=0.5,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("estimator", ["forward_mode", "finite_difference", "unrolled"])
+def test_only_a_sweep_learns_them(estimator):
+    with pytest.raises(
+        UserError, match=f"task, kd.temperature can be learned by a search over a horizon alone .* has {estimator}"
+    ):
+        searcher(estimator=estimator)
+
+
+def test_weights_and_scalars_share_one_step():
+    """Their logarithms are one group: the largest of all gradients moves by the step's size, the others in proportion."""
+    found = searcher()
+    found.alpha_tilde.grad = torch.tensor([0.1, -0.2, 0.0])
+    found.beside.log.grad = torch.tensor([0.4, -0.1])
+    before = torch.cat([found.alpha_tilde, found.beside.log]).detach().clone()
+    found.optimizer.step()
+    moved = torch.cat([found.alpha_tilde, found.beside.log]).detach() - before
+    assert torch.allclose(moved, torch.tensor([-0.125, 0.25, 0.0, -0.5, 0.125]))
+
+
+def test_the_objective_computes_with_what_is_recorded():
+    """From the start, after an update, and after a state is loaded."""
+    found = searcher()
+    found.weights(0)
+    with torch.no_grad():
+        found.beside.log.copy_(torch.tensor([0.5, 8.0]).log())
+    found.beside.moved()
+    found.weights(1)
+    assert found.beside.history[:2].tolist() == [pytest.approx([1, 4]), pytest.approx([0.5, 8])]
+    again = searcher()
+    again.load_state_dict(found.state_dict())
+    for one in (found, again):
+        assert one.objective.task_weight_at(1) == pytest.approx(0.5)
+        assert one.objective.terms[-1].loss.temperature == pytest.approx(8)
+    schedule = again.schedule(5, {}, Constants(torch.ones(3), torch.tensor([2.0, 3.0])))
+    assert {name: values.tolist() for name, values in schedule.scalars.items()} == {"task": [2], "kd.temperature": [3]}
+    assert {name: values.tolist() for name, values in again.schedule(5, {}).scalars.items()} == {
+        "task": pytest.approx([1, 0.5]),
+        "kd.temperature": pytest.approx([4, 8]),
+    }
+    logged = again.scalars()
+    assert logged["scalar/task"].item() == 0.5 and logged["scalar/kd.temperature"].item() == pytest.approx(8)
+
+
+def test_steps_are_of_a_group_that_they_have_in_common():
+    p, q = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    p.grad, q.grad = torch.tensor([1.0, 2.0]), torch.tensor([-4.0, 0.0])
+    RelativeStep([{"params": [p]}, {"params": [q]}], lr=1.0, momentum=0.0).step()
+    assert p.tolist() == [-0.5, -1.0] and q.tolist() == [1.0, 0.0]
