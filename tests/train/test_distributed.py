@@ -108,6 +108,21 @@ def test_a_search_and_a_retrain(folder):
     assert found == pytest.approx([row["test/loss"] for row in theirs if "test/loss" in row], rel=1e-4)
 
 
+def test_a_search_over_a_horizon(folder):
+    """With numbers beside the weights that are learned too."""
+    kd = {"loss": "kd", "params": {"temperature": "learned"}}
+    terms = [kd, {"loss": "at", "connect": "all"}]
+    config = write(folder, terms=terms, task_weight="learned", search={"horizon": 3, "trials": 3})
+    two("search", config, "--out", "two")
+    alone = distpro.search(config, out="one")
+    together = Schedule.load("two/alpha.pt")
+    assert torch.allclose(together.alpha_tilde, alone.alpha_tilde, atol=2e-3)
+    assert list(alone.scalars) == ["task", "kd.temperature"]
+    for name, values in alone.scalars.items():
+        assert (values.log() - values[0].log()).abs().max() > 1e-3, name  # they have moved
+        assert torch.allclose(together.scalars[name], values, rtol=2e-3), name
+
+
 def test_batch_statistics_over_both(folder):
     config = write(folder, student={"model": "resnet8", "taps": ["layer1", "layer2"]}, retrain={"weights": "equal"})
     two("retrain", config, "--out", "two", "sync_batch_norm=true")
