@@ -2,7 +2,7 @@
 
 A scalar x acts through the gradient: the search takes m = d/dx ⟨∂ℓ/∂f, c⟩, f what the term reads and its own parameters. A loss
 that takes x as a plain number on the way (``float(x)``, a function of its own without that derivative) has 0 there without
-a word, so m is compared with a difference of gradients, in float64.
+a word, so m is compared with a difference of gradients, in float64 (in float32 where a loss has constants of its own in that).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from distpro.search.estimators.tangents import dual_numbers
 from distpro.search.learned import LearnedScalars
 from distpro.train.state import no_trace, random_state, set_random_state
 
-STEP = 1e-4
-"""Of the difference, relative to the scalar."""
+STEP = {torch.float64: 1e-4, torch.float32: 1e-2}
+"""Of the difference, relative to the scalar, by the precision."""
 AGREEMENT = 0.01
 """Relative difference of the two that may be rounding, or the difference's own error; what is lost is off by its share."""
 NOTHING = 1e-6
@@ -38,11 +38,13 @@ def obstacles(objective: Objective, scalars: LearnedScalars, batch: Batch) -> tu
     with no_trace(objective.student, objective.terms), torch.enable_grad():
         with torch.no_grad():
             read = objective.run_student(batch)[1], objective.run_teacher(replace(batch, index=None))
-        student, teacher = ({name: _wide(f) for name, f in features.items()} for features in read)
         for n, name in enumerate(scalars.names):
             if scalars.places[n] is None:  # the task's weight is a factor
                 continue
-            slope = _Slope(objective, scalars, n, student, teacher, batch)
+            try:
+                slope = _Slope(objective, scalars, n, *read, batch, torch.float64)
+            except RuntimeError:
+                slope = _Slope(objective, scalars, n, *read, batch, torch.float32)
             said, sees = slope.compare()
             found += [f"scalar '{name}' cannot be learned: {said}; state a number or a process"] if said else []
             forward = forward and sees
@@ -60,7 +62,9 @@ class _Slope:
         student: Features,
         teacher: Features,
         batch: Batch,
+        dtype: torch.dtype,
     ):
+        self.dtype = dtype
         self.objective, self.scalars, self.number, self.batch = objective, scalars, number, batch
         self.values = scalars.values().tolist()
         place = scalars.places[number]
@@ -69,20 +73,21 @@ class _Slope:
         self.term = place[0]
         self.active = [t is self.term for t in objective.terms for _ in entries_of(t)]
         self.names = [name for name, f in student.items() if f.is_floating_point()]
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher = ({name: self._as(f) for name, f in read.items()} for read in (student, teacher))
         self.own = [p for p in self.term.parameters() if p.requires_grad]
-        self.at = [*(student[name] for name in self.names), *(_wide(p) for p in self.own)]
+        self.at = [*(self.student[name] for name in self.names), *(self._as(p) for p in self.own)]
         self.state = random_state(objective.student)
-        self.buffers = {b: _wide(b).clone() for b in self.term.buffers()}
+        self.buffers = {b: self._as(b).clone() for b in self.term.buffers()}
         self._loss(self.at, self.values[number], self.buffers)  # a memory's normalisation is fixed in its first call
         generator = torch.Generator().manual_seed(0)
-        self.along = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device) for x in self.at]
+        self.along = [torch.randn(x.shape, generator=generator, dtype=dtype).to(x.device) for x in self.at]
 
     def compare(self) -> tuple[str, bool]:
         """What is wrong, in words, and whether forward over reverse is right."""
-        x = torch.tensor(self.values[self.number], dtype=torch.float64, device=self.objective.device)
-        above, below = (self._gradient(x * (1 + sign * STEP))[0] for sign in (1, -1))
-        expected = ((above - below) / (2 * STEP * x)).item()
+        x = torch.tensor(self.values[self.number], dtype=self.dtype, device=self.objective.device)
+        step = STEP[self.dtype]
+        above, below = (self._gradient(x * (1 + sign * step))[0] for sign in (1, -1))
+        expected = ((above - below) / (2 * step * x)).item()
         size = self._gradient(x)[1].item() / x.item()
 
         def right(found: float) -> bool:
@@ -136,7 +141,7 @@ class _Slope:
         count = len(self.names)
         own = {b: kept.clone() for b, kept in self.buffers.items()} if buffers is None else dict(buffers)
         own |= dict(zip(self.own, at[count:], strict=True))
-        own |= {p: _wide(p) for p in self.term.parameters() if not p.requires_grad}
+        own |= {p: self._as(p) for p in self.term.parameters() if not p.requires_grad}
         values: list[float | Tensor] = [*self.values]
         values[self.number] = x
         student = {**self.student, **dict(zip(self.names, at[:count], strict=True))}
@@ -151,6 +156,5 @@ class _Slope:
     def _along(self, gradients: Sequence[Tensor | None]) -> Tensor:
         return torch.stack([(g * c).sum() for g, c in zip(gradients, self.along, strict=True) if g is not None]).sum()
 
-
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().double() if x.is_floating_point() else x.detach()
+    def _as(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.dtype) if x.is_floating_point() else x.detach()

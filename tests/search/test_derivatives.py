@@ -149,5 +149,12 @@ def test_what_a_difference_cannot_see_either_is_allowed():
     assert check(lambda x, t: (x * t / t).mean()) == ([], True)
 
 
+def test_a_loss_with_constants_in_float32():
+    constant = torch.randn(4, 3)
+    assert check(lambda x, t: (x / t @ constant).mean()) == ([], True)
+    (said,), _ = check(lambda x, t: (x / float(t) @ constant).mean())
+    assert "Own has no right derivative by it" in said
+
+
 def test_where_only_double_backward_is_right():
     assert check(lambda x, t: NoTangent.apply(x, t).mean()) == ([], False)
