@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from study_file import ROOT, StudyFile
-from study_table import render, splice
+from study_table import render, seen_from, splice
 
 from distpro.config.reading import for_retrain, read_config
 from distpro.files import write_atomically
@@ -63,7 +63,7 @@ class Study(StudyFile):
         given = str(self.out(label, seed).relative_to(ROOT))
         command = [str(out.relative_to(ROOT)) if word == given else word for word in command]
         run = [sys.executable, "-m", "distpro.cli"] if program == "distpro" else [sys.executable]
-        resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
+        resume = ["--resume"] if (out / "checkpoint.pt").exists() or (out / "trials").exists() else []
         if not resume and out.exists():
             shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -200,9 +200,9 @@ def main() -> None:
             study.run_all(missing, options.jobs)
         if study.rows():
             text = render(study)
-            write_atomically(text, study.results.with_suffix(".md"))
+            write_atomically(seen_from(study.results, text), study.results.with_suffix(".md"))
             print(text)
-            for page in sorted((ROOT / "docs").glob("*.md")):
+            for page in sorted((ROOT / "docs").rglob("*.md")):
                 splice(page, study.name, text)
 
 

@@ -26,7 +26,7 @@ from distpro.objective import Objective
 from distpro.process import Clock, learned_of, reduction_of
 from distpro.schedule import TASK, Said, Schedule, warmed_up
 from distpro.search.derivatives import obstacles
-from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle
+from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle, second_obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
@@ -38,8 +38,9 @@ from distpro.weights import CONTROLS, Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
-REACH = 4.0
-"""How far the logarithm of a weight may move in a search by relative steps, all of them together."""
+REACH, REACH_FROM_TRIALS = 4.0, 2.0
+"""How far the logarithm of a weight may move in a search by relative steps, all of them together; and where trials have
+chosen the strength that it starts from, so that it has no way to go to it."""
 
 VALIDATION_SAMPLES = 1024
 """On so many samples at most a gradient over a horizon looks at the validation loss; it is far dearer than they are."""
@@ -194,7 +195,9 @@ def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_siz
 
 def _learning_rate(search: SearchConfig, updates: int) -> float:
     """γ where the config says none."""
-    return REACH / max(1, updates) if search.optimizer == "relative" else 0.05
+    if search.optimizer != "relative":
+        return 0.05
+    return (REACH_FROM_TRIALS if search.trials else REACH) / max(1, updates)
 
 
 def _validation_batches(config: Config, validation: Any, horizon: int) -> int:
@@ -215,6 +218,12 @@ def _choose_estimator(config: Config, objective: Objective, example: Batch, hori
         if name not in ("auto", "sweep", "unrolled"):
             raise UserError(
                 f"search.estimator: {name} looks one step back; with a horizon of {horizon}: sweep or unrolled"
+            )
+        without = next(filter(None, distributed.gather(second_obstacle(objective, example))), "")
+        if without:
+            raise UserError(
+                f"search.horizon: {without} has no second derivative in PyTorch, which a horizon of several steps needs; "
+                "use search.horizon=1, or leave out what uses it"
             )
         return "sweep" if name == "auto" else name, {"steps": horizon, **params}
     if name not in ("auto", "forward_mode"):

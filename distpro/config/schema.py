@@ -215,7 +215,7 @@ class SearchConfig(Section):
     weighting: Spec | None = None
     optimizer: Literal["adam", "sgd", "relative"] | None = Field(None, description="of α̃")
     learning_rate: float | None = Field(
-        None, gt=0, description="γ; null: 0.05, of relative steps 4 divided by their number"
+        None, gt=0, description="γ; null: 0.05, of relative steps 4 divided by their number, after trials 2"
     )
     memory: float = Field(4.0, gt=0, description="GB that the steps of a horizon may take; it is shortened to fit")
     betas: tuple[float, float] = (0.5, 0.999)

@@ -34,7 +34,7 @@ class Trials:
         most: how many there will be at most, for what is printed.
 
     Attributes:
-        rows: name, what it was judged, and metrics of every trial so far, in order.
+        rows: name, what it was judged, and metrics of every trial so far, in order; of one that diverged its seconds only.
     """
 
     config: Config
@@ -62,6 +62,11 @@ class Trials:
             note(f"trial {len(self.rows)} of {self.most} at most: {name}: {said or 'diverged'}")
         return value
 
+    @property
+    def seconds(self) -> float:
+        """What all of them took."""
+        return sum(row["seconds"] for row in self.rows)
+
     def _train(self, name: str, folder: Path | None, schedule: Schedule | None, config: Config) -> Mapping[str, float]:
         at_the_end = config.tracking.model_copy(update={"evaluate_every": config.training.epochs})
         checked = config.model_copy(update={"tracking": at_the_end})
@@ -77,7 +82,7 @@ class Trials:
         try:
             metrics = {k: v for k, v in trainer.fit().items() if not k.startswith("best_")}
         except Diverged:
-            metrics = {}
+            metrics = {"seconds": trainer.seconds}
         if folder is not None and distributed.is_main():
             write_atomically(json.dumps(metrics, indent=1) + "\n", folder / "result.json")
             (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -87,7 +92,7 @@ class Trials:
 def judged(metrics: Mapping[str, float], task: Task) -> float:
     """What is to be small: the validation loss where the task's metrics have one, else the headline, by its sign; inf of a
     training that has diverged."""
-    if not metrics:
+    if task.headline not in metrics:
         return math.inf
     worth = metrics[task.headline] * (-1 if task.higher_is_better else 1)
     value = metrics.get("loss", worth)
