@@ -30,6 +30,7 @@ from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle, seco
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
+from distpro.task import Task
 from distpro.train import distributed
 from distpro.train.checks import check_last_batch
 from distpro.train.rates import LearningRate
@@ -126,6 +127,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon)
     clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
+    estimator.calibrated = calibrates(search, objective.task)
     weighting_name, weighting_params = parse_spec(search.weighting, "search.weighting")
     how = search.normalise or ("gradient" if config.terms else "none")
 
@@ -179,6 +181,16 @@ def _check_derivatives(searcher: Searcher, batch: Batch) -> None:
         raise UserError(f"search: {said}")
     if distributed.any_of(not forward):
         searcher.estimator.over_reverse = False  # type: ignore[attr-defined]
+
+
+def calibrates(search: SearchConfig, task: Task) -> bool:
+    """Whether a search judges by the calibrated loss. Raises UserError where the config asks for that and the task has none."""
+    able = hasattr(task, "rows")
+    if search.criterion == "calibrated" and not able and "criterion" in search.model_fields_set:
+        raise UserError(
+            f"search.criterion: calibrated is for a cross entropy; {type(task).__name__} has no rows (allowed: task)"
+        )
+    return search.criterion == "calibrated" and able
 
 
 def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_size: int, example: Batch) -> int:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from distpro.config.section import Section
 from distpro.data.statistics import check_statistics
 from distpro.process import learned_of, parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
@@ -29,40 +20,6 @@ ProcessSpec = float | dict[str, Any]
 
 Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 """Parameters of what is named beside them. null: none, whatever a base has for another name."""
-
-
-class Section(BaseModel):
-    """Part of a config. Unknown keys are errors, and so are numbers that are none: .nan, .inf, yes and no."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        if any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds):
-            return value  # looks at its own
-        for path, leaf in _leaves(value):
-            if isinstance(leaf, float) and not math.isfinite(leaf):
-                raise ValueError(f"{path}expected a finite number, found {leaf}")
-            named = not path or Any not in kinds  # of parameters, their owner says which may be true or false
-            if isinstance(leaf, bool) and named and {int, float} & kinds and bool not in kinds:
-                raise ValueError(f"{path}expected a number, found {leaf} (YAML's yes, no, on, off are truth values)")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
-    return {annotation}.union(*(_kinds(inner) for inner in get_args(annotation)))
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What is no list and no mapping in a value, after its place there, ``a.0: ``."""
-    if isinstance(value, Mapping | list | tuple):
-        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _leaves(inner, f"{path.removesuffix(': ')}{'.' if path else ''}{key}: ")
-    else:
-        yield path, value
 
 
 class DataConfig(Section):
@@ -228,6 +185,12 @@ class SearchConfig(Section):
         description="trainings on the search's part of the data, judged on its validation part: first for the strength of the "
         "equal weights that it starts from, then of what it has learned; null: 9 with a longer horizon, 0 with one of a step",
     )
+    criterion: Literal["task", "calibrated"] | None = Field(
+        None,
+        description="what of the validation part is to be small: the task loss (the paper), or the cross entropy at its best "
+        "temperature, which does not ask how sure of itself a student is; null: task, with a longer horizon calibrated where the "
+        "task's loss is a cross entropy",
+    )
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     normalise: Literal["none", "loss", "gradient"] | None = Field(
         None,
@@ -280,6 +243,7 @@ _BY_HORIZON: dict[str, tuple[Any, Any]] = {
     "weighting": ("biased_softmax", "log"),
     "optimizer": ("adam", "relative"),
     "momentum": (0.0, 0.5),
+    "criterion": ("task", "calibrated"),
 }
 """What a search takes where its config says nothing: with a horizon of one step, and with a longer one."""
 

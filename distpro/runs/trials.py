@@ -19,6 +19,7 @@ from distpro.console import note
 from distpro.files import write_atomically
 from distpro.schedule import Schedule
 from distpro.task import Task
+from distpro.tasks import CalibratedLoss, Together
 from distpro.train import distributed
 from distpro.train.trainer import Diverged
 
@@ -77,6 +78,9 @@ class Trials:
         validation, train = search_parts(checked, self.data)
         trainer = build.build_retrain(checked, self.data, schedule, folder, given=given, parts=(train, validation))
         trainer.name = f"trial {len(self.rows) + 1}"
+        task, of_task = trainer.task, trainer.metrics or trainer.task.metrics
+        if build.calibrates(config.search, task):
+            trainer.metrics = lambda: Together([of_task(), CalibratedLoss(task.rows)])  # type: ignore[attr-defined]
         if folder is not None and (folder / "checkpoint.pt").is_file():
             trainer.resume()
         try:
@@ -90,10 +94,10 @@ class Trials:
 
 
 def judged(metrics: Mapping[str, float], task: Task) -> float:
-    """What is to be small: the validation loss where the task's metrics have one, else the headline, by its sign; inf of a
-    training that has diverged."""
+    """What is to be small: the calibrated loss, else the validation loss where the task's metrics have one, else the headline,
+    by its sign; inf of a training that has diverged."""
     if task.headline not in metrics:
         return math.inf
     worth = metrics[task.headline] * (-1 if task.higher_is_better else 1)
-    value = metrics.get("loss", worth)
+    value = metrics.get("calibrated_loss", metrics.get("loss", worth))
     return value if math.isfinite(value) else math.inf
