@@ -32,7 +32,7 @@ from distpro.runs.folder import environment
 def write_split(config: Any, path: Path) -> None:
     """The two parts of a search's data, as training and test set of a data set of their own."""
     data = build.build_data(config)
-    validation, train = split(data.train, config.search.validation_fraction, config.seed)
+    validation, train = split(data.train, config.search.fraction_of(len(data.train)), config.seed)
 
     def arrays(name: str, part: Split) -> dict[str, Any]:
         images = part.peek(len(part)).permute(0, 2, 3, 1)

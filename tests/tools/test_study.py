@@ -159,7 +159,7 @@ def test_level_shares_leave_out_terms_without_a_level():
 def test_static_weights_are_tuned_on_the_split_of_the_search(tmp_path):
     config = read_config({"data": {"name": "digits", "samples": 200}, "student": {"model": "resnet8"}, "seed": 3})
     tune.write_split(config, tmp_path / "split.npz")
-    validation, train = split(build.build_data(config).train, config.search.validation_fraction, 3)
+    validation, train = split(build.build_data(config).train, config.search.fraction_of(200), 3)
     with np.load(tmp_path / "split.npz") as arrays:
         assert (len(arrays["x_train"]), len(arrays["x_test"])) == (len(train), len(validation)) == (160, 40)
         assert np.array_equal(arrays["x_test"].transpose(0, 3, 1, 2), validation.images.numpy())
