@@ -35,7 +35,7 @@ def teacher(tmp_path_factory):
 def searching(teacher, changes=None, **search):
     """A search of twelve steps, in four windows."""
     plain = {
-        "search": {"horizon": 3, "trials": 0, **search},
+        "search": {"horizon": 3, "trials": 0, "validation_fraction": 0.2, **search},
         "pathways": None,
         "task_weight": "learned",
         "terms": [

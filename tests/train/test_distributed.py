@@ -127,7 +127,8 @@ def test_a_search_over_a_horizon(folder):
 def test_a_search_for_numbers_beside_the_weights(folder):
     """Of which the task's weight moves most here."""
     kd = {"loss": "kd", "params": {"temperature": "learned"}}
-    config = write(folder, terms=[kd, {"loss": "at"}], task_weight="learned", search={"horizon": 3, "trials": 0})
+    search = {"horizon": 3, "trials": 0, "validation_fraction": 0.2, "criterion": "task"}  # means over samples
+    config = write(folder, terms=[kd, {"loss": "at"}], task_weight="learned", search=search)
     two("search", config, "--out", "two")
     alone = distpro.search(config, out="one")
     together = Schedule.load("two/alpha.pt")
