@@ -229,6 +229,40 @@ def parse_process(spec: Any) -> Process:
     return process
 
 
+@dataclass(frozen=True)
+class Learned:
+    """A number that a search moves and a schedule says; in a config ``learned``, or ``{learned: {initial: 4}}``.
+
+    Attributes:
+        initial: what the search starts from, above 0; for a list of numbers, a list; None: what is there by default.
+    """
+
+    initial: float | list[float] | None = None
+
+    def __post_init__(self) -> None:
+        given = self.initial if isinstance(self.initial, list) else [] if self.initial is None else [self.initial]
+        for number in given:
+            if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 < number < math.inf:
+                raise UserError(f"learned: initial: expected a finite number above 0, found {number!r}")
+
+
+def learned_of(spec: Any) -> Learned | None:
+    """What a config says of a number that is learned; None for anything else. Raises UserError for a wrong parameter."""
+    if spec == "learned":
+        return Learned()
+    named = dict(spec) if isinstance(spec, Mapping) else {}
+    if named.pop("name", None) == "learned":
+        params: Any = named
+    elif isinstance(spec, Mapping) and list(spec) == ["learned"]:
+        params = spec["learned"]
+    else:
+        return None
+    if not isinstance(params, Mapping):
+        raise UserError(f"learned: needs its parameters as a mapping, {{initial: 4}}, found {params!r}")
+    check_parameters("learned", Learned, params)
+    return Learned(**params)
+
+
 def is_process(value: Any) -> bool:
     """Whether a parameter's value in a config is written as a process: a mapping that names one."""
     return isinstance(value, Mapping) and (

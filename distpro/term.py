@@ -36,6 +36,7 @@ class Term(nn.Module):
         student_last, teacher_last: taps whose maps are (N, H, W, C); the loss is given (N, C, H, W).
         positions: stored sample number → place in what the loss keeps per sample, (largest number + 1,) int64; None
             hands the numbers on as they are.
+        learned: scalars of the loss that a search moves and a schedule says, named as in ``scalars``.
 
     What a loss declares on its class (`distpro.losses.base.DistillationLoss`) is read from here: `rows`, `by_position`,
     `masked`, `deploys`.
@@ -58,6 +59,7 @@ class Term(nn.Module):
         positions: Tensor | None = None,
         student_last: Sequence[str] = (),
         teacher_last: Sequence[str] = (),
+        learned: Sequence[str] = (),
     ):
         super().__init__()
         self.loss = loss
@@ -69,6 +71,7 @@ class Term(nn.Module):
         self.per_level = per_level
         self.reduction = reduction
         self.scalars = dict(scalars or {})
+        self.learned = tuple(learned)
         self.pretrain = pretrain
         self.rows: str = getattr(loss, "rows", "first")
         self.by_position = bool(getattr(loss, "by_position", False)) and not per_level
@@ -83,8 +86,9 @@ class Term(nn.Module):
         for path, process in self.scalars.items():
             self.move(path, process(step))
 
-    def move(self, path: str, value: float) -> None:
-        """Give one of the loss's scalars a value; ``level_weights.1`` is an item of a list."""
+    def move(self, path: str, value: float | Tensor) -> None:
+        """Give one of the loss's scalars a value, or a tensor () where its derivative is asked for; ``level_weights.1`` is an
+        item of a list."""
         name, _, item = path.partition(".")
         if item:
             values = list(getattr(self.loss, name))
@@ -115,6 +119,7 @@ _DEFAULTS: dict[str, Any] = {
     "weight": None,
     "per_level": False,
     "reduction": None,
+    "learned": (),
     "rows": "first",
     "by_position": False,
     "masked": False,

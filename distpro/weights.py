@@ -212,7 +212,8 @@ class Scalars:
         values: name → value per step (T,), see `Schedule.scalars`; the last one stands for all later steps.
         terms: of the objective.
 
-    Raises UserError for a name that is no scalar of a term's loss, and for values that the loss refuses.
+    Raises UserError for a name that is no scalar of a term's loss, for values that the loss refuses, and where there are none
+    for a scalar that a term says is learned.
     """
 
     def __init__(self, values: Mapping[str, Tensor], terms: Sequence[Any]):
@@ -220,6 +221,9 @@ class Scalars:
         self.task: list[float] | None = numbers.pop(TASK, None)
         self._moving: list[tuple[Term, str, list[float], Any]] = []  # term, scalar, values, what was there before
         by_key = {term.key: term for term in terms if isinstance(term, Term)}
+        for name in (f"{key}.{path}" for key, term in by_key.items() for path in term.learned):
+            if name not in numbers:
+                raise UserError(f"schedule: it has no scalar '{name}', which the term says is learned: state a number")
         for name, steps in numbers.items():
             owner = owner_of(name, list(by_key))
             if owner is None:

@@ -97,10 +97,11 @@ class HCL(nn.Module):
         else:
             # Average pooling is linear, so the difference is pooled instead of both maps.
             difference = x - target
-            if all(big % small == 0 for side in x.shape[2:] for big, small in pairwise([side, *sizes])):
+            even = all(big % small == 0 for side in x.shape[2:] for big, small in pairwise([side, *sizes]))
+            if even and not any(isinstance(w, Tensor) for w in weights):
                 squares = _PyramidSquares if torch.compiler.is_compiling() else _PyramidSquaresWithTangents
                 loss = squares.apply(difference, sizes, weights)
-            else:  # uneven windows overlap, so their means cannot be averaged again
+            else:  # uneven windows overlap, so their means cannot be averaged again; a weight's own derivative is wanted
                 levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in sizes)]
                 loss = sum(w * _mean(level.square()) for w, level in zip(weights, levels, strict=True))
         return loss / sum(weights)  # type: ignore[return-value]  # sum() may give a float, of nothing

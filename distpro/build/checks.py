@@ -6,7 +6,7 @@ from typing import Any
 
 from distpro.build.given import OBJECT
 from distpro.build.optimizer import find_optimizer
-from distpro.build.terms import split_processes
+from distpro.build.terms import check_moving, split_processes
 from distpro.config.schema import Config
 from distpro.data import DATASETS, build_augment
 from distpro.losses import LOSSES
@@ -30,8 +30,9 @@ def check_names(config: Config) -> None:
         (TASKS, config.task, "task"),
         (ESTIMATORS, config.search.estimator, "search.estimator"),
         (WEIGHTINGS, config.search.weighting, "search.weighting"),
-        *((LOSSES, {"name": term.loss, **split_processes(term.params, Clock(1))[0]}, "terms") for term in config.terms),
     ]
+    terms = [(term.loss, *split_processes(term.params, Clock(1))) for term in config.terms]
+    specs += [(LOSSES, {"name": loss, **params}, "terms") for loss, params, *_ in terms]
     if config.pathways is not None:
         specs.append((DISTANCES, config.pathways.distance, "pathways.distance"))
         specs += [(TRANSFORMS, transform, "pathways.transforms") for transform in config.pathways.transforms]
@@ -45,3 +46,5 @@ def check_names(config: Config) -> None:
         if name.startswith(OBJECT):
             continue
         check_parameters(f"{what} '{name}'", registry[name], params)
+    for loss, _, moving, learned in terms:
+        check_moving(loss, LOSSES[loss], [*moving, *learned])  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from distpro.build.task import build_task
 from distpro.build.terms import build_terms, weight_of
 from distpro.config.schema import Config
 from distpro.objective import Objective
-from distpro.process import Clock
+from distpro.process import Clock, learned_of
 from pathways.taps import check_taps
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
@@ -46,6 +46,7 @@ def compose(
     task = build_task(config, given)
     pair = build_pair(config, data, task, load, taken.student, taken.teacher, given)
     terms = build_terms(config, pair, data, train, clock)
+    learned = learned_of(config.task_weight)
     taken.give(terms)
     objective = Objective(
         pair.teacher,
@@ -54,7 +55,7 @@ def compose(
         example_input=pair.call,
         precision=PRECISIONS[config.precision],
         teacher_training=config.teacher_training,
-        task_weight=weight_of(config.task_weight, clock),  # type: ignore[arg-type]
+        task_weight=weight_of(config.task_weight if learned is None else learned.initial or 1.0, clock),  # type: ignore[arg-type]
         frozen=frozen_modules(config, pair.student),
         prune=config.prune,
         clock=clock,

@@ -23,8 +23,9 @@ from distpro.config.schema import Config, SearchConfig
 from distpro.console import note
 from distpro.data import Split
 from distpro.objective import Objective
-from distpro.process import Clock, reduction_of
-from distpro.schedule import Said, Schedule, warmed_up
+from distpro.process import Clock, learned_of, reduction_of
+from distpro.schedule import TASK, Said, Schedule, warmed_up
+from distpro.search.derivatives import obstacles
 from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle, second_obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
@@ -34,7 +35,7 @@ from distpro.train import distributed
 from distpro.train.checks import check_last_batch
 from distpro.train.rates import LearningRate
 from distpro.train.trainer import Trainer
-from distpro.weights import Scale, Weights, replay
+from distpro.weights import CONTROLS, Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
@@ -154,13 +155,32 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
         rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)
         if search.per_rate
         else lambda: 1.0,
+        scalars=learned_scalars(config, objective),
     )
+    if searcher.beside.names not in ((), (TASK,)):
+        _check_derivatives(searcher, next(iter(train.endless())))
     objective.cache = build_cache(config, data, objective, example)
     test = build_loader(config, data, data.test, training=False)
     why_not = train.why_not or validation.why_not
     trainer = _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
     _check_last_batch(trainer, config, train_part)
     return trainer
+
+
+def learned_scalars(config: Config, objective: Objective) -> list[str]:
+    """Names of the numbers beside the weights that are learned, as a schedule has them."""
+    task = [TASK] if learned_of(config.task_weight) is not None else []
+    return task + [f"{term.key}.{path}" for term in objective.terms for path in getattr(term, "learned", ())]
+
+
+def _check_derivatives(searcher: Searcher, batch: Batch) -> None:
+    """Raise UserError for a scalar whose derivative its loss does not have."""
+    found, forward = obstacles(searcher.objective, searcher.beside, batch)
+    said = next(filter(None, distributed.gather("; ".join(found))), "")
+    if said:
+        raise UserError(f"search: {said}")
+    if distributed.any_of(not forward):
+        searcher.estimator.over_reverse = False  # type: ignore[attr-defined]
 
 
 def calibrates(search: SearchConfig, task: Task) -> bool:
@@ -261,6 +281,9 @@ def build_retrain(
     scale: Scale | Said = distill_scale(config, int(clock.steps_per_epoch))
     if schedule is not None and config.training.distill_warmup is None:
         schedule, scale = replace(schedule, strength=config.training.distill_weight), "schedule"
+    replays = schedule is not None and retrain.weights in CONTROLS
+    if learned_of(config.task_weight) is not None and replays and TASK not in schedule.scalars:  # type: ignore[union-attr]
+        raise UserError("task_weight: it is learned, but the schedule has no scalar 'task': state a number")
     weights = replay(
         objective,
         retrain.weights,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from distpro.build.reading import norms_before
 from distpro.config.schema import Config, TermConfig
 from distpro.losses import LOSSES, DistillationLoss, build_loss
 from distpro.objective import Term
-from distpro.process import Clock, is_process, parse_process, reduction_of
+from distpro.process import Clock, is_process, learned_of, parse_process, reduction_of
 from pathways import build_pathways, connect
 from pathways.registry import UserError
 
@@ -77,7 +77,8 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
     else:
         teacher_taps = pair.teacher_reading(config.teacher).taps(kind.taps, kind.before_relu != "neither")
     student, teacher = pair.layouts("student", student_taps), pair.layouts("teacher", teacher_taps)
-    params, moving = split_processes(config.params, clock)
+    params, moving, learned = split_processes(config.params, clock)
+    check_moving(config.loss, kind, [*moving, *learned])
     key = config.key or (config.loss if config.teacher is None else f"{config.loss}@{config.teacher}")
     groups: list[tuple[str, list[str], list[str], tuple[int, int, int] | None]]
     if config.connect is None:
@@ -98,7 +99,6 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
             **params,
             **{need: value for need, value in needs.items() if value is not None},
         ).to(next(pair.student.parameters()).device)
-        _check_moving(config.loss, loss, moving)
         if not getattr(loss, "uses_teacher", True):
             theirs = []
         elif pair.teacher is None:
@@ -112,6 +112,7 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
         term = Term(
             loss, name, ours, theirs, weight, level, per_level, reduction, moving, config.pretrain, positions, *last
         )
+        term.learned = tuple(path for own in learned for path in _each(loss, own))
         if level is not None:  # of two losses at one place, a schedule of another pair has to know which is which
             term.transform_name = key
         terms.append(term)
@@ -127,29 +128,50 @@ def weight_of(spec: Any, clock: Clock) -> float | Callable[[int], float] | None:
 
 def split_processes(
     params: Mapping[str, Any], clock: Clock
-) -> tuple[dict[str, Any], dict[str, Callable[[int], float]]]:
-    """A loss's parameters at the first step, and those that move: ``name`` or ``name.item`` → step → value."""
+) -> tuple[dict[str, Any], dict[str, Callable[[int], float]], list[str]]:
+    """A loss's parameters at the first step (without those whose default is it), those that move, ``name`` or
+    ``name.item`` → step → value, and the names of those that are learned."""
     fixed: dict[str, Any] = {}
     moving: dict[str, Callable[[int], float]] = {}
+    names: list[str] = []
     for name, value in params.items():
+        whole = learned_of(value)
+        if whole is not None:
+            names.append(name)
+            fixed |= {} if whole.initial is None else {name: whole.initial}
+            continue
         listed, started = isinstance(value, list), []
         for n, item in enumerate(value if listed else [value]):
+            path, one = f"{name}.{n}" if listed else name, learned_of(item)
+            if one is not None:
+                if not isinstance(one.initial, (int, float)):
+                    raise UserError(
+                        f"parameter '{name}': an item that is learned says its start, {{learned: {{initial: 1}}}}"
+                    )
+                names.append(path)
+                item = one.initial
             if is_process(item):
-                path = f"{name}.{n}" if listed else name
                 moving[path] = parse_process(item).bind(clock)
                 item = moving[path](0)
             started.append(item)
         fixed[name] = started if listed else started[0]
-    return fixed, moving
+    return fixed, moving, names
 
 
-def _check_moving(name: str, loss: DistillationLoss, moving: Mapping[str, Any]) -> None:
-    for path in moving:
+def check_moving(name: str, kind: type[DistillationLoss], paths: Iterable[str]) -> None:
+    """Raise UserError where one of these parameters of a loss is none that may move."""
+    for path in paths:
         scalar = path.partition(".")[0]
-        if scalar not in loss.scalars:
+        if scalar not in kind.scalars:
             raise UserError(
-                f"parameter '{scalar}' of loss '{name}' cannot move (allowed: {', '.join(loss.scalars) or 'none'})"
+                f"parameter '{scalar}' of loss '{name}' cannot move (allowed: {', '.join(kind.scalars) or 'none'})"
             )
+
+
+def _each(loss: DistillationLoss, path: str) -> list[str]:
+    """The path of a scalar, or those of its items where it is a list."""
+    value = getattr(loss, path, None)
+    return [f"{path}.{n}" for n in range(len(value))] if isinstance(value, (list, tuple)) else [path]
 
 
 class _Facts:

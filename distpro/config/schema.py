@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from distpro.config.section import Section
 from distpro.data.statistics import check_statistics
-from distpro.process import parse_process, reduction_of
+from distpro.process import learned_of, parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
 from distpro.schedule_file import START, THRESHOLD
 from pathways.registry import UserError
@@ -29,40 +20,6 @@ ProcessSpec = float | dict[str, Any]
 
 Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 """Parameters of what is named beside them. null: none, whatever a base has for another name."""
-
-
-class Section(BaseModel):
-    """Part of a config. Unknown keys are errors, and so are numbers that are none: .nan, .inf, yes and no."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        if any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds):
-            return value  # looks at its own
-        for path, leaf in _leaves(value):
-            if isinstance(leaf, float) and not math.isfinite(leaf):
-                raise ValueError(f"{path}expected a finite number, found {leaf}")
-            named = not path or Any not in kinds  # of parameters, their owner says which may be true or false
-            if isinstance(leaf, bool) and named and {int, float} & kinds and bool not in kinds:
-                raise ValueError(f"{path}expected a number, found {leaf} (YAML's yes, no, on, off are truth values)")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
-    return {annotation}.union(*(_kinds(inner) for inner in get_args(annotation)))
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What is no list and no mapping in a value, after its place there, ``a.0: ``."""
-    if isinstance(value, Mapping | list | tuple):
-        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _leaves(inner, f"{path.removesuffix(': ')}{'.' if path else ''}{key}: ")
-    else:
-        yield path, value
 
 
 class DataConfig(Section):
@@ -129,7 +86,11 @@ class TermConfig(Section):
 
     loss: str
     key: str | None = None
-    params: Params = {}
+    params: Params = Field(
+        {},
+        description="of the loss; its scalars also as processes, and as learned, or {learned: {initial: 4}}: by a search over a "
+        "horizon, replayed in retrain",
+    )
     weight: float | Literal["learned", "schedule"] | dict[str, Any] = Field(
         "learned",
         description="a number; a process such as {linear: {initial: 1, final: 0}}; 'learned' (by search, replayed in "
@@ -360,7 +321,11 @@ class Config(Section):
     )
     student: ModelConfig
     freeze: list[str] = Field([], description="modules of the student that do not train")
-    task_weight: ProcessSpec = Field(1.0, description="of the task loss, a number or a process; 0: not computed")
+    task_weight: ProcessSpec | Literal["learned"] = Field(
+        1.0,
+        description="of the task loss, a number or a process; 0: not computed; learned, or {learned: {initial: 1}}: by a search "
+        "over a horizon, replayed in retrain",
+    )
     prune: bool = Field(True, description="run only the parts of the models that a loss depends on")
     cache: CacheConfig | None = None
     teacher_training: bool = Field(False, description="run the teacher in training mode (a fault of ReviewKD's code)")
@@ -375,7 +340,10 @@ class Config(Section):
     @field_validator("task_weight")
     @classmethod
     def _known_process(cls, weight: Any) -> Any:
-        return _check_process(weight)
+        learned = learned_of(weight)
+        if learned is not None and isinstance(learned.initial, list):
+            raise UserError(f"task_weight: learned: initial: expected one number, found {learned.initial}")
+        return _check_process(weight) if learned is None else weight
 
     @model_validator(mode="after")
     def _one_or_several_teachers(self) -> Config:

@@ -56,7 +56,14 @@ class AttentionTransfer(MaskedLevels):
         return mean_counted(difference.square(), None if mask is None else mask.flatten(1))
 
 
-def attention_map(f: Tensor, p: float = 2.0) -> Tensor:
+def attention_map(f: Tensor, p: float | Tensor = 2.0) -> Tensor:
     """Unit vectors (N, HW) of mean_c |f|^p, of maps (N, C, H, W)."""
-    powers = f.square() if p == 2 else f.abs().pow(p)
-    return F.normalize(powers.mean(1).flatten(1), dim=1)
+    return F.normalize(_power(f, p).mean(1).flatten(1), dim=1)
+
+
+def _power(f: Tensor, p: float | Tensor) -> Tensor:
+    """|f|^p."""
+    if not isinstance(p, Tensor):
+        return f.square() if p == 2 else f.abs().pow(p)
+    zero = f == 0  # where the derivative by p would be 0 · log 0
+    return f.abs().masked_fill(zero, 1).pow(p).masked_fill(zero, 0)

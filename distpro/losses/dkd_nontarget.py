@@ -21,7 +21,7 @@ from distpro.losses.dkd_target import EXCLUDED
 
 def nontarget_part(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Scalar NCKD of logits (M, K) and labels (M,)."""
-    s, t = (x.scatter(1, labels[:, None], EXCLUDED * temperature) for x in (student, teacher))
+    s, t = (x.scatter(1, labels[:, None], EXCLUDED) for x in (student, teacher))
     return softened_kl(s, t, temperature)
 
 

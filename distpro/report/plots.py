@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distpro.files import write_atomically
-from distpro.schedule import Schedule
+from distpro.schedule import TASK, Schedule
 from pathways.registry import UserError, nearest
 
 if TYPE_CHECKING:
@@ -77,6 +77,19 @@ def heatmap_figure(schedule: Schedule) -> Figure:
         return _draw_heatmap(schedule)
 
 
+def scalars_figure(schedule: Schedule) -> Figure:
+    """The numbers that were learned beside the weights over epochs, one panel each, for they have units of their own.
+
+    Raises UserError if there are none.
+    """
+    if not schedule.scalars:
+        raise UserError("the schedule has no scalars: no number beside the weights was learned")
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        return _draw_scalars(schedule)
+
+
 def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Results side by side: the mean as a dot, one standard deviation to each side as a bar, in the given order.
 
@@ -100,7 +113,7 @@ def save_figures(schedule: Schedule, folder_or_file: str | Path, formats: Sequen
 
     Args:
         folder_or_file: a name that ends in ``.png``, ``.svg`` or ``.pdf`` gets :func:`schedule_figure`; any other
-            name is a folder that gets ``alpha.*`` and ``alpha_heatmap.*``.
+            name is a folder that gets ``alpha.*`` and ``alpha_heatmap.*``, and ``alpha_scalars.*`` where there are scalars.
         formats: of the files in a folder.
 
     Raises UserError for an unknown format.
@@ -112,6 +125,7 @@ def save_figures(schedule: Schedule, folder_or_file: str | Path, formats: Sequen
         if name not in FORMATS:
             raise UserError(f"unknown figure format '{name}'{nearest(name, FORMATS)} (allowed: {', '.join(FORMATS)})")
     figures = {"alpha": schedule_figure(schedule), "alpha_heatmap": heatmap_figure(schedule)}
+    figures |= {"alpha_scalars": scalars_figure(schedule)} if schedule.scalars else {}
     return [_save(figure, target / f"{stem}.{name}") for stem, figure in figures.items() for name in formats]
 
 
@@ -277,6 +291,26 @@ def _row_name(schedule: Schedule, n: int) -> str:
     if len(key) <= LABEL or not (i and j):
         return _short(key)
     return _short(f"teacher {i} <- student {j} @ {_transform(schedule, n)}")
+
+
+# Scalars
+
+
+def _draw_scalars(schedule: Schedule) -> Figure:
+    columns = min(4, len(schedule.scalars))
+    rows = math.ceil(len(schedule.scalars) / columns)
+    figure = _figure(max(4.2, 3.1 * columns), 2.3 * rows + 0.4)
+    steps = _sample(len(schedule))
+    epochs = steps / schedule.steps_per_epoch
+    for place, (name, column) in enumerate(schedule.scalars.items()):
+        ax = figure.add_subplot(rows, columns, place + 1)
+        values = column[steps].numpy()
+        ax.plot(epochs, values, color=COLOURS[0], marker="o" if len(steps) == 1 else "")
+        ax.set_title("weight of the task" if name == TASK else _short(name, 30))
+        ax.set_xlim(*_open(epochs.min(), epochs.max()))
+        ax.set_ylim(*_open(*_limits(values), margin=0.05))
+        ax.set_xlabel("epoch" if place + columns >= len(schedule.scalars) else "")
+    return figure
 
 
 # Comparison

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from distpro import build
 from distpro.build.given import Given
@@ -21,6 +21,7 @@ from distpro.runs.training import run_training
 from distpro.runs.trials import Trials
 from distpro.schedule import Schedule
 from distpro.schedule_file import meaning_of
+from distpro.search.learned import Constants
 from distpro.search.searcher import Searcher
 from distpro.search.strength import Strength
 from distpro.train import distributed
@@ -48,8 +49,8 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
     meta = _schedule_meta(checked, data, trainer.objective)
     meaning = meaning_of(meta["config"])
 
-    def learned(weights: Tensor | None = None) -> Schedule:
-        return searcher.schedule(trainer.steps_per_epoch, meta, weights, **meaning)
+    def learned(values: Constants | None = None) -> Schedule:
+        return searcher.schedule(trainer.steps_per_epoch, meta, values, **meaning)
 
     def write() -> None:
         if folder is not None:
@@ -86,10 +87,10 @@ class _Around:
     it; where it is worse than equal weights, half of the way too. The best of all is what the schedule ends with.
 
     Args:
-        schedule: of constant weights (N,).
+        schedule: of constant weights and scalars.
     """
 
-    def __init__(self, trials: Trials, searcher: Searcher, schedule: Callable[[Tensor], Schedule]):
+    def __init__(self, trials: Trials, searcher: Searcher, schedule: Callable[[Constants], Schedule]):
         self.trials, self.searcher, self.schedule = trials, searcher, schedule
         self.equal, self._of_equal = searcher.last(), math.inf
 
@@ -97,31 +98,31 @@ class _Around:
         """Find the strength, and let the pass start below it."""
         self.searcher.measure()
         strength = Strength(self._judge("equal weights", self.equal), max(1, self.trials.most - AFTER))
-        self.equal = self.equal * strength.best()
+        self.equal = self.equal.times(strength.best())
         self._of_equal = min(strength.judged.values())
-        self.searcher.start_from(self.equal * BELOW)
+        self.searcher.start_from(self.equal.weights * BELOW)
 
     def choose_end(self) -> None:
         """Let the schedule end with the best weights that were found; with what was learned, where no trial is left."""
         last = self.searcher.last()
-        learned = last * (self.equal.sum() / last.sum())
+        learned = last.times((self.equal.weights.sum() / last.weights.sum()).item())
         found = {math.inf: learned}
         if self._left():
             strength = Strength(self._judge("learned", learned), self._left())
             factor = strength.best(coarse=False)
-            found = {self._of_equal: self.equal, min(strength.judged.values()): learned * factor}
+            found = {self._of_equal: self.equal, min(strength.judged.values()): learned.times(factor)}
         if min(found) == self._of_equal and self._left():
-            half = (learned * self.equal).sqrt()
+            half = learned.halfway(self.equal)
             found[self._judge("half of the way", half)(1.0)] = half
         self.searcher.end_with(found[min(found)])
 
     def _left(self) -> int:
         return self.trials.most - len(self.trials.rows)
 
-    def _judge(self, what: str, weights: Tensor) -> Callable[[float], float]:
+    def _judge(self, what: str, values: Constants) -> Callable[[float], float]:
         def judge(factor: float) -> float:
             name = what if factor == 1 else f"{what} times {factor:.3g}"
-            return self.trials.judge(name, self.schedule(weights * factor))
+            return self.trials.judge(name, self.schedule(values.times(factor)))
 
         return judge
 

@@ -13,7 +13,7 @@ from distpro.config.schema import Config
 from distpro.console import note, warn
 from distpro.files import save_atomically, write_atomically
 from distpro.objective import Objective, Term
-from distpro.report.plots import heatmap_figure, schedule_figure
+from distpro.report.plots import heatmap_figure, scalars_figure, schedule_figure
 from distpro.runs.folder import as_yaml, check_data, flat, record
 from distpro.runs.notes import at_the_end, at_the_start
 from distpro.search.searcher import Searcher
@@ -85,6 +85,8 @@ def run_training(
             learned = searcher.schedule(trainer.steps_per_epoch, {})
             tracker.figure("alpha/processes", schedule_figure(learned), trainer.step)
             tracker.figure("alpha/heatmap", heatmap_figure(learned), trainer.step)
+            if learned.scalars:
+                tracker.figure("alpha/scalars", scalars_figure(learned), trainer.step)
         tracker.hparams(flat(config.model_dump()), metrics)
     ended(trainer.folder)
     write_atomically(json.dumps(metrics, indent=1) + "\n", trainer.folder / "result.json")

@@ -12,8 +12,8 @@ from torch import Tensor
 class RelativeStep(torch.optim.Optimizer):
     """θ ← θ − lr · m / max(‖m‖_∞, floor), m the moving average of the gradient.
 
-    The entry whose gradient is largest moves by ``lr``, the others in proportion; where all gradients are below ``floor`` (noise),
-    all move less. On log-weights, ``lr`` 1 changes the most telling weight by a factor e.
+    The entry whose gradient is largest in its group moves by ``lr``, the others in proportion; where all gradients are below
+    ``floor`` (noise), all move less. On log-weights, ``lr`` 1 changes the most telling weight by a factor e.
 
     Args:
         params: as of any optimiser.
@@ -29,10 +29,11 @@ class RelativeStep(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step on the gradients that there are."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                mean = state.setdefault("mean", torch.zeros_like(p))
+            moving = [p for p in group["params"] if p.grad is not None]
+            means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in moving]
+            for p, mean in zip(moving, means, strict=True):
                 mean.lerp_(p.grad, 1 - group["momentum"])
-                p.sub_(mean * (group["lr"] / mean.abs().max().clamp(min=group["floor"])))
+            if means:
+                largest = torch.stack([mean.abs().max() for mean in means]).max()
+                for p, mean in zip(moving, means, strict=True):
+                    p.sub_(mean * (group["lr"] / largest.clamp(min=group["floor"])))

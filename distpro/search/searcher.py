@@ -6,7 +6,7 @@ the optimiser has moved the parameters, and keeps its state in checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from distpro.features import TrainingPass
 from distpro.objective import Objective
 from distpro.schedule import Schedule, drop
 from distpro.search.estimators.base import Estimator, TrainingStep
+from distpro.search.learned import Constants, LearnedScalars
 from distpro.search.relative import RelativeStep
 from distpro.search.weighting import Weighting
 from distpro.train import distributed
@@ -54,6 +55,13 @@ class Searcher:
             place of the weights that the step has had: of a few large updates, each counts.
         revive_every: with a threshold, all terms are computed again in the first of every so many updates, so that a
             dropped term has a signal and may come back; 0 never.
+        scalars: names of the numbers beside the weights that are learned too, see `distpro.search.learned`. Their logarithms and
+            α̃ are one group of the optimiser: of a weighting ``log``, all are changes by a factor, in one unit.
+
+    Attributes:
+        beside: those numbers.
+
+    Raises UserError where there is nothing to learn, and for scalars with an estimator that does not see them.
     """
 
     def __init__(
@@ -76,11 +84,19 @@ class Searcher:
         rate: Callable[[], float] = lambda: 1.0,
         validation_batches: int = 1,
         shows_last_update: bool = False,
+        scalars: Sequence[str] = (),
     ):
         learned = [n for n, constant in enumerate(objective.constants_at(0)) if constant is None]
         if not learned:
             raise UserError("search: there is no term whose weight is to be learned")
+        if scalars and not estimator.learns_scalars:
+            raise UserError(
+                f"search: {', '.join(scalars)} can be learned by a search over a horizon alone (search.horizon: several steps, "
+                f"search.estimator: sweep); this one has {estimator.name}"
+            )
         self.objective, self.estimator, self.weighting = objective, estimator, weighting
+        self.beside = LearnedScalars(objective, scalars, total_steps)
+        estimator.scalars = self.beside if scalars else None
         self._validation_from = validation
         self.validation = validation(0)
         self.every = max(every, estimator.window)
@@ -95,14 +111,13 @@ class Searcher:
         count = len(learned)
         self.validation_batches, self.shows_last_update = validation_batches, shows_last_update
         self.alpha_tilde = weighting.start(count).to(device).requires_grad_()
+        moved = [self.alpha_tilde, self.beside.log] if scalars else [self.alpha_tilde]
         if optimizer == "relative":
-            self.optimizer: torch.optim.Optimizer = RelativeStep(
-                [self.alpha_tilde], lr=learning_rate, momentum=momentum
-            )
+            self.optimizer: torch.optim.Optimizer = RelativeStep(moved, lr=learning_rate, momentum=momentum)
         elif optimizer == "adam":
-            self.optimizer = torch.optim.Adam([self.alpha_tilde], lr=learning_rate, betas=betas)
+            self.optimizer = torch.optim.Adam(moved, lr=learning_rate, betas=betas)
         else:
-            self.optimizer = torch.optim.SGD([self.alpha_tilde], lr=learning_rate, momentum=momentum)
+            self.optimizer = torch.optim.SGD(moved, lr=learning_rate, momentum=momentum)
         self.history = torch.zeros(2, total_steps, count, device=device)  # α̃ and w per step, kept on the device
         self.steps_done = 0
         self.validation_steps = 0
@@ -120,6 +135,7 @@ class Searcher:
         self.measure()
         weights = self.weighting(self.alpha_tilde)
         self.history[0, step], self.history[1, step] = self.alpha_tilde, weights
+        self.beside.record(step)
         self.steps_done = step + 1
         updates = step // self.every
         dropping = self.threshold is not None and not (self.revive_every and updates % self.revive_every == 0)
@@ -137,11 +153,12 @@ class Searcher:
             self._measure = None
 
     @torch.no_grad()
-    def last(self) -> Tensor:
-        """The weights that the search has come to, (N,); those that it begins with before its first step."""
+    def last(self) -> Constants:
+        """What the search has come to; what it begins with before its first step."""
         if self.steps_done:
-            return self.history[1, self.steps_done - 1].clone()
-        return self.weighting(self.alpha_tilde).clone()
+            row = self.steps_done - 1
+            return Constants(self.history[1, row].clone(), self.beside.history[row].clone())
+        return Constants(self.weighting(self.alpha_tilde).clone(), self.beside.values())
 
     @torch.no_grad()
     def start_from(self, weights: Tensor) -> None:
@@ -149,9 +166,11 @@ class Searcher:
         self.alpha_tilde.copy_(weights.log())
 
     @torch.no_grad()
-    def end_with(self, weights: Tensor) -> None:
-        """Let other weights, (N,), be the last ones of the history, of a search whose α̃ is log w."""
-        self.history[0, self.steps_done - 1], self.history[1, self.steps_done - 1] = weights.log(), weights
+    def end_with(self, values: Constants) -> None:
+        """Let other values be the last ones of the history, of a search whose α̃ is log w."""
+        row = self.steps_done - 1
+        self.history[0, row], self.history[1, row] = values.weights.log(), values.weights
+        self.beside.history[row] = values.scalars
 
     def _constants(self, step: int) -> Tensor:
         """Weight of each entry that is not searched, (N,), 0 for those that are."""
@@ -176,7 +195,8 @@ class Searcher:
         """After the backward pass, before the parameters move. ``state``: random state before the forward pass."""
         theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
         scale = torch.ones_like(self._weights).index_copy_(0, self.learned, self.scale(step) * self.scales)
-        self._current = TrainingStep(batch, self._weights, scale, theta, state, done, step)
+        scalars = self.beside.values() if len(self.beside) else None
+        self._current = TrainingStep(batch, self._weights, scale, theta, state, done, step, scalars)
         self.estimator.before_step(self._current)
 
     def after_update(self, step: int) -> bool:
@@ -190,30 +210,36 @@ class Searcher:
         h = h / (self._rate() or 1.0)
         distributed.average([h, self.estimator.validation_loss])
         self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
+        self.beside.log.grad = self.beside.pull_back(h[len(self._weights) :])
         self.optimizer.step()
+        self.beside.moved()
         if self.shows_last_update and step + 1 == self.history.shape[1]:
             with torch.no_grad():
                 self.history[0, step], self.history[1, step] = self.alpha_tilde, self.weighting(self.alpha_tilde)
+            self.beside.record(step)
         return True
 
     def scalars(self) -> dict[str, Tensor]:
-        """α̃ and w of every searched term, the validation loss."""
+        """α̃ and w of every searched term, what is learned beside them, the validation loss."""
         values = {"search/validation_loss": self.estimator.validation_loss}
         for name, row in zip(("alpha_tilde", "alpha"), self.history[:, self.steps_done - 1].cpu(), strict=True):
             values |= {f"{name}/{entry.key}": value for entry, value in zip(self.entries, row, strict=True)}
-        return values
+        beside = self.beside.history[self.steps_done - 1].cpu()
+        return values | {f"scalar/{name}": value for name, value in zip(self.beside.names, beside, strict=True)}
 
     # State
 
     def schedule(
-        self, steps_per_epoch: float, meta: dict[str, Any], constant: Tensor | None = None, **meaning: Any
+        self, steps_per_epoch: float, meta: dict[str, Any], constant: Constants | None = None, **meaning: Any
     ) -> Schedule:
-        """What has been learned so far; or ``constant`` weights, (N,), of a search whose α̃ is log w. ``meaning``: what a
-        replay makes of it, see `distpro.schedule_file.meaning_of`."""
+        """What has been learned so far; or ``constant`` values, of a search whose α̃ is log w. ``meaning``: what a replay
+        makes of it, see `distpro.schedule_file.meaning_of`."""
         entries = self.entries
         alpha_tilde, weights = self.history[:, : self.steps_done].cpu()
+        beside = self.beside.history[: self.steps_done]
         if constant is not None:
-            alpha_tilde, weights = constant[None].log().cpu(), constant[None].cpu()
+            alpha_tilde, weights = constant.weights[None].log().cpu(), constant.weights[None].cpu()
+            beside = constant.scalars[None]
         return Schedule(
             keys=tuple(e.key for e in entries),
             levels=torch.tensor([e.level or (0, 0, 0) for e in entries], dtype=torch.int64),
@@ -223,12 +249,15 @@ class Searcher:
             scales=self.scales.cpu(),
             steps_per_epoch=steps_per_epoch,
             meta=meta,
+            scalars=self.beside.columns(beside),
             **meaning,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed search needs to go on to the same numbers."""
+        beside = {"scalars": self.beside.state_dict(self.steps_done)} if len(self.beside) else {}
         return {
+            **beside,
             "alpha_tilde": self.alpha_tilde.detach().clone(),
             "optimizer": self.optimizer.state_dict(),
             "scales": self.scales.clone(),
@@ -245,6 +274,8 @@ class Searcher:
             self._measure = None
             self.steps_done = state["history"].shape[1]
             self.history[:, : self.steps_done] = state["history"].to(self.history.device)
+        if len(self.beside):
+            self.beside.load_state_dict(state["scalars"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.validation_steps = state["validation_steps"]
         self.estimator.validation_loss = state["validation_loss"].to(self.history.device)

@@ -188,5 +188,5 @@ def test_the_product_is_taken_by_a_way_that_is_right(function):
     case = Horizon("nesterov", activation=nn.Tanh if function is None else Activation)
     case.batches = case.batches[:3]
     estimator, h = case.estimate_all("sweep")
-    assert estimator._over_reverse is (function is None)
+    assert estimator.over_reverse is (function is None)
     assert relative(h, case.estimate_all("unrolled")[1]) < 1e-8

@@ -125,6 +125,23 @@ def test_a_search_over_a_horizon(folder):
     assert len(judged[1]) > 3 and judged[0] == pytest.approx(judged[1], rel=2e-3)
 
 
+def test_a_search_for_numbers_beside_the_weights(folder):
+    """Of which the task's weight moves most here."""
+    kd = {"loss": "kd", "params": {"temperature": "learned"}}
+    search = {"horizon": 3, "trials": 0, "validation_fraction": 0.2, "criterion": "task"}  # means over samples
+    config = write(folder, terms=[kd, {"loss": "at"}], task_weight="learned", search=search)
+    two("search", config, "--out", "two")
+    alone = distpro.search(config, out="one")
+    together = Schedule.load("two/alpha.pt")
+    assert torch.allclose(together.alpha_tilde, alone.alpha_tilde, atol=1e-3)
+    assert list(alone.scalars) == ["task", "kd.temperature"]
+    for name, values in alone.scalars.items():
+        moved = (values / values[0]).log().abs().max()
+        assert moved > 1e-3, name
+        apart = (together.scalars[name] / values).log().abs().max()
+        assert apart < 1e-3 and apart < 0.1 * moved, name
+
+
 def test_batch_statistics_over_both(folder):
     config = write(folder, student={"model": "resnet8", "taps": ["layer1", "layer2"]}, retrain={"weights": "equal"})
     two("retrain", config, "--out", "two", "sync_batch_norm=true")

@@ -13,6 +13,7 @@ from distpro.batch import Batch
 from distpro.features import Reader, TrainingPass
 from distpro.objective import Objective
 from distpro.search.estimators.step import StepDerivative
+from distpro.search.learned import LearnedScalars
 from distpro.tasks import calibrated_loss
 from distpro.train import distributed
 from distpro.train.state import no_trace
@@ -33,6 +34,7 @@ class TrainingStep:
         state: random state before the forward pass.
         done: the forward pass, backward done.
         number: of the step in the training.
+        scalars: the numbers beside the weights that are learned, (S,); None where there are none.
     """
 
     batch: Batch
@@ -42,6 +44,7 @@ class TrainingStep:
     state: dict[str, Tensor]
     done: TrainingPass
     number: int = 0
+    scalars: Tensor | None = None
 
 
 class Estimator:
@@ -51,12 +54,16 @@ class Estimator:
         name: in a config.
         needs_views: whether the training backward has to keep every term's gradient by its inputs.
         window: training steps that one hypergradient looks at.
+        learns_scalars: whether it gives the derivatives by numbers beside the weights.
+        scalars: those numbers; None where there are none.
         calibrated: whether the validation loss is that of the task's ``rows`` at their best temperature, see `judge`.
     """
 
     name: ClassVar[str]
     needs_views = False
     window = 1
+    learns_scalars: ClassVar[bool] = False
+    scalars: LearnedScalars | None = None
 
     def __init__(
         self,
@@ -78,7 +85,8 @@ class Estimator:
         self.derivative.before_step()
 
     def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
-        """h = ∂L_val/∂w, (N,), after ``optimizer.step()``. L_val is the mean over the samples of the batches."""
+        """h = ∂L_val/∂w, (N,), after ``optimizer.step()``; and by the learned scalars behind it, (N + S,). L_val is the mean
+        over the samples of the batches."""
         raise NotImplementedError
 
     def direction(self, step: TrainingStep, validation: Sequence[Batch]) -> dict[nn.Parameter, Tensor]:

@@ -8,7 +8,8 @@ through it (reverse mode; Maclaurin et al. 2015) with the adjoints a of the para
     h_j(t)     = λ s_j ⟨∇ℓ_j(θ_t), u⟩                   the one-step search's inner product, with a better direction
     a          = a' + ∇²L_t(θ_t; w(t)) u                one exact Hessian-vector product
 
-(Kemaev et al. 2025 call this form mixed-mode.) With a horizon of one step it is the one-step search.
+A number x beside the weights (the task's weight, a temperature) has h_x(t) = ⟨∂∇L_t/∂x, u⟩, of which h_j is the case in which
+L_t is linear: all are one row, by the same product. (Kemaev et al. 2025 call this form mixed-mode.) With a horizon of one step it is the one-step search.
 """
 
 from __future__ import annotations
@@ -64,13 +65,15 @@ class Sweep(Estimator):
         steps: N, the window.
 
     Attributes:
-        per_step: the last window's h of each step, (steps, N).
+        per_step: the last window's h of each step, (steps, N), with learned scalars (steps, N + S).
+        over_reverse: whether the product comes by forward over reverse; None: not known yet.
         tolerance: largest relative difference of the two products that counts as rounding.
 
     Raises UserError for an optimiser whose step is not written out in `differentiable`.
     """
 
     name = "sweep"
+    learns_scalars = True
     tolerance = 1e-3  # of float32; a lost tangent is off by its whole share
 
     def __init__(
@@ -91,7 +94,7 @@ class Sweep(Estimator):
         place = {p: n for n, (p, _) in enumerate(self._params)}
         self._clip_groups = [[place[p] for p in group] for group in objective.clip_groups(clip_by)]
         self._max_norm = max_norm
-        self._over_reverse: bool | None = None  # None: not known yet
+        self.over_reverse: bool | None = None
         self._kept: list[_Kept] = []
         self._buffers: list[Tensor] = []
 
@@ -128,9 +131,9 @@ class Sweep(Estimator):
         """From the adjoints after a step to h of the step and the adjoints before it."""
         theta = [kept.step.theta[p].detach() for p, _ in self._params]
         u, a, b = self._through_step(kept, [t.clone() for t in theta], kept.gradients, a, b)
-        if self._over_reverse is None:
-            self._over_reverse = not distributed.any_of(not self._agree(kept, theta, u))
-        product, h = (self._forward_over_reverse if self._over_reverse else self._double_backward)(kept, theta, u)
+        if self.over_reverse is None:
+            self.over_reverse = not distributed.any_of(not self._agree(kept, theta, u))
+        product, h = (self._forward_over_reverse if self.over_reverse else self._double_backward)(kept, theta, u)
         averaged = distributed.average_where_any(product, theta)
         return h, [x if s is None else x + s for x, s in zip(a, averaged, strict=True)], b
 
@@ -148,38 +151,41 @@ class Sweep(Estimator):
     ) -> tuple[list[Tensor | None], Tensor]:
         """∇²L u by parameter and h, as the derivative of ⟨∇L, u⟩."""
         leaves = [t.detach().requires_grad_() for t in theta]
-        weights = kept.step.weights.detach().clone().requires_grad_()
-        gradients = torch.autograd.grad(self._loss(kept, leaves, weights), leaves, create_graph=True, allow_unused=True)
+        row = _row(kept.step)
+        gradients = torch.autograd.grad(self._loss(kept, leaves, row), leaves, create_graph=True, allow_unused=True)
         pull = [(g * x).sum() for g, x in zip(gradients, u, strict=True) if g is not None and x is not None]
         found: list[Tensor | None] = list(
-            torch.autograd.grad(torch.stack(pull).sum(), [*leaves, weights], allow_unused=True)
+            torch.autograd.grad(torch.stack(pull).sum(), [*leaves, row], allow_unused=True)
         )
-        return found[:-1], _or_zero(found[-1], weights)
+        return found[:-1], _or_zero(found[-1], row)
 
     def _forward_over_reverse(
         self, kept: _Kept, theta: list[Tensor], u: list[Tensor | None]
     ) -> tuple[list[Tensor | None], Tensor]:
-        """The same as the tangents, along u, of the gradients by θ and by w (which is λ s ℓ)."""
+        """The same as the tangents, along u, of the gradients by θ and by the row (by w: of λ s ℓ)."""
         with dual_numbers():
             leaves = [
                 t.detach().requires_grad_() if x is None else forward_ad.make_dual(t.detach().requires_grad_(), x)
                 for t, x in zip(theta, u, strict=True)
             ]
-            weights = kept.step.weights.detach().clone().requires_grad_()
-            gradients = torch.autograd.grad(self._loss(kept, leaves, weights), [*leaves, weights], allow_unused=True)
+            row = _row(kept.step)
+            gradients = torch.autograd.grad(self._loss(kept, leaves, row), [*leaves, row], allow_unused=True)
             tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
             *product, h = [None if t is None else t.detach().clone() for t in tangents]
-            return product, _or_zero(h, weights)
+            return product, _or_zero(h, row)
 
-    def _loss(self, kept: _Kept, theta: list[Tensor], weights: Tensor) -> Tensor:
-        """The step's loss with other tensors in the place of the parameters and w; the same random numbers and buffers."""
+    def _loss(self, kept: _Kept, theta: list[Tensor], row: Tensor) -> Tensor:
+        """The step's loss with other tensors in the place of the parameters, w and scalars; the same random numbers and
+        buffers."""
         step = kept.step
+        weights, scalars = row[: len(step.weights)], row[len(step.weights) :]
         with torch.no_grad():
             for buffer, before in zip(self._all_buffers(), kept.buffers, strict=True):
                 buffer.copy_(before)
         set_random_state(step.state)
         self.objective.at(step.number)
-        with swapped(self.objective, dict(zip([p for p, _ in self._params], theta, strict=True))):
+        held = nullcontext() if self.scalars is None else self.scalars.held(scalars.unbind())
+        with held, swapped(self.objective, dict(zip([p for p, _ in self._params], theta, strict=True))):
             taught = step.done.teacher or None
             return self.objective.training_pass(step.batch, step.scale * weights, teacher=taught).loss
 
@@ -218,6 +224,12 @@ class Sweep(Estimator):
 
     def _all_buffers(self) -> list[Tensor]:
         return [*self.objective.student.buffers(), *self.objective.terms.buffers()]
+
+
+def _row(step: TrainingStep) -> Tensor:
+    """What a step's loss is differentiated by beside the parameters, as a leaf: w, then the learned scalars."""
+    row = step.weights if step.scalars is None else torch.cat([step.weights, step.scalars])
+    return row.detach().clone().requires_grad_()
 
 
 def _joined(product: list[Tensor | None], h: Tensor) -> Tensor:
