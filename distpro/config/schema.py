@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from distpro.config.section import Section
 from distpro.data.statistics import check_statistics
 from distpro.process import parse_process, reduction_of
 from distpro.schedule import REDUCTIONS
@@ -29,40 +20,6 @@ ProcessSpec = float | dict[str, Any]
 
 Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 """Parameters of what is named beside them. null: none, whatever a base has for another name."""
-
-
-class Section(BaseModel):
-    """Part of a config. Unknown keys are errors, and so are numbers that are none: .nan, .inf, yes and no."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        if any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds):
-            return value  # looks at its own
-        for path, leaf in _leaves(value):
-            if isinstance(leaf, float) and not math.isfinite(leaf):
-                raise ValueError(f"{path}expected a finite number, found {leaf}")
-            named = not path or Any not in kinds  # of parameters, their owner says which may be true or false
-            if isinstance(leaf, bool) and named and {int, float} & kinds and bool not in kinds:
-                raise ValueError(f"{path}expected a number, found {leaf} (YAML's yes, no, on, off are truth values)")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
-    return {annotation}.union(*(_kinds(inner) for inner in get_args(annotation)))
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What is no list and no mapping in a value, after its place there, ``a.0: ``."""
-    if isinstance(value, Mapping | list | tuple):
-        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _leaves(inner, f"{path.removesuffix(': ')}{'.' if path else ''}{key}: ")
-    else:
-        yield path, value
 
 
 class DataConfig(Section):
@@ -301,6 +258,42 @@ class RetrainConfig(Section):
     training: dict[str, Any] = Field({}, description="what of `training` is different in a retrain")
 
 
+class TuneConfig(Section):
+    """Candidates against each other under one budget (`distpro tune`, docs/recipes.md). A candidate is one of `methods` alone,
+    the search space at equal weights, the search space with a constant weight per term, or a schedule and its controls."""
+
+    families: list[Literal["single", "equal", "static", "learned"]] = Field(
+        ["single", "equal", "static", "learned"], min_length=1, description="learned: only where there is a `schedule`"
+    )
+    methods: list[str | TermConfig] = Field(
+        ["kd", "dkd", "at", "review", "logit_std"],
+        description="of single: losses, each around its usual weight (`distpro.losses.usual`), or terms as in `terms`, around "
+        "theirs",
+    )
+    schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
+    controls: list[Literal["searched", "final", "mean", "equal"]] = Field(
+        ["searched", "final", "mean", "equal"], description="of learned: see `retrain.weights`"
+    )
+    span: tuple[float, float] = Field(
+        (0.03, 30.0), description="the range of a weight, log-uniform, in units of where it begins"
+    )
+    trials: int = Field(24, gt=0, description="the budget, in whole trainings; one that is pruned counts in part")
+    epochs: int | None = Field(None, gt=0, description="of a trial; null: those of the training")
+    by: Literal["loss", "headline"] = Field(
+        "loss", description="what a trial is judged by on the validation part: the task loss, or the task's main metric"
+    )
+    pruner: Literal["hyperband", "none"] = Field(
+        "hyperband", description="ends trainings that fall behind others at a ninth or a third of their epochs"
+    )
+
+    @field_validator("span")
+    @classmethod
+    def _around_one(cls, span: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < span[0] <= 1 <= span[1] or span[0] == span[1]:
+            raise ValueError(f"is [{span[0]:g}, {span[1]:g}]: a factor from 0 to 1, and one of 1 and more")
+        return span
+
+
 class CacheConfig(Section):
     """The teacher's outputs, kept on disk."""
 
@@ -350,6 +343,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
+    tune: TuneConfig = TuneConfig()
     tracking: TrackingConfig = TrackingConfig()
     stages: list[dict[str, Any]] = Field([], description="trainings one after the other, see distpro.config.stages")
 

@@ -1,0 +1,43 @@
+"""What every part of a config is: unknown keys are errors, and numbers are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class Section(BaseModel):
+    """Part of a config. Unknown keys are errors, and so are numbers that are none: .nan, .inf, yes and no."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds):
+            return value  # looks at its own
+        for path, leaf in _leaves(value):
+            if isinstance(leaf, float) and not math.isfinite(leaf):
+                raise ValueError(f"{path}expected a finite number, found {leaf}")
+            named = not path or Any not in kinds  # of parameters, their owner says which may be true or false
+            if isinstance(leaf, bool) and named and {int, float} & kinds and bool not in kinds:
+                raise ValueError(f"{path}expected a number, found {leaf} (YAML's yes, no, on, off are truth values)")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*(_kinds(inner) for inner in get_args(annotation)))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What is no list and no mapping in a value, after its place there, ``a.0: ``."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(inner, f"{path.removesuffix(': ')}{'.' if path else ''}{key}: ")
+    else:
+        yield path, value
