@@ -53,7 +53,7 @@ class Trials:
 
     def judge(self, name: str, schedule: Schedule | None = None, config: Config | None = None) -> float:
         """What is to be small of the training that plays ``schedule``, or that another ``config`` says: see `judged`."""
-        metrics = self.run(name, schedule, config)
+        metrics = self.run(name, schedule, config, title=f"trial {len(self.rows) + 1}")
         value = judged(metrics, build.build_task(self.config, self.given))
         self.rows.append({"name": name, "judged": value, **metrics})
         if distributed.is_main():
@@ -68,12 +68,14 @@ class Trials:
         config: Config | None = None,
         watch: Callable[[dict[str, float]], None] | None = None,
         every: int | None = None,
+        title: str = "",
     ) -> dict[str, float]:
         """Metrics of a training at its end, with its ``step`` and ``seconds``; these two alone where it has diverged.
 
         Args:
             config: another training; it says itself how ``schedule`` is played, which is played as it is else.
             watch: called with the metrics after ``every`` so many epochs; it may raise `Pruned` to end the training there.
+            title: what the progress line says; by default the name.
         """
         folder = None if self.folder is None else self.folder / re.sub(r"[^\w.+-]+", "_", name)
         done = None if folder is None or not (folder / "result.json").is_file() else folder / "result.json"
@@ -85,14 +87,19 @@ class Trials:
         if config is None:
             config = self.config
             if schedule is not None:
-                replayed = {"weights": "searched", "start": schedule.start, "threshold": schedule.threshold, "mapping": {}}
+                replayed = {
+                    "weights": "searched",
+                    "start": schedule.start,
+                    "threshold": schedule.threshold,
+                    "mapping": {},
+                }
                 config = config.model_copy(update={"retrain": config.retrain.model_copy(update=replayed)})
         evaluated = {"evaluate_every": every or config.training.epochs}
         checked = config.model_copy(update={"tracking": config.tracking.model_copy(update=evaluated)})
         given = replace(self.given, student=copy.deepcopy(self.given.student))
         validation, train = search_parts(checked, self.data)
         trainer = build.build_retrain(checked, self.data, schedule, folder, given=given, parts=(train, validation))
-        trainer.name = f"trial {len(self.rows) + 1}" if watch is None else name
+        trainer.name = title or name
         trainer.on_evaluation = watch or trainer.on_evaluation
         if folder is not None and (folder / "checkpoint.pt").is_file():
             trainer.resume()
