@@ -135,7 +135,9 @@ def test_a_trial_that_diverges_is_worst(teacher, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "fit", diverging)
     distpro.search(searching(teacher, trials=6), out=tmp_path / "run")
-    assert [name for name, result in results(tmp_path / "run").items() if "loss" not in result] == ["equal_weights_times_10"]
+    assert [name for name, result in results(tmp_path / "run").items() if "loss" not in result] == [
+        "equal_weights_times_10"
+    ]
 
 
 def test_what_is_judged():
