@@ -7,6 +7,7 @@ student on the same data for as long.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,13 +20,14 @@ from distpro.build.data import search_parts
 from distpro.build.given import Given
 from distpro.build.runs import clock_of
 from distpro.config.reading import for_retrain
-from distpro.config.schema import Config, TermConfig
+from distpro.config.schema import Config, RetrainConfig, TermConfig
 from distpro.losses.usual import usual_weight
 from distpro.process import Clock
 from distpro.runs.searching import schedule_meta
 from distpro.schedule import Schedule
 from distpro.schedule_file import LOG
 from distpro.search.scales import measure_scales
+from distpro.weights import CONTROLS
 from pathways.registry import UserError
 
 Training = tuple[Config, Schedule | None]
@@ -136,6 +138,19 @@ def _strong(config: Config, strength: float) -> Config:
 def _playing(config: Config, weights: str) -> Any:
     update = {"weights": weights, "start": 0.0, "threshold": None, "mapping": {}, "schedule": None}
     return config.retrain.model_copy(update=update)
+
+
+def identity_of(config: Config, schedule: Schedule | None, total_steps: int) -> str:
+    """Of what a training of so many steps trains: a schedule whose weights do not move is the same as its own last weights."""
+    parts = [config.model_copy(update={"retrain": RetrainConfig()}).model_dump_json()]
+    if schedule is not None:
+        how, said = config.retrain.weights, schedule.saying(config.retrain.threshold, config.retrain.start or 0.0)
+        plays = said.equal() if how == "equal" else CONTROLS[how](said, config.seed)
+        played = plays.played(total_steps)
+        numbers = {"scales": played.scales, "weights": played.weights, **played.scalars}
+        parts += [str((played.keys, played.strength, played.warmup, list(numbers)))]
+        parts += [str(tensor.tolist()) for tensor in numbers.values()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def measured_space(config: Config, data: Any, given: Given) -> Schedule | None:

@@ -61,7 +61,7 @@ class Ledger:
         file = str(folder / "trials.journal")  # links are no locks on every system, so the locks are files
         self._storage = journal.JournalStorage(journal.JournalFileBackend(file, journal.JournalFileOpenLock(file)))
         self._turn = journal.JournalFileOpenLock(str(folder / "turn"))
-        self.least = max(1, epochs // REDUCTION**RUNGS)
+        self.least = math.ceil(epochs / REDUCTION**RUNGS)
         """Epochs after which a training may be pruned for the first time; also later only after a multiple of them."""
         self._pruner = self.optuna.pruners.HyperbandPruner(self.least, epochs, REDUCTION)
         create = self.optuna.create_study
@@ -76,13 +76,7 @@ class Ledger:
     # The beginning
 
     def begin(self, candidates: Sequence[Candidate]) -> None:
-        """Let every candidate be trained once before any is trained again. Raises UserError where the budget is too small."""
-        if len(candidates) > self.config.tune.trials:
-            names = ", ".join(candidate.name for candidate in candidates)
-            raise UserError(
-                f"tune.trials is {self.config.tune.trials}, which does not train each candidate once; there are "
-                f"{len(candidates)}: {names} (fewer: tune.families, tune.methods, tune.controls)"
-            )
+        """Let every candidate be trained once before any is trained again."""
         self.studies["tuned"].set_user_attr("candidates", [candidate.name for candidate in candidates])
         for candidate in candidates:
             values = {f"{candidate.name}.{name}": centre for name, centre in candidate.centres.items()}

@@ -8,8 +8,8 @@ trials.journal   Optuna's, for --resume         space.pt         the search spac
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,7 +25,7 @@ from distpro.config.schema import Config
 from distpro.console import note
 from distpro.files import write_atomically
 from distpro.report.tuning import leaderboard, save_tuning_figure, values_text
-from distpro.runs.candidates import Candidate, Training, buildable, candidates_of, measured_space, training_part
+from distpro.runs.candidates import Candidate, buildable, candidates_of, identity_of, measured_space, training_part
 from distpro.runs.folder import as_yaml, check_data, open_folder, record
 from distpro.runs.ledger import Ledger, Turn, require_optuna
 from distpro.runs.trials import Pruned, Trials, judged, words_of
@@ -111,11 +111,14 @@ class Tuning:
         self.task = build.build_task(self.config, request.given)
         self.epochs = self.config.tune.epochs or self.config.training.epochs
         self.clock = training_part(self._short(self.config), self.data)[1]
+        self.last = math.ceil(
+            self.clock.total_steps / self.clock.steps_per_epoch
+        )  # a step may end it before its epochs
         self.trials = Trials(self.config, self.data, request.given, folder / "trials")
         self.candidates: dict[str, Candidate] = {}
         if resume:
             check_data(folder, self.data.facts)
-            self.ledger = Ledger(folder, self.config, self.epochs)
+            self.ledger = Ledger(folder, self.config, self.last)
             space = Schedule.load(folder / "space.pt") if (folder / "space.pt").is_file() else None
             known = {candidate.name: candidate for candidate in self._candidates(space)}
             self.candidates = {name: known[name] for name in self.ledger.names}
@@ -136,9 +139,14 @@ class Tuning:
         for name, reason in why_not.items():
             note(f"candidate '{name}' is left out: {reason}")
         self.candidates = {candidate.name: candidate for candidate in found}
+        if len(found) > self.config.tune.trials:
+            raise UserError(
+                f"tune.trials is {self.config.tune.trials}, which does not train each candidate once; there are {len(found)}: "
+                f"{', '.join(self.candidates)} (fewer: tune.families, tune.methods, tune.controls)"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "trials.journal").unlink(missing_ok=True)  # of one that was stopped before it had begun
-        self.ledger = Ledger(self.folder, self.config, self.epochs)
+        self.ledger = Ledger(self.folder, self.config, self.last)
         self.ledger.begin(found)
         if space is not None:
             space.save(self.folder / "space.pt")
@@ -174,10 +182,10 @@ class Tuning:
 
         def watch(row: dict[str, float]) -> None:
             epoch = int(row["epoch"])
-            if epoch < self.epochs and self.ledger.falls_behind(turn, epoch, judged(row, self.task, by)):
+            if epoch < self.last and self.ledger.falls_behind(turn, epoch, judged(row, self.task, by)):
                 raise Pruned
 
-        metrics = self.ledger.twin(turn, _identity((config, schedule)))
+        metrics = self.ledger.twin(turn, identity_of(config, schedule, self.clock.total_steps))
         cost = 0.0
         if metrics is None:
             prunes = self.config.tune.pruner == "hyperband"
@@ -186,9 +194,10 @@ class Tuning:
             cost = metrics["step"] / self.clock.total_steps
         pruned = "epoch" in metrics and metrics["step"] < self.clock.total_steps
         self.ledger.end(turn, metrics, judged(metrics, self.task, by), cost, pruned)
+        values = f" ({values_text(turn.values, 3)})" if turn.values else ""
         ended = f", pruned after {metrics['epoch']:g} epochs" if pruned else ""
         note(
-            f"{self.ledger.spent():.4g} of {self.config.tune.trials} trainings: {turn.label} ({values_text(turn.values, 3)}): "
+            f"{self.ledger.spent():.4g} of {self.config.tune.trials} trainings: {turn.label}{values}: "
             f"{words_of(metrics) or 'diverged'}{ended}"
         )
         self._write()
@@ -208,7 +217,7 @@ class Tuning:
         return {
             "budget": self.config.tune.trials,
             "spent": self.ledger.spent(),
-            "epochs": self.epochs,
+            "epochs": self.last,
             "by": self.config.tune.by if any("loss" in row for row in rows) else "headline",
             "headline": self.task.headline,
             "schedule": None if schedule is None else schedule.path or "handed over",
@@ -278,16 +287,6 @@ def searched_seconds(folder: Path) -> float | None:
         return None
     files = [folder / "result.json", *(folder / "trials").glob("*/result.json")]
     return float(sum(json.loads(file.read_text(encoding="utf-8")).get("seconds", 0.0) for file in files))
-
-
-def _identity(training: Training) -> str:
-    """Of a training: what has the same one is the same."""
-    config, schedule = training
-    content: list[Any] = [config.model_dump_json()]
-    if schedule is not None:
-        content += [schedule.keys, *(getattr(schedule, name).tolist() for name in ("weights", "alpha_tilde", "scales"))]
-        content += [schedule.strength, schedule.start, schedule.threshold, schedule.steps_per_epoch]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _with_budget_of(config: Config, folder: Path) -> Config:

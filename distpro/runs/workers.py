@@ -63,6 +63,8 @@ def _run(work: Callable[..., None], arguments: tuple[Any, ...], threads: int) ->
     _end_with_parent()
     try:
         work(*arguments)
+    except KeyboardInterrupt:  # between two trainings
+        sys.exit(130)
     except Interrupted as error:
         sys.exit(128 + error.signal_number)
     except UserError as error:

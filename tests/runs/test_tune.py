@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import distpro
@@ -192,11 +193,31 @@ def test_a_learned_schedule_takes_part_with_its_controls(teacher, tmp_path):
     out = tmp_path / "run"
     tuned = distpro.tune(source, out=out, overrides=["tune.families=[learned]", "tune.epochs=1"], schedule=alpha)
     assert [row["candidate"] for row in tuned.rows] == [f"learned, {c}" for c in ("searched", "final", "mean", "equal")]
+    costs = {row["candidate"]: row["cost"] for row in tuned.rows}
+    assert costs == {
+        "learned, searched": 1,
+        "learned, final": 0,
+        "learned, mean": 0,
+        "learned, equal": 1,
+    }  # its start is 1
     assert f"comes from a search of {seconds:.0f} s" in (out / "leaderboard.md").read_text()
     best = read_config(out / "best.yaml")
     assert f"learned, {best.retrain.weights}" == json.loads((out / "result.json").read_text())["best"]["candidate"]
     expected = distpro.retrain(source, alpha, overrides=[f"retrain.weights={best.retrain.weights}"]).metrics
     assert distpro.retrain(out / "best.yaml").metrics["loss"] == expected["loss"]
+
+
+def test_objects_of_ones_own_take_part_and_are_left_alone(teacher, monkeypatch):
+    """Without a folder."""
+    config = read_config(tuning(teacher))
+    data = build.build_data(config)
+    pair = build.build_pair(config, data)
+    before = {name: tensor.clone() for name, tensor in pair.student.state_dict().items()}
+    own = {"data": data, "teacher": pair.teacher, "student": pair.student}
+    tuned = distpro.tune(tuning(teacher, **SINGLE, trials=2, epochs=1), **own)
+    assert len(tuned.rows) == 2 and tuned.folder is None and tuned.schedule is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pair.student.state_dict().items())
+    assert distpro.retrain(tuned.config, **own).metrics["loss"] > 0
 
 
 # Pruning
@@ -309,7 +330,7 @@ def test_two_workers_share_a_budget(teacher, tmp_path):
 def test_messages(teacher, tmp_path, overrides, said):
     with pytest.raises(distpro.UserError, match=said):
         distpro.tune(tuning(teacher), out=tmp_path / "run", overrides=overrides)
-    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_optuna_it_says_how_to_get_it(teacher, tmp_path, monkeypatch, capsys):
