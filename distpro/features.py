@@ -209,7 +209,15 @@ def scalar(loss: Any) -> Tensor:
 
 
 def check_apart(teacher: nn.Module, student: nn.Module) -> None:
-    """Raise UserError where the two share a parameter that the student trains: the teacher's are frozen."""
+    """Raise UserError where the two share a parameter that the student trains, for the teacher's are frozen; or a module
+    that works differently in training and evaluation, for each would put it into its own mode."""
     trained = {p for p in student.parameters() if p.requires_grad}
     if any(p in trained for p in teacher.parameters()):
         raise UserError("objective: teacher and student share parameters, which would freeze the student's; copy them")
+    own = set(student.modules())
+    shared = {type(m).__name__ for m in teacher.modules() if m in own and isinstance(m, _MODAL)}
+    if shared:
+        raise UserError(f"objective: teacher and student share a module ({', '.join(sorted(shared))}); copy it")
+
+
+_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)

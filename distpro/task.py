@@ -32,7 +32,8 @@ class Metrics(Protocol):
 
 
 class Task(Protocol):
-    """What the models do.
+    """What the models do. Optional: ``rows(output, batch)``, see `distpro.tasks.calibration`, of a task whose loss is a cross
+    entropy; and ``pictures(output, batch)``, predictions as images (N, 3, H, W) for the log.
 
     Attributes:
         headline: name of the metric that tables report.

@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from study_file import ROOT, Search, StudyFile
-from study_table import render, splice
+from study_table import render, seen_from, splice
 
 from distpro.config.reading import for_retrain, read_config
 from distpro.files import write_atomically
@@ -159,13 +159,12 @@ def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
     config = read_config(ROOT / study.config(label), study.overrides(label, 0))
     tunes = Search(study, label).tunes
-    searching = label in study.searches and not tunes
+    searching = label in study.searches
     description = describe(config if searching else for_retrain(config), searching)
-    once = (description.steps or 0) * description.step_macs
     if not tunes:
-        return once
+        return (description.steps or 0) * description.step_macs
     part = (config.tune.epochs or config.training.epochs) / config.training.epochs
-    return once * config.tune.trials * part * (1 - config.search.validation_fraction)
+    return config.tune.trials * part * (description.steps or 0) * describe(for_retrain(config), False).step_macs
 
 
 def plan(study: Study, jobs: list[tuple[str, int]]) -> None:
@@ -206,9 +205,9 @@ def main() -> None:
             study.run_all(missing, options.jobs)
         if study.rows():
             text = render(study)
-            write_atomically(text, study.results.with_suffix(".md"))
+            write_atomically(seen_from(study.results, text), study.results.with_suffix(".md"))
             print(text)
-            for page in sorted((ROOT / "docs").glob("*.md")):
+            for page in sorted((ROOT / "docs").rglob("*.md")):
                 splice(page, study.name, text)
 
 

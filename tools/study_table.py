@@ -97,10 +97,17 @@ def _interval(differences: list[float]) -> str:
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
+def seen_from(page: Path, table: str) -> str:
+    """The table with its figures where a page finds them."""
+    inside = page.is_relative_to(ROOT / "docs")
+    up = "../" * (len(page.relative_to(ROOT / "docs").parts) - 1) if inside else ""
+    return table.replace("](figures/", f"]({up}figures/")
+
+
 def splice(page: Path, name: str, table: str) -> None:
     """Put the table between the page's ``<!-- study: NAME -->`` and ``<!-- end -->``, if it has such a place."""
     text = page.read_text() if page.exists() else ""
     begin, _, rest = text.partition(f"<!-- study: {name} -->\n")
     if rest:
         _, end, after = rest.partition("<!-- end -->")
-        write_atomically(f"{begin}<!-- study: {name} -->\n{table}{end}{after}", page)
+        write_atomically(f"{begin}<!-- study: {name} -->\n{seen_from(page, table)}{end}{after}", page)

@@ -25,10 +25,11 @@ from distpro.data import Split
 from distpro.objective import Objective
 from distpro.process import Clock, reduction_of
 from distpro.schedule import Said, Schedule, warmed_up
-from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle
+from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle, second_obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
+from distpro.task import Task
 from distpro.train import distributed
 from distpro.train.checks import check_last_batch
 from distpro.train.rates import LearningRate
@@ -37,8 +38,9 @@ from distpro.weights import Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
-REACH = 4.0
-"""How far the logarithm of a weight may move in a search by relative steps, all of them together."""
+REACH, REACH_FROM_TRIALS = 4.0, 2.0
+"""How far the logarithm of a weight may move in a search by relative steps, all of them together; and where trials have
+chosen the strength that it starts from, so that it has no way to go to it."""
 
 VALIDATION_SAMPLES = 1024
 """On so many samples at most a gradient over a horizon looks at the validation loss; it is far dearer than they are."""
@@ -124,6 +126,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon)
     clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
+    estimator.calibrated = calibrates(search, objective.task)
     weighting_name, weighting_params = parse_spec(search.weighting, "search.weighting")
     how = search.normalise or ("gradient" if config.terms else "none")
 
@@ -160,6 +163,16 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     return trainer
 
 
+def calibrates(search: SearchConfig, task: Task) -> bool:
+    """Whether a search judges by the calibrated loss. Raises UserError where the config asks for that and the task has none."""
+    able = hasattr(task, "rows")
+    if search.criterion == "calibrated" and not able and "criterion" in search.model_fields_set:
+        raise UserError(
+            f"search.criterion: calibrated is for a cross entropy; {type(task).__name__} has no rows (allowed: task)"
+        )
+    return search.criterion == "calibrated" and able
+
+
 def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_size: int, example: Batch) -> int:
     """The horizon, or as much of it as `search.memory` can keep the steps of."""
     each = bytes_per_step(objective, batch_size, example) if horizon > 1 else 1
@@ -174,7 +187,9 @@ def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_siz
 
 def _learning_rate(search: SearchConfig, updates: int) -> float:
     """γ where the config says none."""
-    return REACH / max(1, updates) if search.optimizer == "relative" else 0.05
+    if search.optimizer != "relative":
+        return 0.05
+    return (REACH_FROM_TRIALS if search.trials else REACH) / max(1, updates)
 
 
 def _validation_batches(config: Config, validation: Any, horizon: int) -> int:
@@ -195,6 +210,12 @@ def _choose_estimator(config: Config, objective: Objective, example: Batch, hori
         if name not in ("auto", "sweep", "unrolled"):
             raise UserError(
                 f"search.estimator: {name} looks one step back; with a horizon of {horizon}: sweep or unrolled"
+            )
+        without = next(filter(None, distributed.gather(second_obstacle(objective, example))), "")
+        if without:
+            raise UserError(
+                f"search.horizon: {without} has no second derivative in PyTorch, which a horizon of several steps needs; "
+                "use search.horizon=1, or leave out what uses it"
             )
         return "sweep" if name == "auto" else name, {"steps": horizon, **params}
     if name not in ("auto", "forward_mode"):

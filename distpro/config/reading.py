@@ -122,7 +122,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
+        _refuse_the_unmeant(yaml.compose(text, Loader=yaml.SafeLoader), where)
         return _numbers(yaml.safe_load(text))
     except RecursionError:
         raise UserError(f"{where}: not valid YAML (an alias leads back to itself)") from None
@@ -133,12 +133,21 @@ def _yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML ({problem})") from None
 
 
-def _refuse_repeated_keys(root: yaml.Node | None, where: str) -> None:
-    """YAML's parser would silently keep the last one. Merge keys (``<<``) are meant to repeat others."""
+def _refuse_the_unmeant(root: yaml.Node | None, where: str) -> None:
+    """Keys that are said twice, of which YAML's parser would silently keep the last one (merge keys, ``<<``, are meant to
+    repeat others), and numbers of YAML 1.1 that are read otherwise than they look: 010 is 8, 1:30 is 90."""
     pending, visited = [root], set()
     while pending:
         node = pending.pop()
-        if node is None or id(node) in visited or isinstance(node, yaml.ScalarNode):
+        if node is None or id(node) in visited:
+            continue
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag.endswith((":int", ":float")) and re.fullmatch(r"[-+]?0[\d_]+|[^:]+:.*", node.value):
+                line = node.start_mark.line + 1
+                found = yaml.safe_load(node.value)
+                raise UserError(
+                    f"{where}, line {line}: YAML reads {node.value} as {found}; write that, or put it in quotes"
+                )
             continue
         visited.add(id(node))  # an alias leads to a node that has been met
         if isinstance(node, yaml.MappingNode):

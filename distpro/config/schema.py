@@ -168,7 +168,7 @@ class SearchConfig(Section):
     weighting: Spec | None = None
     optimizer: Literal["adam", "sgd", "relative"] | None = Field(None, description="of α̃")
     learning_rate: float | None = Field(
-        None, gt=0, description="γ; null: 0.05, of relative steps 4 divided by their number"
+        None, gt=0, description="γ; null: 0.05, of relative steps 4 divided by their number, after trials 2"
     )
     memory: float = Field(4.0, gt=0, description="GB that the steps of a horizon may take; it is shortened to fit")
     betas: tuple[float, float] = (0.5, 0.999)
@@ -180,6 +180,12 @@ class SearchConfig(Section):
         ge=0,
         description="trainings on the search's part of the data, judged on its validation part: first for the strength of the "
         "equal weights that it starts from, then of what it has learned; null: 9 with a longer horizon, 0 with one of a step",
+    )
+    criterion: Literal["task", "calibrated"] | None = Field(
+        None,
+        description="what of the validation part is to be small: the task loss (the paper), or the cross entropy at its best "
+        "temperature, which does not ask how sure of itself a student is; null: task, with a longer horizon calibrated where the "
+        "task's loss is a cross entropy",
     )
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     normalise: Literal["none", "loss", "gradient"] | None = Field(
@@ -233,6 +239,7 @@ _BY_HORIZON: dict[str, tuple[Any, Any]] = {
     "weighting": ("biased_softmax", "log"),
     "optimizer": ("adam", "relative"),
     "momentum": (0.0, 0.5),
+    "criterion": ("task", "calibrated"),
 }
 """What a search takes where its config says nothing: with a horizon of one step, and with a longer one."""
 
@@ -280,7 +287,8 @@ class TuneConfig(Section):
     trials: int = Field(24, gt=0, description="the budget, in whole trainings; one that is pruned counts in part")
     epochs: int | None = Field(None, gt=0, description="of a trial; null: those of the training")
     by: Literal["loss", "headline"] = Field(
-        "loss", description="what a trial is judged by on the validation part: the task loss, or the task's main metric"
+        "loss",
+        description="what a trial is judged by on the validation part: as a search's (`search.criterion`), or the main metric",
     )
     pruner: Literal["hyperband", "none"] = Field(
         "hyperband", description="ends trainings that fall behind others at a ninth or a third of their epochs"

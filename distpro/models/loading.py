@@ -14,7 +14,16 @@ from distpro.files import Unread, load_safely
 from pathways.registry import UserError
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "student")
-AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")  # by a moving average
+AVERAGED = (  # by a moving average
+    "state_dict_ema",
+    "model_ema",
+    "model_ema_state_dict",
+    "ema_state_dict",
+    "ema_model",
+    "ema_model_state_dict",
+    "averaged_model",
+    "ema",
+)
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of parallel models and AveragedModel, of torch.compile, of Lightning
 COUNTERS = ("n_averaged", "total_ops", "total_params")  # of AveragedModel, and what thop leaves behind
 
@@ -60,8 +69,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, wei
         weights: of a file that holds both, ``model``: those that were trained; ``ema``: their moving average; None: the
             former, which is said on stderr.
 
-    Raises UserError if the file is missing, cannot be read without running code, holds no state dict or, if strict,
-    does not fit; the model is then unchanged.
+    Raises UserError if the file is missing, cannot be read without running code, holds no state dict, a student's and a
+    teacher's, weights that are no finite numbers, whole numbers for real ones or, if strict, does not fit; the model is then
+    unchanged.
     """
     if weights not in (None, "model", "ema"):
         raise UserError(f"weights of a checkpoint: '{weights}' (allowed: model, ema)")
@@ -72,8 +82,19 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, wei
     if strict and not report.ok:
         raise UserError(f"{path} does not fit {type(model).__name__}: {report}")
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    _check_numbers(fitting, own, {name for name, _ in model.named_parameters()}, path)
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def _check_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: set[str], path: str | Path) -> None:
+    """A mask among the buffers may be infinite."""
+    for name, value in state.items():
+        if value.is_floating_point() != own[name].is_floating_point():
+            kinds = (str(t.dtype).removeprefix("torch.") for t in (value, own[name]))
+            raise UserError(f"{path}: {name} is {' in the file, '.join(kinds)} in the model (quantised weights?)")
+        if name in trained and value.is_floating_point() and not value.float().isfinite().all():
+            raise UserError(f"{path}: {name} is not finite: a training that had diverged?")
 
 
 def _read(path: Path) -> Any:
@@ -97,6 +118,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _find_state_dict(content: Any, path: str | Path, weights: str | None) -> dict[str, Tensor]:
     """The state dict in a file. Says where there is another one beside it."""
     while isinstance(content, Mapping):
+        if all(isinstance(content.get(role), Mapping) for role in ("student", "teacher")):
+            raise UserError(
+                f"{path}: holds a student's weights and a teacher's; save those that are meant by themselves"
+            )
         plain, averaged = (_inner(content, keys) for keys in (WRAPPERS, AVERAGED))
         if plain and averaged and weights is None:
             warn(f"{path}: '{plain}' is taken; it also holds a moving average, '{averaged}' (weights: ema takes that)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,12 +24,15 @@ from pathways.probing import untouched
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
+TRAINING = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
+"""Forward passes' worth of a plain training step; a backward pass counts two."""
+
 
 @dataclass(frozen=True)
 class Description:
     """Facts of a run before it starts. ``unmasked``: terms that see positions that do not count (void pixels, padding), for
     their losses take no mask. ``problems``: why a model's stages were not found, where no term needs them. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
-    counts only the parts of the models that a loss depends on."""
+    counts only the parts of the models that a loss depends on. ``trials``: plain trainings that a search may add."""
 
     teacher: str
     student: str
@@ -47,6 +50,7 @@ class Description:
     steps: int | None
     batch_size: int
     cache_bytes: int | None = None
+    trials: int = 0
     unmasked: Sequence[str] = ()
     problems: Sequence[str] = ()
 
@@ -63,8 +67,16 @@ class Description:
     @property
     def step_macs(self) -> float:
         """Multiply-accumulates of one training step."""
+        return self._macs(self.passes)
+
+    @property
+    def trial_macs(self) -> float:
+        """Multiply-accumulates of one step of a trial."""
+        return self._macs(TRAINING)
+
+    def _macs(self, passes: Mapping[str, float]) -> float:
         costs = {**self.run_macs, "terms": self.term_macs}
-        return self.batch_size * sum(costs[part] * count for part, count in self.passes.items())
+        return self.batch_size * sum(costs[part] * count for part, count in passes.items())
 
 
 def describe(config: Config, searching: bool) -> Description:
@@ -105,6 +117,7 @@ def describe(config: Config, searching: bool) -> Description:
         passes=_passes(config, searching),
         steps=steps,
         batch_size=config.training.batch_size,
+        trials=config.search.trials or 0 if searching else 0,
         unmasked=_unmasked(pair, objective),
         problems=[r.problem for r in (*pair.teachers.values(), pair.student_reading) if r is not None and r.problem],
         cache_bytes=_cache_bytes(config, objective, pair, samples) if config.cache and samples else None,
@@ -144,7 +157,7 @@ def teacher_name(config: Config) -> str:
 
 def _passes(config: Config, searching: bool) -> dict[str, float]:
     """Forward passes' worth of computation per step; a backward pass counts two, a forward-mode pass three."""
-    passes = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
+    passes = dict(TRAINING)
     if searching:
         name, params = parse_spec(config.search.estimator, "search.estimator")
         name = "sweep" if name == "auto" and config.search.horizon != 1 else name
@@ -233,7 +246,13 @@ def as_text(d: Description) -> str:
     if d.unmasked:
         lines.append(f"masks    void or padded positions are seen by {', '.join(d.unmasked)}: no mask is taken there")
     if d.steps is not None:
-        lines.append(f"run      {d.steps:,} steps = {d.steps * d.step_macs / 1e15:.3f} PMAC")
+        lines.append(f"run      {d.steps:,} steps = {_macs_text(d.steps * d.step_macs)}")
+    if d.steps is not None and d.trials:
+        ratio = d.trials + d.step_macs / d.trial_macs
+        lines.append(
+            f"trials   {d.trials} trainings of as many steps at most = {_macs_text(d.trials * d.steps * d.trial_macs)}; "
+            f"in all {ratio:.1f} trainings"
+        )
     if d.cache_bytes is not None:
         lines.append(f"cache    {d.cache_bytes / 1e9:.3g} GB of teacher outputs when full")
     return "\n".join(lines)
@@ -242,6 +261,11 @@ def as_text(d: Description) -> str:
 def _model_cost(whole: float, run: float) -> str:
     part = f" ({_million(run)} of them run)" if _million(run) != _million(whole) else ""
     return f"{_million(whole)} MMAC an image{part}"
+
+
+def _macs_text(macs: float) -> str:
+    unit, size = next(((u, s) for u, s in (("PMAC", 1e15), ("TMAC", 1e12)) if macs >= s), ("GMAC", 1e9))
+    return f"{macs / size:.3g} {unit}"
 
 
 def _million(macs: float) -> str:

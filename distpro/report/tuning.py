@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 6  # values of a trial
+LOSSES = {"calibrated_loss": "validation loss at its best temperature", "loss": "validation loss"}
 ORDER = ("complete", "pruned", "diverged")
 
 
@@ -35,17 +36,15 @@ def ranked(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def board(rows: Sequence[Mapping[str, Any]], headline: str) -> tuple[list[str], list[list[Any]]]:
     """The leaderboard's columns and cells; numbers as text."""
-    columns = ["", "candidate", "values", "validation loss", headline, "epochs", "trainings", "seconds"]
-    if headline == "loss":
-        del columns[3]
+    shown = {name: said for name, said in LOSSES.items() if any(name in row for row in rows)}
+    shown |= {headline: shown.get(headline, headline)}
+    columns = ["", "candidate", "values", *shown.values(), "epochs", "trainings", "seconds"]
     cells: list[list[Any]] = []
     for place, row in enumerate(ranked(rows), start=1):
         where = str(place) if row["state"] == "complete" else row["state"]
-        name = row["candidate"]
-        numbers = [row.get("loss"), row.get(headline)][headline == "loss" :]
-        shown = ["-" if number is None else number_text(float(number)) for number in numbers]
+        numbers = [number_text(float(row[name])) if name in row else "-" for name in shown]
         cost = [f"{row['epochs']:.4g}", f"{row['cost']:.3g}", f"{row['seconds']:.0f}"]
-        cells.append([where, name, values_text(row["values"]), *shown, *cost])
+        cells.append([where, row["candidate"], values_text(row["values"]), *numbers, *cost])
     return columns, cells
 
 
@@ -54,7 +53,7 @@ def leaderboard(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -
 
     Args:
         rows: trials, as of trials.jsonl.
-        summary: ``budget`` and ``spent`` in trainings, ``epochs`` of one, ``by`` what it was judged, the task's ``headline``,
+        summary: ``budget`` and ``spent`` in trainings, ``epochs`` of one, ``by`` which metric it was judged, the task's ``headline``,
             ``running`` trials, and the learned ``schedule`` (None without one) with its search's seconds, ``search_seconds`` (None: unknown).
     """
     columns, cells = board(rows, summary["headline"])
@@ -87,7 +86,8 @@ def said_of(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> li
 
 def criterion_of(summary: Mapping[str, Any]) -> str:
     """What trials were judged by, in words."""
-    return "validation loss" if summary["by"] == "loss" else f"{summary['headline']} on the validation part"
+    headline = f"{summary['headline']} on the validation part"
+    return LOSSES.get(summary["by"], headline)
 
 
 def tuning_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Figure:
@@ -98,7 +98,7 @@ def tuning_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any])
 
     names = list(dict.fromkeys(row["candidate"] for row in rows))
     looks = [(COLOURS[n % len(COLOURS)], "os^D"[n // len(COLOURS) % 4]) for n in range(len(names))]
-    sign = 1 if summary["by"] == "loss" else -1 if any((row["judged"] or 0) < 0 for row in rows) else 1
+    sign = 1 if summary["by"] in LOSSES else -1 if any((row["judged"] or 0) < 0 for row in rows) else 1
     edge = _edge([row["judged"] for row in rows if row["state"] == "complete"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 4.4), layout="constrained")

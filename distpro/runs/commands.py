@@ -179,7 +179,7 @@ def tune_request(
         control: retrain_config(config, learned, [*overrides, f"retrain.weights={control}"], given)
         for control in checked.tune.controls
     }
-    same = {"precision": checked.precision}
+    same = {"precision": checked.precision, "search": checked.search}  # what is validated on, and how it is judged
     return Request(checked, {name: one.model_copy(update=same) for name, one in plays.items()}, learned, given)
 
 

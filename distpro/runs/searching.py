@@ -62,11 +62,13 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
         around.choose_start()
         set_random_state(state)
 
-    def conclude() -> None:
-        if trials.most:
-            around.choose_end()
-            if distributed.is_main():
-                write()
+    def conclude(metrics: dict[str, float]) -> dict[str, float]:
+        if not trials.most:
+            return metrics
+        around.choose_end()
+        if distributed.is_main():
+            write()
+        return {**metrics, "trials": len(trials.rows), "seconds": metrics["seconds"] + trials.seconds}
 
     run_training(trainer, checked, begun, searcher, facts=data.facts, conclude=conclude)
     return learned()

@@ -50,11 +50,11 @@ def run_training(
     searcher: Searcher | None,
     ended: Callable[[Path], None] = lambda folder: None,
     facts: Mapping[str, Any] | None = None,
-    conclude: Callable[[], None] = lambda: None,
+    conclude: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics,
 ) -> dict[str, float]:
     """Train with tracking; everything that a finished run leaves in its folder but its weights. ``ended`` is called
     before the result is written, which says that the run has ended; ``conclude`` before that, in every process, also
-    without a folder. ``facts``: what states the data; a resumed run must have the same."""
+    without a folder: from the training's metrics to the run's. ``facts``: what states the data; a resumed run must have the same."""
     if resume and trainer.folder is not None and facts is not None:
         check_data(trainer.folder, facts)
     note_emulation(config)
@@ -68,9 +68,7 @@ def run_training(
         for said in at_the_start(trainer, facts):
             warn(said)
     if trainer.folder is None or not distributed.is_main():
-        metrics = _fit(trainer)
-        conclude()
-        return metrics
+        return conclude(_fit(trainer))
     if not resume:
         record(config, trainer.folder, facts)
     first = trainer.step + 1 if resume else None
@@ -82,8 +80,7 @@ def run_training(
                 tracker.alpha_layout(
                     [e.key for e in searcher.entries], [e.level or (0, 0, 0) for e in searcher.entries]
                 )
-        metrics = _fit(trainer)
-        conclude()
+        metrics = conclude(_fit(trainer))
         if searcher is not None:
             learned = searcher.schedule(trainer.steps_per_epoch, {})
             tracker.figure("alpha/processes", schedule_figure(learned), trainer.step)

@@ -19,6 +19,7 @@ from distpro.console import note
 from distpro.files import write_atomically
 from distpro.schedule import Schedule
 from distpro.task import Task
+from distpro.tasks import CalibratedLoss, Together
 from distpro.train import distributed
 from distpro.train.trainer import Diverged
 
@@ -38,7 +39,7 @@ class Trials:
         most: how many there will be at most, for what is printed.
 
     Attributes:
-        rows: name, what it was judged, and metrics of every trial so far, in order.
+        rows: name, what it was judged, and metrics of every trial so far, in order; of one that diverged its seconds only.
     """
 
     config: Config
@@ -60,6 +61,11 @@ class Trials:
             said = words_of(metrics)
             note(f"trial {len(self.rows)} of {self.most} at most: {name}: {said or 'diverged'}")
         return value
+
+    @property
+    def seconds(self) -> float:
+        """What all of them took."""
+        return sum(row["seconds"] for row in self.rows)
 
     def run(
         self,
@@ -97,10 +103,13 @@ class Trials:
         evaluated = {"evaluate_every": every or config.training.epochs}
         checked = config.model_copy(update={"tracking": config.tracking.model_copy(update=evaluated)})
         given = replace(self.given, student=copy.deepcopy(self.given.student))
-        validation, train = search_parts(checked, self.data)
+        validation, train = search_parts(self.config, self.data)
         trainer = build.build_retrain(checked, self.data, schedule, folder, given=given, parts=(train, validation))
         trainer.name = title or name
         trainer.on_evaluation = watch or trainer.on_evaluation
+        task, of_task = trainer.task, trainer.metrics or trainer.task.metrics
+        if build.calibrates(self.config.search, task):
+            trainer.metrics = lambda: Together([of_task(), CalibratedLoss(task.rows)])  # type: ignore[attr-defined]
         if folder is not None and (folder / "checkpoint.pt").is_file():
             trainer.resume()
         try:
@@ -117,12 +126,12 @@ class Trials:
 
 
 def judged(metrics: Mapping[str, float], task: Task, by: str = "loss") -> float:
-    """What is to be small: the validation loss where the task's metrics have one, else (or ``by`` the ``headline``) the headline,
-    by its sign; inf of a training that has diverged."""
+    """What is to be small: the calibrated loss, else the validation loss where the task's metrics have one, else (or ``by`` the
+    ``headline``) the headline, by its sign; inf of a training that has diverged."""
     if task.headline not in metrics:
         return math.inf
     worth = metrics[task.headline] * (-1 if task.higher_is_better else 1)
-    value = metrics.get("loss", worth) if by == "loss" else worth
+    value = metrics.get("calibrated_loss", metrics.get("loss", worth)) if by == "loss" else worth
     return value if math.isfinite(value) else math.inf
 
 

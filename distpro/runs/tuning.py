@@ -35,6 +35,8 @@ from distpro.train import distributed
 from distpro.train.trainer import Interrupted
 from pathways.registry import UserError
 
+BY = ("calibrated_loss", "loss")  # what trials are judged by, the first of these that they have
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -218,7 +220,9 @@ class Tuning:
             "budget": self.config.tune.trials,
             "spent": self.ledger.spent(),
             "epochs": self.last,
-            "by": self.config.tune.by if any("loss" in row for row in rows) else "headline",
+            "by": next(
+                (by for by in BY if self.config.tune.by == "loss" and any(by in row for row in rows)), "headline"
+            ),
             "headline": self.task.headline,
             "schedule": None if schedule is None else schedule.path or "handed over",
             "search_seconds": seconds,
@@ -283,10 +287,11 @@ def work_alone(request: Request, folder: Path) -> None:
 
 def searched_seconds(folder: Path) -> float | None:
     """What a search has cost, its own trials included, as its folder says; None where it does not."""
-    if not (folder / "result.json").is_file() or not (folder / "alpha.pt").is_file():
+    file = folder / "result.json"
+    if not file.is_file() or not (folder / "alpha.pt").is_file():
         return None
-    files = [folder / "result.json", *(folder / "trials").glob("*/result.json")]
-    return float(sum(json.loads(file.read_text(encoding="utf-8")).get("seconds", 0.0) for file in files))
+    seconds = json.loads(file.read_text(encoding="utf-8")).get("seconds")
+    return None if seconds is None else float(seconds)
 
 
 def _with_budget_of(config: Config, folder: Path) -> Config:

@@ -3,6 +3,7 @@
 Imports batch and pathways; knows neither losses nor the trainer.
 """
 
+from distpro.tasks.calibration import CalibratedLoss, calibrated_loss
 from distpro.tasks.classification import Classification
 from distpro.tasks.metrics import METRICS, Together
 from distpro.tasks.segmentation import Segmentation
@@ -12,4 +13,4 @@ TASKS = Registry("task", takes_code=True)
 TASKS.register("classification")(Classification)
 TASKS.register("segmentation")(Segmentation)
 
-__all__ = ["METRICS", "TASKS", "Classification", "Segmentation", "Together"]
+__all__ = ["METRICS", "TASKS", "CalibratedLoss", "Classification", "Segmentation", "Together", "calibrated_loss"]

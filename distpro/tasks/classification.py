@@ -56,6 +56,9 @@ class Classification:
             return None, None
         return (target if target.is_floating_point() or target.is_complex() else target.long()), None
 
+    def rows(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        return response_of(output), _target(batch)
+
     def metrics(self) -> Accuracy:
         return Accuracy()
 

@@ -62,6 +62,12 @@ class Segmentation:
         target = _target(batch)
         return target, target != VOID
 
+    def rows(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        target = _target(batch)
+        response = _at(response_of(output).float(), tuple(target.shape[1:]))
+        counts = target != VOID
+        return response.movedim(1, -1)[counts], target[counts]
+
     def metrics(self) -> ConfusionMatrix:
         return ConfusionMatrix(with_loss=True)
 

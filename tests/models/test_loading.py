@@ -74,7 +74,7 @@ def test_guests_of_files_of_old_versions(name, tmp_path):
     assert same(source, target)
 
 
-@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema", "model_ema_state_dict", "averaged_model"])
 @pytest.mark.parametrize(("weights", "taken"), [(None, 0), ("model", 0), ("ema", 1)])
 def test_a_moving_average_beside_the_weights(averaged, weights, taken, tmp_path, capsys):
     trained, mean, target = (build_model("resnet8") for _ in range(3))
@@ -99,6 +99,31 @@ def test_weights_that_are_not_there(key, weights, message, tmp_path):
     torch.save({key: build_model("resnet8").state_dict()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=message):
         load_checkpoint(build_model("resnet8"), tmp_path / "x.pt", weights=weights)
+
+
+def _with(model, name, value):
+    return {**model.state_dict(), name: value}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda m: {"student": m.state_dict(), "teacher": m.state_dict()}, "a student's weights and a teacher's"),
+        (lambda m: _with(m, "conv1.weight", m.conv1.weight.detach() * torch.nan), "conv1.weight is not finite"),
+        (
+            lambda m: _with(m, "conv1.weight", m.conv1.weight.detach().to(torch.int8)),
+            "conv1.weight is int8 in the file, float32 in the model",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_meant(content, message, tmp_path):
+    model = build_model("resnet8")
+    torch.save(content(model), tmp_path / "x.pt")
+    target = build_model("resnet8")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(target, tmp_path / "x.pt")
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, lambda model: {"model": model, "epoch": 3}])

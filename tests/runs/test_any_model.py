@@ -106,6 +106,13 @@ def test_every_estimator_searches(runs, estimator):
     assert not torch.equal(schedule.alpha_tilde[0], schedule.alpha_tilde[-1])
 
 
+def test_a_horizon_searches_with_its_trials(runs):
+    kind, folder = runs
+    schedule = distpro.search(settings(kind, folder, {"search": {"horizon": 3, "trials": 2}}))
+    assert schedule.reading == "log" and len(schedule) == STEPS
+    assert (schedule.weights[2] != schedule.weights[3]).all()  # an update after three steps
+
+
 def test_estimators_agree_on_the_first_update(runs):
     """By plain gradient descent, so that α̃ shows the hypergradient itself, not its sign. Without dropout, which the
     estimators replay each in its own way."""

@@ -72,6 +72,14 @@ def search(made, teacher):
     return made["search"]
 
 
+def test_a_search_over_a_horizon(teacher, tmp_path):
+    overrides = [*overrides_of(teacher, 4), "training.epochs=1", "search.horizon=2", "search.trials=2"]
+    schedule = distpro.search(SEARCH, tmp_path / "run", overrides)
+    assert schedule.reading == "log" and (schedule.weights[1] != schedule.weights[2]).all()
+    found = [json.loads(p.read_text()) for p in (tmp_path / "run" / "trials").glob("*/result.json")]
+    assert len(found) == 2 and all(0 <= result["miou"] <= 100 and result["loss"] > 0 for result in found)
+
+
 def test_the_search_learns_weights_of_its_terms(search):
     schedule = Schedule.load(search / "alpha.pt")
     assert len(schedule) == 7 and schedule.weights.isfinite().all() and len(schedule.keys) == len(set(schedule.keys))

@@ -132,6 +132,13 @@ class Mean:
         return {self.name: self.sum / self.count}
 
 
+class Soft(Margin):
+    """Of a loss that has a second derivative."""
+
+    def loss(self, output, batch):
+        return nn.functional.cross_entropy(output["scores"], batch.target)
+
+
 class Hits(Mean):
     """Share of right answers, times ``scale``."""
 
@@ -235,6 +242,38 @@ def test_objects_through_every_command(kind, own, tmp_path, monkeypatch):
     alone = plain({"teacher": None, "terms": []})
     trained = distpro.train(alone, out="alone", data=data, student=student_of(module), task=task)
     assert trained.metrics["step"] == 12 and (tmp_path / "alone" / "student.pt").is_file()
+
+
+@pytest.mark.parametrize("kind", ["parts", "loaders"])
+def test_objects_through_a_search_over_a_horizon(kind, own, tmp_path, monkeypatch):
+    """Each trial begins from the student's weights as they were handed over; judged by the headline, there is no loss."""
+    module = module_of(own, monkeypatch, tmp_path)
+    student, task = student_of(module), module.Soft()
+    before = copy.deepcopy(student.state_dict())
+    objects = {"data": getattr(module, kind)(), "teacher": teacher_of(module), "task": task, "student": student}
+    config = plain({"search": {"horizon": 4, "trials": 5}})
+    schedule = distpro.search(config, out="search", **objects)
+    assert schedule.start == 1 and differences(student.state_dict(), before) == []
+    found = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "search" / "trials").glob("*/result.json")}
+    best = min(found, key=lambda name: found[name]["hinge"])
+    assert len(found) >= 4 and (best.startswith("equal") == (schedule.weights[-1, 0] == schedule.weights[-1, 1]).item())
+    again = distpro.search(config, **{**objects, "data": getattr(module, kind)()})
+    assert torch.equal(again.weights, schedule.weights)
+
+
+def test_a_loss_without_a_second_derivative_is_named(own, tmp_path, monkeypatch):
+    module = module_of(own, monkeypatch, tmp_path)
+    objects = {
+        "data": module.parts(),
+        "teacher": teacher_of(module),
+        "task": module.Margin(),
+        "student": student_of(module),
+    }
+    with pytest.raises(
+        UserError, match=r"search.horizon: multi_margin_loss has no second derivative .* search.horizon=1"
+    ):
+        distpro.search(plain({"search": {"horizon": 4}}), out="search", **objects)
+    assert not (tmp_path / "search").exists()
 
 
 def test_lower_is_better(own, tmp_path, monkeypatch):

@@ -135,9 +135,10 @@ def test_a_trial_that_diverges_is_worst(teacher, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "fit", diverging)
     distpro.search(searching(teacher, trials=6), out=tmp_path / "run")
-    assert [name for name, result in results(tmp_path / "run").items() if "loss" not in result] == [
-        "equal_weights_times_10"
-    ]
+    found = results(tmp_path / "run")
+    assert [name for name, result in found.items() if "loss" not in result] == ["equal_weights_times_10"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trials"] == len(found) and result["seconds"] > sum(r["seconds"] for r in found.values()) > 0
 
 
 def test_what_is_judged():

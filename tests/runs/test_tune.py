@@ -214,7 +214,12 @@ def test_objects_of_ones_own_take_part_and_are_left_alone(teacher, monkeypatch):
     pair = build.build_pair(config, data)
     before = {name: tensor.clone() for name, tensor in pair.student.state_dict().items()}
     own = {"data": data, "teacher": pair.teacher, "student": pair.student}
-    tuned = distpro.tune(tuning(teacher, **SINGLE, trials=2, epochs=1), **own)
+    source = {
+        **tuning(teacher, **SINGLE, trials=2, epochs=1),
+        "search": {"horizon": 3},
+    }  # judged as such a search judges
+    tuned = distpro.tune(source, **own)
+    assert tuned.metrics["calibrated_loss"] == min(row["judged"] for row in tuned.rows) <= tuned.metrics["loss"]
     assert len(tuned.rows) == 2 and tuned.folder is None and tuned.schedule is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in pair.student.state_dict().items())
     assert distpro.retrain(tuned.config, **own).metrics["loss"] > 0

@@ -120,6 +120,12 @@ def test_parameters_that_teacher_and_student_share_are_refused():
     Objective(teacher, student, [Term(build_loss("kd"), "kd")])
 
 
+def test_modules_with_modes_that_teacher_and_student_share_are_refused():
+    shared = nn.Dropout(0.5)
+    with pytest.raises(UserError, match=r"share a module \(Dropout\); copy it"):
+        Objective(network(0).append(shared), network(1).append(shared), [Term(build_loss("kd"), "kd")])
+
+
 def test_features_and_logits_need_no_name_where_no_term_reads_logits():
     class Both(nn.Module):
         def __init__(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -106,6 +107,21 @@ def test_a_search_and_a_retrain(folder):
     found = [row["test/loss"] for row in ours if "test/loss" in row]
     assert found[-1] == pytest.approx(result.metrics["loss"], rel=1e-4)
     assert found == pytest.approx([row["test/loss"] for row in theirs if "test/loss" in row], rel=1e-4)
+
+
+def test_a_search_over_a_horizon(folder):
+    """Sweep and trials: the same weights, and the same trainings judged alike."""
+    config = write(folder, search={"horizon": 3, "trials": 6})
+    two("search", config, "--out", "two")
+    alone = distpro.search(config, out="one")
+    together = Schedule.load("two/alpha.pt")
+    assert torch.allclose(together.alpha_tilde, alone.alpha_tilde, atol=2e-3)
+    assert (alone.alpha_tilde[3] - alone.alpha_tilde[0]).abs().max() > 0.2
+    judged = [
+        {path.parent.name: json.loads(path.read_text())["loss"] for path in Path(run).glob("trials/*/result.json")}
+        for run in ("two", "one")
+    ]
+    assert len(judged[1]) > 3 and judged[0] == pytest.approx(judged[1], rel=2e-3)
 
 
 def test_batch_statistics_over_both(folder):

@@ -13,7 +13,7 @@ import torch
 
 from distpro.objective import Objective
 from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
-from distpro.search.estimators.choice import obstacle
+from distpro.search.estimators.choice import obstacle, second_obstacle
 from distpro.search.estimators.finite_difference import FiniteDifference
 from distpro.search.estimators.forward_mode import ForwardMode
 from distpro.search.estimators.step import StepDerivative
@@ -29,6 +29,7 @@ __all__ = [
     "TrainingStep",
     "bytes_per_step",
     "obstacle",
+    "second_obstacle",
 ]
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch
-from distpro.features import TrainingPass
+from distpro.features import Reader, TrainingPass
 from distpro.objective import Objective
 from distpro.search.estimators.step import StepDerivative
+from distpro.tasks import calibrated_loss
 from distpro.train import distributed
 from distpro.train.state import no_trace
 from pathways.registry import Registry
@@ -50,6 +51,7 @@ class Estimator:
         name: in a config.
         needs_views: whether the training backward has to keep every term's gradient by its inputs.
         window: training steps that one hypergradient looks at.
+        calibrated: whether the validation loss is that of the task's ``rows`` at their best temperature, see `judge`.
     """
 
     name: ClassVar[str]
@@ -66,6 +68,7 @@ class Estimator:
         self.objective, self.optimizer = objective, optimizer
         self.derivative = StepDerivative(optimizer, max_norm, objective.clip_groups(clip_by))
         self.validation_loss = torch.zeros(())
+        self.calibrated = False
 
     def before_pass(self) -> None:
         """Before the forward pass of a step that counts."""
@@ -82,6 +85,14 @@ class Estimator:
         """u = (∂θ_{t+1}/∂g)ᵀ ∇L_val(θ_{t+1}). A forward and a backward pass of the student per batch."""
         return self.derivative(self.validation_gradient(validation), step.theta)
 
+    def judge(self, output: Any, batch: Batch) -> Tensor:
+        """L_val of a batch: the task loss; where ``calibrated``, that at its best temperature, see
+        `distpro.tasks.calibration`."""
+        if self.calibrated:
+            task = self.objective.task
+            return calibrated_loss(*task.rows(Reader(task, batch).plain(output), batch))  # type: ignore[attr-defined]
+        return self.objective.task_loss_of(output, batch)
+
     def validation_gradient(self, batches: Sequence[Batch]) -> dict[nn.Parameter, Tensor]:
         """∇L_val at the student's parameters as they are now, of those that have one; notes the loss."""
         params = [p for p in self.objective.student.parameters() if p.requires_grad]
@@ -90,7 +101,7 @@ class Estimator:
         with no_trace(self.objective.student):
             for number, batch in enumerate(batches):
                 output, _ = self.objective.run_student(batch)
-                part = self.objective.task_loss_of(output, batch)
+                part = self.judge(output, batch)
                 part = part if len(batches) == 1 else part * (batch.samples / samples)
                 gradients = torch.autograd.grad(part, params, allow_unused=True)
                 summed = [g if s is None else s if g is None else s + g for s, g in zip(summed, gradients, strict=True)]

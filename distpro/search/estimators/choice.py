@@ -1,6 +1,8 @@
-"""Whether forward mode can do with a student: tried on two samples, before the first step."""
+"""Whether forward mode, or a sweep, can do with what is trained: tried on two samples, before the first step."""
 
 from __future__ import annotations
+
+import re
 
 import torch
 from torch import Tensor
@@ -52,6 +54,22 @@ def obstacle(objective: Objective, batch: Batch) -> str:
     expected = sum(_dot(g, g) for g in direction.values())
     if abs(found - expected) > AGREEMENT * expected:
         return "its tangents are not its derivative (does an operator of a library or of your own have no forward-mode rule?)"
+    return ""
+
+
+def second_obstacle(objective: Objective, batch: Batch) -> str:
+    """Which operator of the student or of a loss has no second derivative, by its name; "" where none is known. Leaves no
+    trace."""
+    with no_trace(objective.student, objective.terms), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            loss = objective.training_pass(batch, [1.0] * len(objective.entries)).loss
+            parameters = objective.trainable_parameters()
+            found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            gradients = [g for g in found if g is not None and g.requires_grad]
+            torch.autograd.grad(torch.stack([g.sum() for g in gradients]).sum(), parameters, allow_unused=True)
+        except (NotImplementedError, RuntimeError) as error:
+            named = re.search(r"derivative for '?([\w:]+?)(_backward)?'? is not implemented", str(error))
+            return named[1].removeprefix("aten::") if named else ""
     return ""
 
 

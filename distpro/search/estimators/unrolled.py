@@ -100,8 +100,7 @@ class Unrolled(Estimator):
                 values = self._differentiable.step(loss, params=values, override=rates, grad_callback=clip)
             with swapped(self.objective, dict(zip(params, values, strict=True))):
                 losses = [
-                    self.objective.task_loss_of(self.objective.run_student(batch)[0], batch) * batch.samples
-                    for batch in validation
+                    self.judge(self.objective.run_student(batch)[0], batch) * batch.samples for batch in validation
                 ]
             self.validation_loss = torch.stack(losses).sum() / sum(batch.samples for batch in validation)
             (h,) = torch.autograd.grad(self.validation_loss, weights)
