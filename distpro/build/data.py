@@ -113,4 +113,4 @@ def search_parts(config: Config, data: Any) -> tuple[Any, Any]:
     the training part."""
     if data.validation is not None:
         return data.validation, data.train
-    return split(data.train, config.search.validation_fraction, config.seed)
+    return split(data.train, config.search.fraction_of(len(data.train)), config.seed)

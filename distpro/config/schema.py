@@ -187,7 +187,13 @@ class SearchConfig(Section):
         "temperature, which does not ask how sure of itself a student is; null: task, with a longer horizon calibrated where the "
         "task's loss is a cross entropy",
     )
-    validation_fraction: float = Field(0.2, gt=0, lt=1)
+    validation_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of the training samples, where the data have no validation part; null: 0.2, with a longer horizon more of few "
+        "samples, so that there are 200 to judge by, but at most half",
+    )
     normalise: Literal["none", "loss", "gradient"] | None = Field(
         None,
         description="make terms alike in size, see distpro.search.scales; null: by gradient, unless all are pathways",
@@ -225,6 +231,12 @@ class SearchConfig(Section):
                 f"trials need search.weighting log, which has a strength to choose; it is {self.weighting}"
             )
         return self
+
+    def fraction_of(self, samples: int) -> float:
+        """The validation part of so many training samples."""
+        if self.validation_fraction is not None:
+            return self.validation_fraction
+        return 0.2 if self.horizon == 1 else min(max(0.2, 200 / max(samples, 1)), 0.5)
 
     def steps_back(self, total: int) -> int:
         """The horizon in steps, of a training of ``total``."""

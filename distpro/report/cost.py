@@ -94,7 +94,7 @@ def describe(config: Config, searching: bool) -> Description:
     steps = None
     if samples is not None:
         cut = searching and getattr(data, "validation", None) is None
-        count = round(samples * (1 - config.search.validation_fraction)) if cut else samples
+        count = round(samples * (1 - config.search.fraction_of(samples))) if cut else samples
         batch = config.training.batch_size * config.training.accumulate
         steps = config.training.epochs * (count // batch if config.training.drop_last else -(-count // batch))
         steps = min(steps, config.training.max_steps or steps)

@@ -390,3 +390,18 @@ def test_numbers_that_yaml_takes_for_text(text, number):
 @pytest.mark.parametrize("text", ["e5", "1e", "1e5x", "v1e5", "1.2.3e4"])
 def test_words_that_look_like_numbers_stay_words(text):
     assert read_config({"student": {"model": "resnet8"}}, [f"name={text}"]).name == text
+
+
+@pytest.mark.parametrize(
+    ("search", "samples", "share"),
+    [
+        ({}, 300, 0.2),
+        ({"horizon": 10}, 300, 0.5),
+        ({"horizon": 10}, 500, 0.4),
+        ({"horizon": "whole"}, 5000, 0.2),
+        ({"horizon": 10, "validation_fraction": 0.1}, 300, 0.1),
+    ],
+)
+def test_few_samples_leave_more_of_them_to_judge_by(search, samples, share):
+    config = read_config({"student": {"model": "resnet8"}, "search": search})
+    assert config.search.fraction_of(samples) == share
