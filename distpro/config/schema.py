@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from distpro.config.section import Section
+from distpro.config.section import Params, ProcessSpec, Section, check_process
 from distpro.data.statistics import check_statistics
-from distpro.process import parse_process, reduction_of
-from distpro.schedule import REDUCTIONS
 from distpro.schedule_file import START, THRESHOLD
 from pathways.registry import UserError
 from pathways.space import Spec
-
-ProcessSpec = float | dict[str, Any]
-"""A number, or a process {name: {parameters}}, see `distpro.process`."""
-
-
-Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
-"""Parameters of what is named beside them. null: none, whatever a base has for another name."""
 
 
 class DataConfig(Section):
@@ -101,7 +92,7 @@ class TermConfig(Section):
     @field_validator("weight")
     @classmethod
     def _known_process(cls, weight: Any) -> Any:
-        return _check_process(weight)
+        return check_process(weight)
 
 
 class OptimizerConfig(Section):
@@ -370,7 +361,7 @@ class Config(Section):
     @field_validator("task_weight")
     @classmethod
     def _known_process(cls, weight: Any) -> Any:
-        return _check_process(weight)
+        return check_process(weight)
 
     @model_validator(mode="after")
     def _one_or_several_teachers(self) -> Config:
@@ -392,10 +383,3 @@ class Config(Section):
     def has_teacher(self) -> bool:
         """Whether there is any teacher."""
         return self.teacher is not None or bool(self.teachers)
-
-
-def _check_process(value: Any) -> Any:
-    """A weight as it is. Raises UserError if it is a mapping that is no process."""
-    if isinstance(value, dict) and reduction_of(value) not in REDUCTIONS:
-        parse_process(value)
-    return value
