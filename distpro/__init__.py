@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distpro.losses import available_losses, build_loss
     from distpro.objective import Objective
-    from distpro.runs.commands import Result, evaluate, retrain, search, train
+    from distpro.runs.commands import Result, evaluate, retrain, search, train, tune
     from distpro.schedule import Schedule
     from distpro.term import Term
     from pathways.registry import UserError
@@ -34,6 +34,7 @@ _HOMES = {
     "retrain": "distpro.runs.commands",
     "search": "distpro.runs.commands",
     "train": "distpro.runs.commands",
+    "tune": "distpro.runs.commands",
 }
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "retrain",
     "search",
     "train",
+    "tune",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: distpro search | retrain | train | evaluate | inspect | plot | export | list | init.
+"""The command line: distpro search | retrain | tune | train | evaluate | inspect | plot | export | list | init.
 
 What a command needs is imported when it runs, so that --help and --version answer at once.
 """
@@ -30,6 +30,8 @@ KINDS = (
     "estimators",
     "presets",
 )
+
+BOARD = 20  # trials of a leaderboard that are printed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +110,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     retrain.add_argument("--schedule", metavar="alpha.pt")
     add_run_options(retrain)
     add_seeds(retrain)
+    tune = add("tune", _tune, "let methods, constant weights and a schedule compete on validation data, by Optuna")
+    tune.add_argument("config", metavar="CFG")
+    tune.add_argument("--schedule", metavar="alpha.pt", help="takes part, with its controls")
+    tune.add_argument("--trials", type=int, metavar="N", help="the budget in whole trainings (tune.trials)")
+    tune.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine")
+    add_run_options(tune)
     train = add("train", _train, "plain training: a teacher, or the baseline without one")
     train.add_argument("config", metavar="CFG")
     add_run_options(train)
@@ -135,11 +143,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
         raise _wrong(f"unknown command '{arguments[0]}'", arguments[0], list(commands.choices))
     options, rest = parser.parse_known_args(arguments)
-    takes_overrides = options.command in ("search", "retrain", "train", "evaluate", "inspect")
+    takes_overrides = options.command in ("search", "retrain", "tune", "train", "evaluate", "inspect")
     unknown = [r for r in rest if not takes_overrides or r.startswith("-") or "=" not in r]
     if getattr(options, "config", None) and "=" in str(options.config) and not Path(options.config).exists():
         rest, options.config = [options.config, *rest], None  # `retrain --schedule a.pt key=value`: no CFG
-        if options.command in ("search", "train"):
+        if options.command in ("search", "tune", "train"):
             raise _wrong(f"{options.command}: the config file is missing")
     if unknown:
         raise _wrong(f"{options.command}: what is '{unknown[0]}'? (overrides are key=value, for instance seed=1)")
@@ -224,6 +232,32 @@ def _retrain(options: argparse.Namespace) -> None:
     name = Path(options.config).stem if options.config else f"retrain_{config.retrain.weights}"
     run = partial(retrain, options.config, schedule)
     _run_seeds(options, run, _out(options, name), config.seed)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from distpro.build.given import Given
+    from distpro.console import table
+    from distpro.report.tuning import board
+    from distpro.runs.commands import tune, tune_request
+
+    if options.trials is not None:
+        options.overrides.append(f"tune.trials={options.trials}")
+    if options.dry_run:
+        from distpro.runs.plan import plan_of
+
+        columns, rows, cost = plan_of(tune_request(options.config, options.overrides, options.schedule, Given()))
+        table(options.config, columns, rows)
+        print(cost)
+        return
+    folder = _out(options, f"{Path(options.config).stem}_tuned")
+    tuned = tune(
+        options.config, folder, options.overrides, options.resume, schedule=options.schedule, workers=options.workers
+    )
+    columns, cells = board(tuned.rows, tuned.headline)
+    table(str(folder), columns, cells[:BOARD])
+    print(
+        f"all of them: {folder / 'leaderboard.md'}\nretrain:     distpro retrain {shlex.quote(str(folder / 'best.yaml'))}"
+    )
 
 
 def _train(options: argparse.Namespace) -> None:

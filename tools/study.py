@@ -22,8 +22,8 @@ The file says:
       searched: {search: search}        # which search's schedule it replays; may be left out if there is one search only
       foreign: {search: other/search}   # or another study's: so a schedule is taken to another pair or data
 
-A search or a run may have a `config:` of its own. A search that says `tune: [...]` is one of tools/tune.py with these
-arguments, and a run of it takes the config that it has written.
+A search or a run may have a `config:` of its own. A search that says `tune: {...}` is a `distpro tune`, and a run of it
+trains the `best.yaml` that it has written.
 
 Each run is a `distpro` process of its own; `--jobs` of them run side by side. One row per finished run is appended to
 docs/results/<study>.jsonl (or another --results folder) with everything that is needed to repeat it; rows that are
@@ -45,7 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from study_file import ROOT, StudyFile
+from study_file import ROOT, Search, StudyFile
 from study_table import render, seen_from, splice
 
 from distpro.config.reading import for_retrain, read_config
@@ -63,7 +63,8 @@ class Study(StudyFile):
         given = str(self.out(label, seed).relative_to(ROOT))
         command = [str(out.relative_to(ROOT)) if word == given else word for word in command]
         run = [sys.executable, "-m", "distpro.cli"] if program == "distpro" else [sys.executable]
-        resume = ["--resume"] if (out / "checkpoint.pt").exists() or (out / "trials").exists() else []
+        begun = (out / "checkpoint.pt").exists() or ((out / "trials").is_dir() and (out / "config.yaml").exists())
+        resume = ["--resume"] if begun else []
         if not resume and out.exists():
             shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -157,9 +158,13 @@ def summary(schedule: Schedule) -> dict[str, Any]:
 def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
     config = read_config(ROOT / study.config(label), study.overrides(label, 0))
+    tunes = Search(study, label).tunes
     searching = label in study.searches
     description = describe(config if searching else for_retrain(config), searching)
-    return (description.steps or 0) * description.step_macs
+    if not tunes:
+        return (description.steps or 0) * description.step_macs
+    part = (config.tune.epochs or config.training.epochs) / config.training.epochs
+    return config.tune.trials * part * (description.steps or 0) * describe(for_retrain(config), False).step_macs
 
 
 def plan(study: Study, jobs: list[tuple[str, int]]) -> None:

@@ -44,7 +44,7 @@ class Search(NamedTuple):
 
     @property
     def tunes(self) -> bool:
-        """Whether it is one of tools/tune.py, which finds no schedule but a config."""
+        """Whether it is a `distpro tune`, which finds no schedule but a config."""
         return "tune" in self.study.searches.get(self.label, {})
 
 
@@ -90,9 +90,7 @@ class StudyFile:
     def overrides(self, label: str, seed: int) -> list[str]:
         """``key=value`` of a run or search."""
         merged = {**self.content.get("set", {}), **{**self.runs, **self.searches}[label], "seed": seed}
-        return [
-            f"{key}={json.dumps(value)}" for key, value in merged.items() if key not in ("config", "search", "tune")
-        ]
+        return [f"{key}={json.dumps(value)}" for key, value in merged.items() if key not in ("config", "search")]
 
     def search_of(self, label: str) -> Search | None:
         """The search that a run replays. None: it needs no search, or is one."""
@@ -111,20 +109,20 @@ class StudyFile:
 
     def command(self, label: str, seed: int) -> list[str]:
         """The command that makes a row."""
-        search, tune = self.search_of(label), self.searches.get(label, {}).get("tune")
+        search = self.search_of(label)
         config, options = self.config(label), []
-        if tune:
-            program = ["python", "tools/tune.py"]
+        if Search(self, label).tunes:
+            program = ["distpro", "tune"]
         elif label in self.searches:
             program = ["distpro", "search"]
         else:
             program = ["distpro", "retrain"]
         if search and search.tunes:
-            config = str(search.schedule(seed).with_name("tuned.yaml").relative_to(ROOT))
+            config = str(search.schedule(seed).with_name("best.yaml").relative_to(ROOT))
         elif search:
             options = ["--schedule", str(search.schedule(seed).relative_to(ROOT))]
         out = ["--out", str(self.out(label, seed).relative_to(ROOT))]
-        return [*program, config, *options, *self.overrides(label, seed), *out, *map(str, tune or [])]
+        return [*program, config, *options, *self.overrides(label, seed), *out]
 
     def missing(self) -> list[tuple[str, int]]:
         """Runs without a row, searches first, seed by seed: what is there when time is up is comparable."""

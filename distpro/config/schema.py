@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from distpro.config.section import Section
+from distpro.config.section import Params, ProcessSpec, Section, check_process
 from distpro.data.statistics import check_statistics
-from distpro.process import learned_of, parse_process, reduction_of
-from distpro.schedule import REDUCTIONS
+from distpro.process import learned_of
 from distpro.schedule_file import START, THRESHOLD
 from pathways.registry import UserError
 from pathways.space import Spec
-
-ProcessSpec = float | dict[str, Any]
-"""A number, or a process {name: {parameters}}, see `distpro.process`."""
-
-
-Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
-"""Parameters of what is named beside them. null: none, whatever a base has for another name."""
 
 
 class DataConfig(Section):
@@ -105,7 +97,7 @@ class TermConfig(Section):
     @field_validator("weight")
     @classmethod
     def _known_process(cls, weight: Any) -> Any:
-        return _check_process(weight)
+        return check_process(weight)
 
 
 class OptimizerConfig(Section):
@@ -281,6 +273,43 @@ class RetrainConfig(Section):
     training: dict[str, Any] = Field({}, description="what of `training` is different in a retrain")
 
 
+class TuneConfig(Section):
+    """Candidates against each other under one budget (`distpro tune`, docs/recipes.md). A candidate is one of `methods` alone,
+    the search space at equal weights, the search space with a constant weight per term, or a schedule and its controls."""
+
+    families: list[Literal["single", "equal", "static", "learned"]] = Field(
+        ["single", "equal", "static", "learned"], min_length=1, description="learned: only where there is a `schedule`"
+    )
+    methods: list[str | TermConfig] = Field(
+        ["kd", "dkd", "at", "review", "logit_std"],
+        description="of single: losses, each around its usual weight (`distpro.losses.usual`), or terms as in `terms`, around "
+        "theirs",
+    )
+    schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
+    controls: list[Literal["searched", "final", "mean", "equal"]] = Field(
+        ["searched", "final", "mean", "equal"], description="of learned: see `retrain.weights`"
+    )
+    span: tuple[float, float] = Field(
+        (0.03, 30.0), description="the range of a weight, log-uniform, in units of where it begins"
+    )
+    trials: int = Field(24, gt=0, description="the budget, in whole trainings; one that is pruned counts in part")
+    epochs: int | None = Field(None, gt=0, description="of a trial; null: those of the training")
+    by: Literal["loss", "headline"] = Field(
+        "loss",
+        description="what a trial is judged by on the validation part: as a search's (`search.criterion`), or the main metric",
+    )
+    pruner: Literal["hyperband", "none"] = Field(
+        "hyperband", description="ends trainings that fall behind others at a ninth or a third of their epochs"
+    )
+
+    @field_validator("span")
+    @classmethod
+    def _around_one(cls, span: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < span[0] <= 1 <= span[1] or span[0] == span[1]:
+            raise ValueError(f"is [{span[0]:g}, {span[1]:g}]: a factor from 0 to 1, and one of 1 and more")
+        return span
+
+
 class CacheConfig(Section):
     """The teacher's outputs, kept on disk."""
 
@@ -334,6 +363,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
+    tune: TuneConfig = TuneConfig()
     tracking: TrackingConfig = TrackingConfig()
     stages: list[dict[str, Any]] = Field([], description="trainings one after the other, see distpro.config.stages")
 
@@ -343,7 +373,7 @@ class Config(Section):
         learned = learned_of(weight)
         if learned is not None and isinstance(learned.initial, list):
             raise UserError(f"task_weight: learned: initial: expected one number, found {learned.initial}")
-        return _check_process(weight) if learned is None else weight
+        return check_process(weight) if learned is None else weight
 
     @model_validator(mode="after")
     def _one_or_several_teachers(self) -> Config:
@@ -365,10 +395,3 @@ class Config(Section):
     def has_teacher(self) -> bool:
         """Whether there is any teacher."""
         return self.teacher is not None or bool(self.teachers)
-
-
-def _check_process(value: Any) -> Any:
-    """A weight as it is. Raises UserError if it is a mapping that is no process."""
-    if isinstance(value, dict) and reduction_of(value) not in REDUCTIONS:
-        parse_process(value)
-    return value

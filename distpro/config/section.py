@@ -1,12 +1,22 @@
-"""What the sections of a config have in common: unknown keys are errors, and numbers are numbers."""
+"""What every part of a config is: unknown keys are errors, and numbers are numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+
+from distpro.process import parse_process, reduction_of
+from distpro.schedule import REDUCTIONS
+
+ProcessSpec = float | dict[str, Any]
+"""A number, or a process {name: {parameters}}, see `distpro.process`."""
+
+
+Params = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+"""Parameters of what is named beside them. null: none, whatever a base has for another name."""
 
 
 class Section(BaseModel):
@@ -41,3 +51,10 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{path.removesuffix(': ')}{'.' if path else ''}{key}: ")
     else:
         yield path, value
+
+
+def check_process(value: Any) -> Any:
+    """A weight as it is. Raises UserError if it is a mapping that is no process."""
+    if isinstance(value, dict) and reduction_of(value) not in REDUCTIONS:
+        parse_process(value)
+    return value

@@ -1,4 +1,4 @@
-"""The commands as functions: search, retrain, train, evaluate. Each run has a folder that says how to repeat it.
+"""The commands as functions: search, retrain, tune, train, evaluate. Each run has a folder that says how to repeat it.
 
 config.yaml       the resolved config          metrics.jsonl     numbers by step, as in TensorBoard
 environment.json  versions, machine, revision  checkpoint.pt     whole state, for --resume
@@ -34,6 +34,7 @@ from distpro.runs.folder import open_folder
 from distpro.runs.searching import run_search
 from distpro.runs.stages import retrain_stages
 from distpro.runs.training import Result, run_training, save_student
+from distpro.runs.tuning import Request, Tuned, run_tune
 from distpro.schedule import Schedule
 from distpro.task import Task
 from distpro.train import distributed
@@ -130,6 +131,56 @@ def _retrain(
     if folder is not None:
         save_student(trainer.objective, folder)
     return Result(metrics, folder)
+
+
+def tune(
+    config: Source,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    *,
+    schedule: str | Path | Schedule | None = None,
+    workers: int = 1,
+    data: Any = None,
+    teacher: nn.Module | None = None,
+    student: nn.Module | None = None,
+    task: Task | None = None,
+) -> Tuned:
+    """Let single methods, constant weights and a learned schedule compete on validation data under one budget of trainings, by
+    Optuna, and write leaderboard and ``best.yaml`` to the run's folder, which `retrain` trains on the whole training part.
+
+    Args:
+        config, out, overrides, resume, data, teacher, student, task: as of `search`; what is tried is under ``tune``. A run that
+            is resumed may have another ``tune.trials``.
+        schedule: an ``alpha.pt`` or a `Schedule` that takes part with its controls; by default what ``tune.schedule`` names.
+        workers: processes on this machine, which import the main module anew: a script needs ``if __name__ == "__main__"``.
+
+    Raises UserError for bad input and where Optuna is missing, `distpro.train.trainer.Interrupted` after SIGINT or SIGTERM.
+    """
+    given = Given.of(data, teacher, copy.deepcopy(student), task)
+    request = tune_request(config, overrides, schedule, given)
+    _prepare(request.config)
+    with distributed.started(request.config.device):
+        return run_tune(request, out, resume, workers)
+
+
+def tune_request(
+    config: Source, overrides: Sequence[str], schedule: str | Path | Schedule | None, given: Given
+) -> Request:
+    """What a tuning is about: the checked config, and a retrain's for each control of the learned schedule."""
+    checked = _checked(config, overrides, searching=True, given=given)
+    schedule = checked.tune.schedule if schedule is None else schedule
+    if schedule is None or "learned" not in checked.tune.families:
+        return Request(checked, {}, None, given)
+    learned = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
+    if learned.path is not None:
+        checked = checked.model_copy(update={"tune": checked.tune.model_copy(update={"schedule": learned.path})})
+    plays = {
+        control: retrain_config(config, learned, [*overrides, f"retrain.weights={control}"], given)
+        for control in checked.tune.controls
+    }
+    same = {"precision": checked.precision, "search": checked.search}  # what is validated on, and how it is judged
+    return Request(checked, {name: one.model_copy(update=same) for name, one in plays.items()}, learned, given)
 
 
 def train(

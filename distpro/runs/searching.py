@@ -46,7 +46,7 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
     searcher = trainer.weights
     assert isinstance(searcher, Searcher)
     checked = _with_estimator(checked, searcher.estimator.name)
-    meta = _schedule_meta(checked, data, trainer.objective)
+    meta = schedule_meta(checked, data, trainer.objective)
     meaning = meaning_of(meta["config"])
 
     def learned(values: Constants | None = None) -> Schedule:
@@ -134,7 +134,7 @@ def _with_estimator(config: Config, taken: Any) -> Config:
     return config.model_copy(update={"search": config.search.model_copy(update={"estimator": taken})})
 
 
-def _schedule_meta(config: Config, data: Any, objective: Objective) -> dict[str, Any]:
+def schedule_meta(config: Config, data: Any, objective: Objective) -> dict[str, Any]:
     """What `alpha.pt` says beside the numbers."""
     assert objective.teacher is not None
     facts = environment()

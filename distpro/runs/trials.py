@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from distpro.task import Task
 from distpro.tasks import CalibratedLoss, Together
 from distpro.train import distributed
 from distpro.train.trainer import Diverged
+
+
+class Pruned(Exception):
+    """Raised by who watches a training that is not worth its end, see `Trials.run`."""
 
 
 @dataclass
@@ -50,16 +54,11 @@ class Trials:
 
     def judge(self, name: str, schedule: Schedule | None = None, config: Config | None = None) -> float:
         """What is to be small of the training that plays ``schedule``, or that another ``config`` says: see `judged`."""
-        folder = None if self.folder is None else self.folder / re.sub(r"[^\w.+-]+", "_", name)
-        done = None if folder is None or not (folder / "result.json").is_file() else folder / "result.json"
-        if distributed.any_of(done is not None):
-            metrics = distributed.gather(None if done is None else json.loads(done.read_text(encoding="utf-8")))[0]
-        else:
-            metrics = self._train(name, folder, schedule, config or self.config)
+        metrics = self.run(name, schedule, config, title=f"trial {len(self.rows) + 1}")
         value = judged(metrics, build.build_task(self.config, self.given))
         self.rows.append({"name": name, "judged": value, **metrics})
         if distributed.is_main():
-            said = "  ".join(f"{k} {metrics[k]:.4g}" for k in metrics if k not in ("epoch", "step", "seconds"))
+            said = words_of(metrics)
             note(f"trial {len(self.rows)} of {self.most} at most: {name}: {said or 'diverged'}")
         return value
 
@@ -68,36 +67,74 @@ class Trials:
         """What all of them took."""
         return sum(row["seconds"] for row in self.rows)
 
-    def _train(self, name: str, folder: Path | None, schedule: Schedule | None, config: Config) -> Mapping[str, float]:
-        at_the_end = config.tracking.model_copy(update={"evaluate_every": config.training.epochs})
-        checked = config.model_copy(update={"tracking": at_the_end})
-        if schedule is not None:
-            replayed = {"weights": "searched", "start": schedule.start, "threshold": schedule.threshold, "mapping": {}}
-            checked = checked.model_copy(update={"retrain": checked.retrain.model_copy(update=replayed)})
+    def run(
+        self,
+        name: str,
+        schedule: Schedule | None = None,
+        config: Config | None = None,
+        watch: Callable[[dict[str, float]], None] | None = None,
+        every: int | None = None,
+        title: str = "",
+    ) -> dict[str, float]:
+        """Metrics of a training at its end, with its ``step`` and ``seconds``; these two alone where it has diverged.
+
+        Args:
+            config: another training; it says itself how ``schedule`` is played, which is played as it is else.
+            watch: called with the metrics after ``every`` so many epochs; it may raise `Pruned` to end the training there.
+            title: what the progress line says; by default the name.
+        """
+        folder = None if self.folder is None else self.folder / re.sub(r"[^\w.+-]+", "_", name)
+        done = None if folder is None or not (folder / "result.json").is_file() else folder / "result.json"
+        if distributed.any_of(done is not None):
+            found: dict[str, float] = distributed.gather(
+                None if done is None else json.loads(done.read_text(encoding="utf-8"))
+            )[0]
+            return found
+        if config is None:
+            config = self.config
+            if schedule is not None:
+                replayed = {
+                    "weights": "searched",
+                    "start": schedule.start,
+                    "threshold": schedule.threshold,
+                    "mapping": {},
+                }
+                config = config.model_copy(update={"retrain": config.retrain.model_copy(update=replayed)})
+        evaluated = {"evaluate_every": every or config.training.epochs}
+        checked = config.model_copy(update={"tracking": config.tracking.model_copy(update=evaluated)})
         given = replace(self.given, student=copy.deepcopy(self.given.student))
-        validation, train = search_parts(checked, self.data)
+        validation, train = search_parts(self.config, self.data)
         trainer = build.build_retrain(checked, self.data, schedule, folder, given=given, parts=(train, validation))
-        trainer.name = f"trial {len(self.rows) + 1}"
+        trainer.name = title or name
+        trainer.on_evaluation = watch or trainer.on_evaluation
         task, of_task = trainer.task, trainer.metrics or trainer.task.metrics
-        if build.calibrates(config.search, task):
+        if build.calibrates(self.config.search, task):
             trainer.metrics = lambda: Together([of_task(), CalibratedLoss(task.rows)])  # type: ignore[attr-defined]
         if folder is not None and (folder / "checkpoint.pt").is_file():
             trainer.resume()
         try:
-            metrics = {k: v for k, v in trainer.fit().items() if not k.startswith("best_")}
+            metrics = trainer.fit()
+        except Pruned:
+            metrics = trainer.result()
         except Diverged:
-            metrics = {"seconds": trainer.seconds}
+            metrics = {"step": trainer.step, "seconds": trainer.seconds}
+        metrics = {k: v for k, v in metrics.items() if not k.startswith("best_")}
         if folder is not None and distributed.is_main():
             write_atomically(json.dumps(metrics, indent=1) + "\n", folder / "result.json")
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         return metrics
 
 
-def judged(metrics: Mapping[str, float], task: Task) -> float:
-    """What is to be small: the calibrated loss, else the validation loss where the task's metrics have one, else the headline,
-    by its sign; inf of a training that has diverged."""
+def judged(metrics: Mapping[str, float], task: Task, by: str = "loss") -> float:
+    """What is to be small: the calibrated loss, else the validation loss where the task's metrics have one, else (or ``by`` the
+    ``headline``) the headline, by its sign; inf of a training that has diverged."""
     if task.headline not in metrics:
         return math.inf
     worth = metrics[task.headline] * (-1 if task.higher_is_better else 1)
-    value = metrics.get("calibrated_loss", metrics.get("loss", worth))
+    value = metrics.get("calibrated_loss", metrics.get("loss", worth)) if by == "loss" else worth
     return value if math.isfinite(value) else math.inf
+
+
+def words_of(metrics: Mapping[str, float]) -> str:
+    """The metrics in a line; nothing of a training that has diverged."""
+    return "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k not in ("epoch", "step", "seconds"))

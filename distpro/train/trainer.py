@@ -61,6 +61,7 @@ class Trainer:
         metrics: makes fresh metrics for an evaluation; by default the task's.
         log_every: steps between two log rows; evaluate_every, checkpoint_every: epochs.
         on_checkpoint: called after every checkpoint, also on interruption.
+        on_evaluation: called with the row of every evaluation, its epoch, step and metrics; what it raises ends the training.
         name: what the progress line calls the run.
         why_not: why its loaders do not give the same batches again, in words; "" where they do.
     """
@@ -84,6 +85,7 @@ class Trainer:
     evaluate_every: int = 1
     checkpoint_every: int = 1
     on_checkpoint: Callable[[], None] = lambda: None
+    on_evaluation: Callable[[dict[str, float]], None] = lambda row: None
     name: str = "train"
     why_not: str = ""
 
@@ -275,6 +277,7 @@ class Trainer:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             progress.message(f"epoch {epoch}/{math.ceil(self.total_steps / self.steps_per_epoch)}  {shown}")
             self._since = time.perf_counter()
+            self.on_evaluation(self.history[-1])
         if last or epoch % self.checkpoint_every == 0:
             self._checkpoint_due = True
 

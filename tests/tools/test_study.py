@@ -7,20 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from distpro import build
-from distpro.config.reading import read_config
-from distpro.data import split
 
 ROOT = Path(__file__).parents[2]
 
 
 sys.path.insert(0, str(ROOT / "tools"))
-study, table, figures, tune, horizon = map(
-    importlib.import_module, ("study", "study_table", "study_figures", "tune", "horizon")
-)
+study, table, figures, horizon = map(importlib.import_module, ("study", "study_table", "study_figures", "horizon"))
 
 CONTENT = """
 config: search_configs/digits.yaml
@@ -156,14 +149,15 @@ def test_level_shares_leave_out_terms_without_a_level():
     assert figures._share(learned, 2) == pytest.approx([0.5, 0.25])
 
 
-def test_static_weights_are_tuned_on_the_split_of_the_search(tmp_path):
-    config = read_config({"data": {"name": "digits", "samples": 200}, "student": {"model": "resnet8"}, "seed": 3})
-    tune.write_split(config, tmp_path / "split.npz")
-    validation, train = split(build.build_data(config).train, config.search.fraction_of(200), 3)
-    with np.load(tmp_path / "split.npz") as arrays:
-        assert (len(arrays["x_train"]), len(arrays["x_test"])) == (len(train), len(validation)) == (160, 40)
-        assert np.array_equal(arrays["x_test"].transpose(0, 3, 1, 2), validation.images.numpy())
-        assert np.array_equal(arrays["y_train"], train.labels.numpy())
+def test_a_search_may_be_a_tuning_whose_best_is_retrained(example):
+    example.searches["optuna"] = {"tune": {"families": ["static"], "trials": 4}}
+    example.runs["three weights"] = {"search": "optuna"}
+    tuning = example.command("optuna", 1)
+    assert tuning[:2] == ["distpro", "tune"] and 'tune={"families": ["static"], "trials": 4}' in tuning
+    assert example.command("three weights", 1)[:3] == ["distpro", "retrain", "runs/example/optuna-1/best.yaml"]
+    assert "--schedule" not in example.command("three weights", 1)
+    plain = study.cost(example, "equal")
+    assert study.cost(example, "optuna") == pytest.approx(4 * 0.8 * plain, rel=0.05)
 
 
 def test_the_table_of_horizons_leaves_out_the_first_steps():
