@@ -264,7 +264,7 @@ class RetrainConfig(Section):
         ge=0,
         le=1,
         description="fraction of the search that a replay leaves out at its beginning, where the weights are still on "
-        "their way from where they all start (docs/results.md); 1: all but the last weights. null: a third, after a search "
+        "their way from where they all start (docs/results/one_step.md); 1: all but the last weights. null: a third, after a search "
         "over a longer horizon 1; the paper replays all of it, 0",
     )
     schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
