@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distpro.batch import Batch
 from distpro.objective import Objective, entries_of
+from distpro.search.estimators.formulas import Formulas
 from distpro.search.estimators.tangents import NoRule, forward_mode
 from distpro.train.state import no_trace, random_state, set_random_state
 from pathways.call import Call, tensors_in
@@ -60,7 +61,8 @@ def obstacle(objective: Objective, batch: Batch) -> str:
 def second_obstacle(objective: Objective, batch: Batch) -> str:
     """Which operator of the student or of a loss has no second derivative, by its name; "" where none is known. Leaves no
     trace."""
-    with no_trace(objective.student, objective.terms), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    quiet = no_trace(objective.student, objective.terms)
+    with quiet, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Formulas():
         try:
             loss = objective.training_pass(batch, [1.0] * len(objective.entries)).loss
             parameters = objective.trainable_parameters()

@@ -28,6 +28,7 @@ from distpro.batch import Batch
 from distpro.objective import Objective
 from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.differentiable import State, clip, differentiable_step
+from distpro.search.estimators.formulas import Formulas
 from distpro.search.estimators.swap import swapped
 from distpro.search.estimators.tangents import dual_numbers
 from distpro.train import distributed
@@ -242,11 +243,12 @@ def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
 
 @contextmanager
 def _plain(objective: Objective) -> Iterator[None]:
-    """The objective without autocast, and uncompiled: compiled code has neither second derivatives nor tangents."""
+    """The objective without autocast, uncompiled (compiled code has neither second derivatives nor tangents), and with
+    formulas for operators that have none."""
     precision, objective.precision = objective.precision, None
     uncompiled = nullcontext() if objective.backend is None else torch.compiler.set_stance("force_eager")
     try:
-        with uncompiled:
+        with uncompiled, Formulas():
             yield
     finally:
         objective.precision = precision

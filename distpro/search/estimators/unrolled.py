@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distpro.batch import Batch
 from distpro.objective import Objective
 from distpro.search.estimators.base import Estimator, TrainingStep
+from distpro.search.estimators.formulas import Formulas
 from distpro.search.estimators.swap import swapped
 from distpro.train.state import no_trace, set_random_state
 from pathways.registry import UserError
@@ -91,7 +92,7 @@ class Unrolled(Estimator):
         groups = [[place[p] for p in group] for group in self.derivative.groups]
         clip = None if self.derivative.max_norm is None else _clip(self.derivative.max_norm, groups)
         untraced = no_trace(self.objective.student, self.objective.terms)
-        with untraced, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        with untraced, torch.enable_grad(), Formulas(), sdpa_kernel(SDPBackend.MATH):  # what has a second derivative
             for past, rates in zip(self._steps, self._learning_rates, strict=True):
                 set_random_state(past.state)
                 with swapped(self.objective, dict(zip(params, values, strict=True))):
