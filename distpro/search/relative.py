@@ -22,7 +22,7 @@ class RelativeStep(torch.optim.Optimizer):
         floor: size of a gradient that is no signal; of log-weights, in units of the validation loss.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1.0, momentum: float = 0.5, floor: float = 0.02):
+    def __init__(self, params: Iterable[Tensor], lr: float = 1.0, momentum: float = 0.5, floor: float = 0.002):
         super().__init__(params, {"lr": lr, "momentum": momentum, "floor": floor})
 
     @torch.no_grad()
