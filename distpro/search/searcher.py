@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distpro.batch import Batch
+from distpro.console import note
 from distpro.features import TrainingPass
 from distpro.objective import Objective
 from distpro.schedule import Schedule, drop
@@ -209,6 +210,12 @@ class Searcher:
         self._current = None
         h = h / (self._rate() or 1.0)
         distributed.average([h, self.estimator.validation_loss])
+        if (
+            self.estimator.window > 1 and not h.isfinite().all()
+        ):  # one step back, that would be a look at every step's numbers
+            if distributed.is_main():
+                note(f"search: step {step + 1}: the gradient is not finite, the weights stay as they are")
+            return False
         self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
         self.beside.log.grad = self.beside.pull_back(h[len(self._weights) :])
         self.optimizer.step()

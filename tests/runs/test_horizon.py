@@ -11,6 +11,7 @@ import distpro
 from distpro.config.reading import read_config
 from distpro.files import load_safely
 from distpro.schedule import Schedule
+from distpro.search.estimators.sweep import Sweep
 from distpro.train.trainer import Interrupted
 from tests.digits import random_teacher, settings
 from tests.runs.test_resume import differences, stop_after
@@ -86,6 +87,19 @@ def test_a_compiled_search_sweeps_uncompiled(teacher, whole):
     eager = Schedule.load(whole / "alpha.pt").alpha_tilde
     moved = (eager[3] - eager[2]).abs().max()
     assert (found[3] - eager[3]).abs().max() < 1e-2 * moved
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(teacher, monkeypatch, capsys):
+    call = Sweep.__call__
+
+    def broken(sweep, step, validation):
+        h = call(sweep, step, validation)
+        return h * torch.nan if step.number == 5 else h
+
+    monkeypatch.setattr(Sweep, "__call__", broken)
+    w = distpro.search(horizon(teacher)).weights
+    assert w.isfinite().all() and torch.equal(w[5], w[6]) and (w[8] != w[9]).any()
+    assert "search: step 6: the gradient is not finite, the weights stay as they are" in capsys.readouterr().out
 
 
 def test_what_looks_one_step_back_is_refused(teacher):
