@@ -64,7 +64,8 @@ def draw_dots(study: StudyFile, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 0.8 + 0.27 * len(found)))
     for place, (label, values) in enumerate(found.items()):
         search = study.search_of(label)
-        learned = search is not None and study.runs[label].get("retrain.weights", "searched") == "searched"
+        replayed = study.runs[label].get("retrain.weights", "searched") == "searched"
+        learned = search is not None and not search.tunes and replayed
         colour = "C0" if learned else "0.35"
         axis.plot(values, [place] * len(values), "o", markersize=4, alpha=0.4, color=colour)
         half = half_width(values) if len(values) > 1 else 0.0
