@@ -118,3 +118,26 @@ def test_python_and_numpy_draw_again():
     assert draw() != first
     set_random_state(state)
     assert draw() == first
+
+
+class Counting(nn.Module):
+    """A model that counts its passes, as one whose own schedule anneals something does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.passes, self.share = nn.Linear(3, 3), 0, 1.0
+
+    def forward(self, x):
+        self.passes += 1
+        self.share *= 0.5
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_numbers_that_a_model_keeps_are_given_back(fails):
+    model = nn.Sequential(nn.Linear(3, 3), Counting())
+    model(torch.zeros(2, 3))
+    with pytest.raises(ZeroDivisionError) if fails else torch.enable_grad(), no_trace(model):
+        model(torch.zeros(2, 3))
+        1 / (not fails)
+    assert (model[1].passes, model[1].share) == (1, 0.5)
