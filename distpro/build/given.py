@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -51,6 +52,16 @@ class Given:
         elif data is not None and not hasattr(data, "example"):
             raise UserError(f"data is {type(data).__name__}: expected (train, test) or (train, validation, test)")
         return cls(data, teacher, student, task)
+
+    def copied(self) -> Given:
+        """With a copy of the student, which may be trained. Raises UserError for one that cannot be copied."""
+        try:
+            return replace(self, student=copy.deepcopy(self.student))
+        except Exception as error:
+            said = str(error).partition("\n")[0][:160]
+            raise UserError(
+                f"student: {type(self.student).__name__} cannot be copied, which a search does ({said})"
+            ) from None
 
     def overrides(self) -> list[str]:
         """What a config says in place of the names of what was handed over: ``key=object:Type``."""

@@ -135,7 +135,9 @@ def build_pair(
     """
     task, given = task or build_task(config), given or Given()
     torch.manual_seed(config.seed)
-    student = given.student or build_network(config.student, task.model_arguments(data), load)
+    student = given.student
+    if student is None:  # not by its truth: a model may have a length
+        student = build_network(config.student, task.model_arguments(data), load)
     if student_state is not None:
         student.load_state_dict(student_state)
     if config.sync_batch_norm and distributed.world_size() > 1:

@@ -124,7 +124,7 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     optimizer = build_optimizer(config, objective.trainable_parameters())
     example = example_of(config, data)
     horizon = _fitting(search, search.steps_back(total), objective, config.training.batch_size, example)
-    estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon)
+    estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon, train)
     clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
     estimator.calibrated = calibrates(search, objective.task)
@@ -218,7 +218,9 @@ def _validation_batches(config: Config, validation: Any, horizon: int) -> int:
     return 1 if horizon == 1 else max(1, min(len(validation), VALIDATION_SAMPLES // size))
 
 
-def _choose_estimator(config: Config, objective: Objective, example: Batch, horizon: int) -> tuple[str, dict[str, Any]]:
+def _choose_estimator(
+    config: Config, objective: Objective, example: Batch, horizon: int, train: Any
+) -> tuple[str, dict[str, Any]]:
     """Name and parameters of the hypergradient estimator; in the place of ``auto`` the sweep where the horizon is more
     than one step, else forward_mode, or finite_difference where that cannot be. Raises UserError where the config asks
     for what cannot be."""
@@ -231,7 +233,8 @@ def _choose_estimator(config: Config, objective: Objective, example: Batch, hori
             raise UserError(
                 f"search.estimator: {name} looks one step back; with a horizon of {horizon}: sweep or unrolled"
             )
-        without = next(filter(None, distributed.gather(second_obstacle(objective, example))), "")
+        first = next(iter(train.endless()))  # a loss may want to know which samples they are, or rotated ones
+        without = next(filter(None, distributed.gather(second_obstacle(objective, first))), "")
         if without:
             raise UserError(
                 f"search.horizon: {without} has no second derivative in PyTorch, which a horizon of several steps needs; "

@@ -6,7 +6,6 @@ student on the same data for as long.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from distpro.build.runs import clock_of
 from distpro.config.reading import for_retrain
 from distpro.config.schema import Config, RetrainConfig, TermConfig
 from distpro.losses.usual import usual_weight
-from distpro.process import Clock
+from distpro.process import Clock, learned_of
 from distpro.runs.searching import schedule_meta
 from distpro.schedule import Schedule
 from distpro.schedule_file import LOG
@@ -66,6 +65,7 @@ def candidates_of(
     """
     plain = for_retrain(config)
     stated = config.tune.model_fields_set
+    _refuse_learned(config)
     found: list[Candidate] = []
     for family in dict.fromkeys(config.tune.families):
         if family == "single":
@@ -88,9 +88,27 @@ def candidates_of(
     return found
 
 
+def _refuse_learned(config: Config) -> None:
+    """Raise UserError where a number is learned beside the weights of what is to be tuned."""
+    families = set(config.tune.families)
+    methods = [m for m in config.tune.methods if isinstance(m, TermConfig)] if "single" in families else []
+    terms = config.terms if {"equal", "static"} & families else []
+    asked = ["task_weight"] if families != {"learned"} and learned_of(config.task_weight) is not None else []
+    asked += [f"{t.loss}: {k}" for t in [*methods, *terms] for k, v in t.params.items() if learned_of(v) is not None]
+    if asked:
+        raise UserError(
+            f"tune: {asked[0]} is learned, which only a search does: state a number, or tune.families=[learned] with a schedule "
+            "that has it"
+        )
+
+
 def _single(config: Config, method: str | TermConfig, stated: bool) -> Candidate:
     term = TermConfig(loss=method) if isinstance(method, str) else method
-    own = isinstance(term.weight, (int, float)) and term.weight > 0
+    own = isinstance(term.weight, (int, float))
+    if not (own and term.weight > 0) and term.weight != "learned":  # type: ignore[operator]
+        raise UserError(
+            f"tune.methods: {term.key or term.loss}: weight is {term.weight}; a number above 0, which its range is around"
+        )
     centre = float(term.weight) if own else usual_weight(term.loss)  # type: ignore[arg-type]
 
     def at(values: Mapping[str, float]) -> Training:
@@ -203,4 +221,4 @@ def buildable(candidates: Sequence[Candidate], data: Any, given: Given) -> tuple
 
 def _own(given: Given) -> Given:
     """Objects of which the student may be changed."""
-    return replace(given, student=copy.deepcopy(given.student))
+    return given.copied()

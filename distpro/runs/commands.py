@@ -8,7 +8,6 @@ alpha.pt          the schedule (search)        data.json         what the data w
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -71,7 +70,7 @@ def search(
     Raises UserError for bad input, `distpro.train.trainer.Interrupted` after SIGINT or SIGTERM (checkpoint and alpha.pt of
     the steps done are written first).
     """
-    given = Given.of(data, teacher, copy.deepcopy(student), task)
+    given = Given.of(data, teacher, student, task).copied()
     checked = _checked(config, overrides, searching=True, given=given)
     _prepare(checked)
     with distributed.started(checked.device):
@@ -157,7 +156,7 @@ def tune(
 
     Raises UserError for bad input and where Optuna is missing, `distpro.train.trainer.Interrupted` after SIGINT or SIGTERM.
     """
-    given = Given.of(data, teacher, copy.deepcopy(student), task)
+    given = Given.of(data, teacher, student, task).copied()
     request = tune_request(config, overrides, schedule, given)
     _prepare(request.config)
     with distributed.started(request.config.device):
@@ -242,7 +241,9 @@ def evaluate(
     if not teaches:
         checked = build.as_stored(checked, path if path.is_dir() else checkpoint.parent)
     loaded, does = build.build_data(checked, given), build.build_task(checked, given)
-    model = given.student or build_network(checked.student, does.model_arguments(loaded), load=False)
+    model = given.student
+    if model is None:
+        model = build_network(checked.student, does.model_arguments(loaded), load=False)
     load_checkpoint(model, checkpoint, weights=checked.student.weights)
     if checked.student.input is not None:
         model = adapted(model, checked.student, loaded)

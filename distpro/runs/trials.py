@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.given = replace(self.given, student=copy.deepcopy(self.given.student))  # before a search trains it
+        self.given = self.given.copied()  # before a search trains it
 
     def judge(self, name: str, schedule: Schedule | None = None, config: Config | None = None) -> float:
         """What is to be small of the training that plays ``schedule``, or that another ``config`` says: see `judged`."""
@@ -102,7 +101,7 @@ class Trials:
                 config = config.model_copy(update={"retrain": config.retrain.model_copy(update=replayed)})
         evaluated = {"evaluate_every": every or config.training.epochs}
         checked = config.model_copy(update={"tracking": config.tracking.model_copy(update=evaluated)})
-        given = replace(self.given, student=copy.deepcopy(self.given.student))
+        given = self.given.copied()
         validation, train = search_parts(self.config, self.data)
         trainer = build.build_retrain(checked, self.data, schedule, folder, given=given, parts=(train, validation))
         trainer.name = title or name

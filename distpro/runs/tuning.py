@@ -245,7 +245,7 @@ class Tuning:
                 meant = config.training
                 schedule = replace(schedule, strength=meant.distill_weight, warmup=meant.distill_warmup or 0.0)
             schedule.save(self.folder / "best.pt")
-            played = config.retrain.model_copy(update={"schedule": str(self.folder / "best.pt")})
+            played = config.retrain.model_copy(update={"schedule": str((self.folder / "best.pt").resolve())})
             write_atomically(as_yaml(config.model_copy(update={"retrain": played})), self.folder / "best.yaml")
         else:
             write_atomically(as_yaml(config), self.folder / "best.yaml")

@@ -102,6 +102,13 @@ def test_a_gradient_that_is_not_finite_moves_nothing(teacher, monkeypatch, capsy
     assert "search: step 6: the gradient is not finite, the weights stay as they are" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("loss", ["crd", "sskd"])
+def test_losses_that_ask_for_more_than_images(teacher, loss):
+    """For the samples' numbers and a memory of them, or for rotated images."""
+    found = distpro.search({**horizon(teacher), "pathways": None, "terms": [{"loss": loss}]})
+    assert (found.weights[2] != found.weights[3]).all() and found.weights.isfinite().all()
+
+
 def test_what_looks_one_step_back_is_refused(teacher):
     with pytest.raises(distpro.UserError, match="looks one step back; with a horizon of 3: sweep or unrolled"):
         distpro.search(horizon(teacher, estimator="finite_difference"))

@@ -276,6 +276,26 @@ def test_a_loss_without_a_second_derivative_is_named(own, tmp_path, monkeypatch)
     assert not (tmp_path / "search").exists()
 
 
+def test_a_student_is_a_student_whatever_its_length(own, tmp_path, monkeypatch):
+    module = module_of(own, monkeypatch, tmp_path)
+
+    class Empty(module.Net):
+        def __len__(self):
+            return 0
+
+    objects = {"data": module.parts(), "teacher": teacher_of(module), "task": module.Soft()}
+    assert distpro.retrain(plain({"retrain": {"weights": "equal"}}), student=Empty(), **objects).metrics["step"] == 12
+
+
+def test_a_student_that_cannot_be_copied_is_said(own, tmp_path, monkeypatch):
+    module = module_of(own, monkeypatch, tmp_path)
+    student = student_of(module)
+    student.kept = torch.ones(2, requires_grad=True) * 2  # no leaf, as the old weight_norm keeps one
+    objects = {"data": module.parts(), "teacher": teacher_of(module), "task": module.Soft()}
+    with pytest.raises(UserError, match="student: Net cannot be copied, which a search does"):
+        distpro.search(plain(), student=student, **objects)
+
+
 def test_lower_is_better(own, tmp_path, monkeypatch):
     """The best of the headline is its minimum. A learning rate of 3 makes a training go up and down."""
     module = module_of(own, monkeypatch, tmp_path)

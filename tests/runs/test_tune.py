@@ -330,6 +330,16 @@ def test_two_workers_share_a_budget(teacher, tmp_path):
         (["teacher=null"], "tune: the candidates need a teacher"),
         (["stages=[{name: one}]"], "stages: tune compares trainings of one stage"),
         (["terms=[{loss: kd, weight: 1}]", "tune.families=[static]"], "static needs pathways or terms"),
+        (["tune.families=[single]", "tune.methods=[{loss: kd, weight: 0}]"], "tune.methods: kd: weight is 0"),
+        (
+            ["tune.families=[single]", "tune.methods=[{loss: kd, weight: {linear: {initial: 1, final: 0}}}]"],
+            "tune.methods: kd: weight is .*; a number above 0",
+        ),
+        (
+            ["tune.families=[single]", "tune.methods=[{loss: kd, params: {temperature: learned}}]"],
+            "kd: temperature is learned",
+        ),
+        (["task_weight=learned"], "tune: task_weight is learned, which only a search does"),
     ],
 )
 def test_messages(teacher, tmp_path, overrides, said):
