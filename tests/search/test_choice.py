@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
@@ -19,7 +20,7 @@ from distpro.losses import build_loss
 from distpro.models import build_model
 from distpro.objective import Objective, Term
 from distpro.schedule import Schedule
-from distpro.search.estimators import obstacle
+from distpro.search.estimators import obstacle, second_obstacle
 from distpro.search.estimators.tangents import NoRule, forward_mode
 from tests.digits import settings
 
@@ -145,6 +146,29 @@ def test_a_student_that_has_tangents(name):
     if name == "checkpoint" and "_NoopSaveInputs has no forward-mode rule" in answer:
         return  # nor have they in older versions of PyTorch
     assert answer == ""
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+class SquaredOnce(Squared):
+    backward = staticmethod(once_differentiable(Squared.backward))
+
+
+@pytest.mark.parametrize(("function", "named"), [(Squared, ""), (SquaredOnce, "SquaredOnce")])
+def test_what_has_no_second_derivative_is_named(function, named):
+    torch.manual_seed(0)
+    student, batch = Net(function.apply), batch_of(torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 0, 1]))
+    assert second_obstacle(Objective(None, student, []), batch) == named
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "shufflenet_v1", "vgg8"])

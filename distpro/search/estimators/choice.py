@@ -6,6 +6,7 @@ import re
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distpro.batch import Batch
@@ -65,6 +66,8 @@ def second_obstacle(objective: Objective, batch: Batch) -> str:
     with quiet, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Formulas():
         try:
             loss = objective.training_pass(batch, [1.0] * len(objective.entries)).loss
+            if once := _once(loss):
+                return once
             parameters = objective.trainable_parameters()
             found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
             gradients = [g for g in found if g is not None and g.requires_grad]
@@ -72,6 +75,23 @@ def second_obstacle(objective: Objective, batch: Batch) -> str:
         except (NotImplementedError, RuntimeError) as error:
             named = re.search(r"derivative for '?([\w:]+?)(_backward)?'? is not implemented", str(error))
             return named[1].removeprefix("aten::") if named else ""
+    return ""
+
+
+def _once(loss: Tensor) -> str:
+    """Name of an autograd.Function under a loss that is marked with ``once_differentiable``: autograd leaves its part of a second
+    derivative out, and says so only on some ways to it."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [before for before, _ in node.next_functions]
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        code = getattr(backward, "__code__", None) if hasattr(backward, "__wrapped__") else None
+        if code is not None and code.co_filename == once_differentiable.__code__.co_filename:
+            return str(node._forward_cls.__name__)  # type: ignore[attr-defined]
     return ""
 
 
