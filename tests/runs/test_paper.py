@@ -16,6 +16,8 @@ from tests.digits import random_teacher
 SHORT = {"epochs": 3, "batch_size": 20, "optimizer": {"lr": 0.05}, "learning_rate": {"milestones": [1, 2]}}
 RETRAIN = {"epochs": 5, "learning_rate": {"milestones": [2, 3, 4]}}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

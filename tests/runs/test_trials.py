@@ -22,6 +22,8 @@ from distpro.train.trainer import Diverged, Interrupted, Trainer
 from tests.digits import random_teacher, settings
 from tests.runs.test_resume import differences, stop_after
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
