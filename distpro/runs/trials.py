@@ -51,9 +51,9 @@ class Trials:
         self.rows: list[dict[str, Any]] = []
         self.given = self.given.copied()  # before a search trains it
 
-    def judge(self, name: str, schedule: Schedule | None = None, config: Config | None = None) -> float:
-        """What is to be small of the training that plays ``schedule``, or that another ``config`` says: see `judged`."""
-        metrics = self.run(name, schedule, config, title=f"trial {len(self.rows) + 1}")
+    def judge(self, name: str, schedule: Schedule) -> float:
+        """What is to be small of the training that plays ``schedule``, see `judged`."""
+        metrics = self.run(name, schedule, title=f"trial {len(self.rows) + 1}")
         value = judged(metrics, build.build_task(self.config, self.given))
         self.rows.append({"name": name, "judged": value, **metrics})
         if distributed.is_main():

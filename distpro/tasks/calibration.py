@@ -7,6 +7,7 @@ scaling); at the best one, the cross entropy is a smooth measure that goes with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,21 +46,17 @@ def _smallest(loss: Callable[[float], Tensor], steps: int = 16) -> float:
     """1 / T at which a loss that is convex in it is smallest, by golden section in its logarithm, to 0.4 %."""
     low, high = -LOG_RANGE, LOG_RANGE
     inner = [high - GOLDEN * (high - low), low + GOLDEN * (high - low)]
-    values = [loss(_exp(x)).item() for x in inner]
+    values = [loss(math.exp(x)).item() for x in inner]
     for _ in range(steps):
         if values[0] <= values[1]:
             high, inner, values = inner[1], [0.0, inner[0]], [0.0, values[0]]
             inner[0] = high - GOLDEN * (high - low)
-            values[0] = loss(_exp(inner[0])).item()
+            values[0] = loss(math.exp(inner[0])).item()
         else:
             low, inner, values = inner[0], [inner[1], 0.0], [values[1], 0.0]
             inner[1] = low + GOLDEN * (high - low)
-            values[1] = loss(_exp(inner[1])).item()
-    return _exp((low + high) / 2)
-
-
-def _exp(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float64).exp())
+            values[1] = loss(math.exp(inner[1])).item()
+    return math.exp((low + high) / 2)
 
 
 class CalibratedLoss:
@@ -79,11 +76,11 @@ class CalibratedLoss:
         """Take in a batch."""
         logits, target = self._rows(output, batch)
         losses = [F.cross_entropy(x * logits.float(), target, reduction="sum") for x in self._inverse.tolist()]
-        self._sums = self._sums + torch.stack(losses).double().cpu()
+        self._sums = self._sums.to(logits.device) + torch.stack(losses).double()  # read only at the end
         self._count += len(logits)
 
     def state(self) -> Any:
-        return {"sums": self._sums, "count": self._count}
+        return {"sums": self._sums.cpu(), "count": self._count}
 
     def merge(self, states: Sequence[Any]) -> None:
         self._sums = torch.stack([state["sums"] for state in states]).sum(0)

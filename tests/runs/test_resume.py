@@ -67,6 +67,31 @@ def stop_after(monkeypatch, steps, number=signal.SIGTERM):
     monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
+def stop_in_training(monkeypatch, number, steps):
+    """Send this process a signal so many steps after the beginning of the training of that number, from 0."""
+    fits, fit = [], Trainer.fit
+
+    def stopping(trainer):
+        fits.append(trainer)
+        if len(fits) - 1 == number:
+            stop_after(monkeypatch, [trainer.step + steps])
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", stopping)
+
+
+def apart(one, other):
+    """Where checkpoint and schedule of two searches differ, bit for bit, but for the time."""
+    found = []
+    for name in ("checkpoint.pt", "alpha.pt"):
+        files = [load_safely(folder / name) for folder in (one, other)]
+        for file in files:
+            file.pop("seconds", None)
+            file.get("meta", {}).pop("created", None)
+        found += differences(*files)
+    return found
+
+
 def differences(one, other, path=""):
     """Where two nested states differ, bit for bit."""
     if isinstance(one, torch.Tensor):

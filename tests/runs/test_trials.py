@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
@@ -14,13 +13,12 @@ import distpro
 from distpro import build
 from distpro.build.data import search_parts
 from distpro.config.reading import read_config
-from distpro.files import load_safely
 from distpro.runs.trials import judged
 from distpro.schedule import Schedule
 from distpro.tasks import TASKS
 from distpro.train.trainer import Diverged, Interrupted, Trainer
 from tests.digits import random_teacher, settings
-from tests.runs.test_resume import differences, stop_after
+from tests.runs.test_resume import apart, stop_in_training
 
 pytestmark = pytest.mark.slow
 
@@ -97,26 +95,12 @@ def test_a_trial_is_the_retrain_of_its_weights_on_the_searchs_part(teacher, tmp_
 @pytest.mark.parametrize("trial", [0, 2, 5])
 def test_a_search_that_is_stopped_in_a_trial_ends_in_the_same_bytes(teacher, whole, tmp_path, monkeypatch, trial):
     """Before the pass and after it."""
-    fits = []
-    fit = Trainer.fit
-
-    def stopping(trainer):
-        fits.append(trainer)
-        if len(fits) - 1 == trial:
-            stop_after(monkeypatch, [trainer.step + 5], signal.SIGTERM)
-        return fit(trainer)
-
-    monkeypatch.setattr(Trainer, "fit", stopping)
+    stop_in_training(monkeypatch, trial, steps=5)
     with pytest.raises(Interrupted):
         distpro.search(searching(teacher), out=tmp_path / "run")
     monkeypatch.undo()
     distpro.search(searching(teacher), out=tmp_path / "run", resume=True)
-    for name in ("checkpoint.pt", "alpha.pt"):
-        files = [load_safely(folder / name) for folder in (whole, tmp_path / "run")]
-        for file in files:
-            file.pop("seconds", None)
-            file.get("meta", {}).pop("created", None)
-        assert differences(*files) == []
+    assert apart(whole, tmp_path / "run") == []
     for name, result in results(whole).items():
         again = results(tmp_path / "run")[name]
         assert {**again, "seconds": 0} == {**result, "seconds": 0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
 
@@ -21,10 +20,10 @@ from distpro.losses.usual import USUAL
 from distpro.runs.candidates import Candidate
 from distpro.runs.trials import Pruned, Trials
 from distpro.schedule import Schedule
-from distpro.train.trainer import Interrupted, Trainer
+from distpro.train.trainer import Interrupted
 from tests.conftest import ROOT
 from tests.digits import random_teacher, settings
-from tests.runs.test_resume import stop_after
+from tests.runs.test_resume import stop_in_training
 
 optuna = pytest.importorskip("optuna", reason="distpro tune needs it: pip install 'distpro[tune]'")
 from distpro.runs.ledger import Ledger  # noqa: E402
@@ -262,15 +261,7 @@ def test_a_training_ends_where_it_is_pruned(teacher):
 
 @pytest.mark.parametrize("trial", [1, 4])
 def test_a_tuning_that_is_stopped_comes_to_the_same_trials(teacher, whole, tmp_path, monkeypatch, trial):
-    fits, fit = [], Trainer.fit
-
-    def stopping(trainer):
-        fits.append(trainer)
-        if len(fits) - 1 == trial:
-            stop_after(monkeypatch, [trainer.step + 3], signal.SIGTERM)
-        return fit(trainer)
-
-    monkeypatch.setattr(Trainer, "fit", stopping)
+    stop_in_training(monkeypatch, trial, steps=3)
     with pytest.raises(Interrupted, match="of 5 trainings; --resume goes on from here"):
         distpro.tune(tuning(teacher), out=tmp_path / "run")
     monkeypatch.undo()
