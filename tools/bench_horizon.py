@@ -48,6 +48,8 @@ def main() -> None:
         for name, run in windows.items():
             start = time.perf_counter()
             run()
+            if options.device != "cpu":
+                torch.cuda.synchronize()
             if repeat:  # the first warms up
                 times[name].append(time.perf_counter() - start)
     floor = statistics.median(times["training alone"])

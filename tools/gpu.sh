@@ -2,9 +2,10 @@
 # What a machine with a GPU is asked, within ten minutes, into one folder:
 #   bash tools/gpu.sh [FOLDER]               # default runs/gpu
 #   DEVICE=cpu SLACK=4 bash tools/gpu.sh     # a rehearsal, with four times the time
-# Parts: the environment, the tests marked cuda, a teacher, a KD training and a search, bench_train and bench_search. Each
-# has its time limit, and one that fails does not stop the others; the status is that of the worst. Data: cifar10.npz in
-# $DISTPRO_DATA if it is there, else made up. Runs from the sources with $PYTHON (default python3); installs nothing.
+# Parts: the environment; beside each other the tests marked cuda, and a teacher, a KD training and a search; then one by one where a step
+# waits (profile_gpu), bench_train, several trainings on one card (bench_seeds), bench_horizon and bench_search. Each has its time
+# limit, and one that fails does not stop the others; the status is that of the worst. Data: cifar10.npz in $DISTPRO_DATA if it is
+# there, else made up. Runs from the sources with $PYTHON (default python3); installs nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -14,7 +15,6 @@ rm -rf "$out"
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
-worst=0
 
 part() { # NAME SECONDS COMMAND...: its output in NAME.log, a line in summary.txt
     local name=$1 limit=$(($2 * ${SLACK:-1})) start=$SECONDS status=0 word=ok
@@ -26,7 +26,7 @@ part() { # NAME SECONDS COMMAND...: its output in NAME.log, a line in summary.tx
         124 | 137) word="stopped after $limit s" ;;
         *) word="failed ($status)" ;;
     esac
-    [ "$word" = ok ] || [ "$word" = "no tests" ] || worst=1
+    [ "$word" = ok ] || [ "$word" = "no tests" ] || touch "$out/.failed"
     printf '%-14s %-22s %4d s\n' "$name" "$word" $((SECONDS - start)) | tee -a "$out/summary.txt"
 }
 
@@ -47,7 +47,8 @@ Path(sys.argv[1], "environment.json").write_text(json.dumps(facts, indent=1, def
 print(json.dumps(facts, indent=1, default=str))
 END
 
-part tests 150 "$python" -m pytest -m cuda -p no:cacheprovider -rs tests
+workers=$(($(nproc) / 2))
+part tests 150 "$python" -m pytest -m cuda -p no:cacheprovider -rs -n "$workers" --durations=10 tests &
 
 data=${DISTPRO_DATA:-}/cifar10.npz
 if [ ! -f "$data" ]; then
@@ -78,10 +79,18 @@ part kd 60 "$python" -m distpro retrain retrain_configs/cifar10_kd.yaml --out "$
 part search 80 "$python" -m distpro search search_configs/cifar10_resnet56_resnet20.yaml --out "$out/search" \
     "${pair[@]}" "${short[@]}"
 
-bench=(--device "$device")
-[ "$device" = cpu ] && bench+=(--rounds 1 --threads 1 --batch 8)
-part bench_train 90 "$python" tools/bench_train.py --json "$out/bench_train.json" --methods kd at review distpro "${bench[@]}"
+wait
+
+bench=(--device "$device" --threads 1) many=(--steps 20 --rounds 5 --workers "$workers") few=()
+[ "$device" = cpu ] && bench+=(--rounds 1 --batch 8) many=() few=(--steps 1 --repeats 1 --batch 8)
+methods=(plain kd at review distpro)
+part profile 50 "$python" tools/profile_gpu.py --device "$device" --threads 1 ${few:+--steps 1 --batch 8}
+part bench_train 60 "$python" tools/bench_train.py --json "$out/bench_train.json" --methods "${methods[@]}" --precision float32 \
+    "${many[@]}" "${bench[@]}"
+part bench_bf16 60 "$python" tools/bench_train.py --json "$out/bench_bf16.json" --methods "${methods[@]}" "${many[@]}" "${bench[@]}"
+part bench_seeds 60 "$python" tools/bench_seeds.py --json "$out/bench_seeds.json" --seeds 8 "${bench[@]}"
+part bench_horizon 40 "$python" tools/bench_horizon.py --device "$device" "${few[@]}"
 part bench_search 110 "$python" tools/bench_search.py --json "$out/bench_search.json" "${bench[@]}"
 
 echo "results in $out"
-exit $worst
+[ ! -e "$out/.failed" ]

@@ -41,7 +41,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,20 @@ class Study(StudyFile):
 
     def run_all(self, jobs: list[tuple[str, int]], side_by_side: int) -> None:
         """Run rows and keep them."""
-        for group in (self.searches, self.runs):  # the schedules have to be there before the retrains
-            with ThreadPoolExecutor(side_by_side) as pool:
-                list(pool.map(lambda job: self.run(*job), [job for job in jobs if job[0] in group]))
+        with ThreadPoolExecutor(side_by_side) as pool:
+            begun: dict[tuple[str, int], Future[None]] = {}
+
+            def after_its_search(label: str, seed: int) -> None:
+                search = self.search_of(label)
+                if search and search.study is self and (search.label, seed) in begun:
+                    wait([begun[search.label, seed]])  # which is before it in the queue, so that it has begun
+                self.run(label, seed)
+
+            waits = {job: bool(self.search_of(job[0])) for job in jobs}
+            for job in sorted(jobs, key=lambda job: (job[0] not in self.searches, waits[job])):
+                begun[job] = pool.submit(after_its_search, *job)
+        for run in begun.values():
+            run.result()
 
     def repeat(self, label: str, seed: int) -> bool:
         """Run a row once more, with the schedule that is in `runs/`, and say whether it comes to the same accuracy."""

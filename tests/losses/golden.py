@@ -69,14 +69,14 @@ def tolerances(file: str) -> tuple[float, float]:
     return max(FLOOR, 10 * errors[0]), max(FLOOR, 10 * errors[1])
 
 
-def check(file: str, case: Case, dtype: torch.dtype = torch.float32) -> None:
+def check(file: str, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
     """Assert that the loss of ``case`` gives the values, gradients and buffers stored in ``file``.
 
     In float64 only the value is compared (``loss_f64``): the files' gradients are float32.
     """
-    arrays = load(file, dtype)
+    arrays = {name: array.to(device) for name, array in load(file, dtype).items()}
     leaves = _inputs_with_gradient(case, arrays)
-    loss = _build(case, arrays).to(dtype).train(case.training)
+    loss = _build(case, arrays).to(device, dtype).train(case.training)
     _load_parameters(loss, case, arrays)
 
     value = _value(loss, case, arrays)
