@@ -14,7 +14,7 @@ out=${1:-runs/gpu}
 rm -rf "$out"
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 part() { # NAME SECONDS COMMAND...: its output in NAME.log, a line in summary.txt
     local name=$1 limit=$(($2 * ${SLACK:-1})) start=$SECONDS status=0 word=ok
