@@ -20,6 +20,7 @@ from distpro.task import Task
 from distpro.tasks.classification import Classification
 from distpro.term import Entry, Moving, Term, as_term, entries_of
 from distpro.weights import Scalars, Scale, columns_of, constants_of, strength_of, weights_of
+from pathways.compiled import begin_step, compiled, run, run_each
 from pathways.registry import UserError
 from pathways.space import Pathway
 from pathways.tapped import Tapped, guarded
@@ -50,7 +51,8 @@ class Objective(nn.Module):
         prune: run only those parts of teacher and student that terms and task loss depend on.
         cache: keeps the teacher's outputs on disk. Its augmentations repeat as often as its epochs do.
         clock: the training's length; a cache has to know where epochs begin.
-        compile: a backend of torch.compile (``inductor``) for teacher, student and pathways; other terms run as they are.
+        compile: a backend of torch.compile (``inductor``) for teacher, student and pathways, or its mode ``reduce-overhead``, inductor
+            with CUDA graphs; other terms run as they are.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.backend = compile
-        self._run, self._run_pathways = guarded(_run, self._compiled(_run)), self._compiled(_run_each)
+        self._run, self._run_pathways = guarded(run, compiled(run, compile)), compiled(run_each, compile)
         self.task: Task = Classification() if task is None else task
         self.task_loss, self.precision = task_loss, precision
         self.teacher_training = teacher_training
@@ -105,12 +107,6 @@ class Objective(nn.Module):
         if teacher is not None:
             frozen = not self.teacher_training
             self.teacher = self._tapped(self.teacher, teacher, theirs, LOGITS in theirs, frozen)
-
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, compiled if that is wanted. It is given its modules: a copy of the objective has others."""
-        if self.backend is None:
-            return function
-        return torch.compile(function, backend=self.backend, dynamic=False)
 
     def _tapped(
         self, now: Tapped | None, model: nn.Module, taps: Sequence[str], output: bool, frozen: bool = False
@@ -347,6 +343,7 @@ class Objective(nn.Module):
             raise UserError(f"objective: {len(weights)} weights for {len(self.entries)} term losses")
         active = None if isinstance(weights, Tensor) else [w != 0 for w in weights]
         needed = bool(self.entries) and (active is None or any(active))
+        begin_step(self.backend)
         teacher = self.run_teacher(batch) if needed and teacher is None else teacher
         output, features = self.run_student(batch)
         reader = Reader(self.task, batch)
@@ -366,7 +363,10 @@ class Objective(nn.Module):
                 values = stacked.detach().float()
             else:
                 loss = loss + sum(weights[n] * value for n, value in zip(chosen, stacked.unbind(), strict=True))
-                values[chosen] = stacked.detach().float()
+                nothing = stacked.new_zeros(
+                    ()
+                )  # an index of the entries that count would have to be sent to the device
+                values = torch.stack([nothing if x is None else x.detach().to(task.dtype) for x in losses]).float()
         return TrainingPass(loss, task.detach(), values, output, teacher or {}, views)
 
     def task_weight_at(self, step: int) -> float:
@@ -390,11 +390,3 @@ class Objective(nn.Module):
         self._next_step = self._step + 1 if self.training else count
         parts = {"loss": done.loss.detach(), "task": done.task, **dict(zip(self.keys, done.terms, strict=True))}
         return done.loss, parts
-
-
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return model(*args, **kwargs)
-
-
-def _run_each(pathways: Sequence[nn.Module], student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
-    return [pathway(ours, theirs) for pathway, ours, theirs in zip(pathways, student, teacher, strict=True)]

@@ -71,7 +71,7 @@ def test_float16_scales_its_loss(teacher):
     assert math.isfinite(distpro.retrain(on_gpu(teacher, precision="float16", **KD)).metrics["loss"])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor", "cudagraphs"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor", "reduce-overhead", "cudagraphs"])
 @pytest.mark.slow
 def test_compiled(backend, teacher):
     """As fast as it may be: the loss after the training is the plain one's."""

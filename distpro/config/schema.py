@@ -212,8 +212,9 @@ class Config(Section):
     )
     channels_last: bool = True
     sync_batch_norm: bool = Field(False, description="with several processes: the student's batch statistics over all")
-    compile: Literal["inductor", "aot_eager", "eager", "cudagraphs"] | None = Field(
-        None, description="torch.compile's backend for teacher, student and pathways"
+    compile: Literal["inductor", "reduce-overhead", "aot_eager", "eager", "cudagraphs"] | None = Field(
+        None,
+        description="torch.compile's backend for teacher, student and pathways; reduce-overhead: inductor with CUDA graphs",
     )
     threads: int | None = Field(None, gt=0)
     task: Spec = "classification"
