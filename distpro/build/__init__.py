@@ -4,7 +4,7 @@ Never imports report or runs.
 """
 
 from distpro.build.cache import versions_of
-from distpro.build.checks import check_names
+from distpro.build.checks import check_accumulate, check_learns, check_names, check_search
 from distpro.build.data import as_stored, blank_data, build_data, build_loader
 from distpro.build.given import Given
 from distpro.build.models import build_pair
@@ -31,7 +31,10 @@ __all__ = [
     "build_task",
     "build_terms",
     "calibrates",
+    "check_accumulate",
+    "check_learns",
     "check_names",
+    "check_search",
     "compose",
     "metrics_of",
     "versions_of",

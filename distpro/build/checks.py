@@ -1,4 +1,4 @@
-"""Every name and parameter of a config is looked up before anything is loaded."""
+"""What a config says is looked up, and refused where no run could do it, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from distpro.config.schema import Config
 from distpro.data import DATASETS, build_augment
 from distpro.losses import LOSSES
 from distpro.models import MODELS
-from distpro.process import Clock
+from distpro.objective import Objective
+from distpro.process import Clock, learned_of, reduction_of
+from distpro.schedule import TASK
 from distpro.search.estimators.base import ESTIMATORS
 from distpro.search.weighting import WEIGHTINGS
 from distpro.tasks import METRICS, TASKS
 from pathways import DISTANCES, TRANSFORMS
-from pathways.registry import Registry, check_parameters
+from pathways.registry import Registry, UserError, check_parameters
 from pathways.space import parse_spec
 
 
@@ -48,3 +50,58 @@ def check_names(config: Config) -> None:
         check_parameters(f"{what} '{name}'", registry[name], params)
     for loss, _, moving, learned in terms:
         check_moving(loss, LOSSES[loss], [*moving, *learned])  # type: ignore[arg-type]
+
+
+def check_search(config: Config) -> None:
+    """Raise UserError for what a search cannot do, as far as the config alone says it."""
+    if config.precision == "float16":
+        raise UserError(
+            "precision: a search runs in float32 or bfloat16; float16's loss scaling would scale α's gradient"
+        )
+    if not config.has_teacher:
+        raise UserError("a search needs a teacher")
+    if config.training.accumulate > 1:
+        raise UserError("training.accumulate: a search's step is one batch; choose a larger training.batch_size")
+    if config.stages:
+        raise UserError("stages: a search is one training; stages are for a retrain")
+    for n, term in enumerate(config.terms):
+        if term.weight == "schedule" or reduction_of(term.weight) is not None:
+            raise UserError(
+                f"terms.{n}.weight: a search has no schedule to follow (allowed: learned, a number, a process)"
+            )
+    if config.task_weight == 0:
+        raise UserError("task_weight: a search learns from the task loss, it cannot be 0")
+    name, _ = parse_spec(config.search.estimator, "search.estimator")
+    if config.search.horizon != 1 and name not in ("auto", "sweep", "unrolled"):
+        raise UserError(
+            f"search.estimator: {name} looks one step back; with a horizon of {config.search.horizon}: sweep or unrolled"
+        )
+
+
+def check_learns(config: Config, objective: Objective) -> None:
+    """Raise UserError where a search has nothing to learn, or a number beside the weights that it cannot learn."""
+    if all(constant is not None for constant in objective.constants_at(0)):
+        raise UserError("search: there is no term whose weight is to be learned")
+    scalars, horizon = learned_scalars(config, objective), config.search.horizon
+    name, _ = parse_spec(config.search.estimator, "search.estimator")
+    if scalars and (horizon == 1 or name == "unrolled"):
+        which = name if name != "auto" else "a horizon of 1"
+        raise UserError(
+            f"search: {', '.join(scalars)} can be learned by a search over a horizon alone (search.horizon: several steps, "
+            f"search.estimator: sweep); this one has {which}"
+        )
+
+
+def check_accumulate(config: Config, batches: int) -> None:
+    """Raise UserError where a step of a retrain is to take more batches than an epoch has."""
+    if config.training.accumulate > batches:
+        raise UserError(
+            f"training.accumulate is {config.training.accumulate}, but an epoch has {batches} batches: no step could take "
+            "more (a step ends with its epoch)"
+        )
+
+
+def learned_scalars(config: Config, objective: Objective) -> list[str]:
+    """Names of the numbers beside the weights that are learned, as a schedule has them."""
+    task = [TASK] if learned_of(config.task_weight) is not None else []
+    return task + [f"{term.key}.{path}" for term in objective.terms for path in getattr(term, "learned", ())]

@@ -14,6 +14,7 @@ from torch import Tensor
 from distpro.batch import Batch
 from distpro.build.cache import build_cache
 from distpro.build.carry import Carry
+from distpro.build.checks import check_accumulate, check_search, learned_scalars
 from distpro.build.data import build_loader, example_of, search_parts
 from distpro.build.given import Given
 from distpro.build.objective import build_objective
@@ -23,7 +24,7 @@ from distpro.config.schema import Config, SearchConfig
 from distpro.console import note
 from distpro.data import Split
 from distpro.objective import Objective
-from distpro.process import Clock, learned_of, reduction_of
+from distpro.process import Clock, learned_of
 from distpro.schedule import TASK, Said, Schedule, warmed_up
 from distpro.search.derivatives import obstacles
 from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle, second_obstacle
@@ -96,23 +97,7 @@ def _trainer(
 
 def build_search(config: Config, data: Any, folder: Path | None = None, given: Given | None = None) -> Trainer:
     """A trainer whose weights are searched (Algorithm 1, lines 1-7). Its `weights` is the `Searcher`."""
-    if config.precision == "float16":
-        raise UserError(
-            "precision: a search runs in float32 or bfloat16; float16's loss scaling would scale α's gradient"
-        )
-    if not config.has_teacher:
-        raise UserError("a search needs a teacher")
-    if config.training.accumulate > 1:
-        raise UserError("training.accumulate: a search's step is one batch; choose a larger training.batch_size")
-    if config.stages:
-        raise UserError("stages: a search is one training; stages are for a retrain")
-    for n, term in enumerate(config.terms):
-        if term.weight == "schedule" or reduction_of(term.weight) is not None:
-            raise UserError(
-                f"terms.{n}.weight: a search has no schedule to follow (allowed: learned, a number, a process)"
-            )
-    if config.task_weight == 0:
-        raise UserError("task_weight: a search learns from the task loss, it cannot be 0")
+    check_search(config)
     search = config.search
     assert search.weighting is not None and search.optimizer is not None and search.momentum is not None
     validation_part, train_part = search_parts(config, data)
@@ -165,12 +150,6 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     trainer = _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
     _check_last_batch(trainer, config, train_part)
     return trainer
-
-
-def learned_scalars(config: Config, objective: Objective) -> list[str]:
-    """Names of the numbers beside the weights that are learned, as a schedule has them."""
-    task = [TASK] if learned_of(config.task_weight) is not None else []
-    return task + [f"{term.key}.{path}" for term in objective.terms for path in getattr(term, "learned", ())]
 
 
 def _check_derivatives(searcher: Searcher, batch: Batch) -> None:
@@ -229,10 +208,6 @@ def _choose_estimator(
     if several and name == "unrolled":
         raise UserError("search.estimator: unrolled runs in one process (allowed: forward_mode, finite_difference)")
     if horizon > 1:
-        if name not in ("auto", "sweep", "unrolled"):
-            raise UserError(
-                f"search.estimator: {name} looks one step back; with a horizon of {horizon}: sweep or unrolled"
-            )
         first = next(iter(train.endless()))  # a loss may want to know which samples they are, or rotated ones
         without = next(filter(None, distributed.gather(second_obstacle(objective, first))), "")
         if without:
@@ -274,11 +249,7 @@ def build_retrain(
     assert retrain.start is not None
     train_part, test_part = parts or (data.train, data.test)
     train = build_loader(config, data, train_part, training=True)
-    if config.training.accumulate > len(train):
-        raise UserError(
-            f"training.accumulate is {config.training.accumulate}, but an epoch has {len(train)} batches: no step could take "
-            "more (a step ends with its epoch)"
-        )
+    check_accumulate(config, len(train))
     clock = clock_of(config, train)
     objective = build_objective(config, data, train_part, clock, carry, given)
     scale: Scale | Said = distill_scale(config, int(clock.steps_per_epoch))

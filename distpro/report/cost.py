@@ -86,16 +86,24 @@ def describe(config: Config, searching: bool) -> Description:
     many classes there are and how large the images are.
     """
     build.check_names(config)
-    if searching and not config.has_teacher:
-        raise UserError("a search needs a teacher")
+    if searching:
+        build.check_search(config)
     data, samples = build.blank_data(config)
     pair, objective = build.compose(config, data, load=False)
+    if searching:
+        build.check_learns(config, objective)
     terms = _term_costs(objective, pair.example)
     steps = None
     if samples is not None:
         cut = searching and getattr(data, "validation", None) is None
-        count = round(samples * (1 - config.search.fraction_of(samples))) if cut else samples
-        batch = config.training.batch_size * config.training.accumulate
+        count = samples - round(samples * config.search.fraction_of(samples)) if cut else samples
+        if count in (0, samples) and cut:
+            raise UserError(
+                f"search.validation_fraction: {config.search.fraction_of(samples)} of {samples} samples leaves one part empty"
+            )
+        size = config.training.batch_size
+        build.check_accumulate(config, count // size if config.training.drop_last else -(-count // size))
+        batch = size * config.training.accumulate
         steps = config.training.epochs * (count // batch if config.training.drop_last else -(-count // batch))
         steps = min(steps, config.training.max_steps or steps)
     return Description(
