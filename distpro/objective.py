@@ -16,7 +16,7 @@ from distpro.batch import Batch, batch_of
 from distpro.features import Cache, Features, Reader, TrainingPass, check_apart, maps_of, own_views, scalar, unwrap
 from distpro.process import Clock
 from distpro.schedule import Said, Schedule
-from distpro.task import Task
+from distpro.task import Task, ask
 from distpro.tasks.classification import Classification
 from distpro.term import Entry, Moving, Term, as_term, entries_of
 from distpro.weights import Scalars, Scale, columns_of, constants_of, strength_of, weights_of
@@ -257,7 +257,7 @@ class Objective(nn.Module):
         term = next((t for t in self.terms if t.deploys), None)
         with self.autocast():
             if term is None:
-                return self.task.call(batch, self.student.training).run(self.student.model)
+                return ask(self.task, self.student.model, batch)
             _, features = self.run_student(batch, None)
             maps = maps_of(term, "student", term.student_taps, features)  # type: ignore[arg-type]
             return term.loss.predict(unwrap(maps))  # type: ignore[operator,union-attr]

@@ -33,7 +33,8 @@ class Metrics(Protocol):
 
 class Task(Protocol):
     """What the models do. Optional: ``rows(output, batch)``, see `distpro.tasks.calibration`, of a task whose loss is a cross
-    entropy; and ``pictures(output, batch)``, predictions as images (N, 3, H, W) for the log.
+    entropy; ``predict(model, batch)``, the output that is evaluated where that is not one pass of ``call``; and
+    ``pictures(output, batch)``, predictions as images (N, 3, H, W) for the log.
 
     Attributes:
         headline: name of the metric that tables report.
@@ -61,6 +62,16 @@ class Task(Protocol):
 
     def metrics(self) -> Metrics:
         """Fresh metrics for one evaluation."""
+
+
+def ask(task: Task, model: Any, batch: Batch) -> Any:
+    """The output of a model that is evaluated: by the task's ``predict`` if it has one."""
+    predict = getattr(task, "predict", None)
+    return (
+        task.call(batch, bool(model.training)).run(model)
+        if predict is None or model.training
+        else predict(model, batch)
+    )
 
 
 TASK_PARTS = ("headline", "higher_is_better", "model_arguments", "call", "loss", "response", "labels", "metrics")

@@ -75,13 +75,18 @@ def blank_data(config: Config, given: Given | None = None) -> tuple[Any, int | N
 def example_of(config: Config, data: Any) -> Batch:
     """Two samples of the training data on the device, at the size that the augmentation gives them."""
     example: Batch = data.example(2, device_of(config), config.channels_last)
-    sizes = [a.size for a in build_augment(config.data.augment).values() if isinstance(a, Crop) and a.size is not None]
+    sizes = crops(config)
     if not sizes:
         return example
     height, width = sizes[-1]
     target = example.target[..., :height, :width] if example.target.dim() == 3 else example.target
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return replace(example, inputs=example.inputs[..., :height, :width].contiguous(memory_format=layout), target=target)
+
+
+def crops(config: Config) -> list[tuple[int, int]]:
+    """The sizes to which the augmentation crops images."""
+    return [a.size for a in build_augment(config.data.augment).values() if isinstance(a, Crop) and a.size is not None]
 
 
 def build_loader(config: Config, data: Any, part: Any, *, training: bool, batch_size: int | None = None) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distpro.batch import Batch
-from distpro.build.data import example_of
+from distpro.build.data import crops, example_of
 from distpro.build.device import device_of
 from distpro.build.given import Given, refuse_object
 from distpro.build.reading import Reading, reading_of
@@ -22,7 +23,7 @@ from distpro.data.datasets import locate
 from distpro.data.statistics import Statistics, stated_by, stored_facts
 from distpro.models import accepted, build_model, load_checkpoint
 from distpro.models.ensemble import Ensemble, InputAdapter
-from distpro.task import Task
+from distpro.task import Task, ask
 from distpro.train import distributed
 from pathways.call import Call
 from pathways.layouts import Layout, probe_layouts
@@ -145,7 +146,10 @@ def build_pair(
     student = place(student, config)
     example = example_of(config, data)
     pair = Pair(None, student, example, task.call(example, False), task=task)
-    _check_runs("student", student, pair.call)
+    _check_runs("student", student, lambda: pair.call.run(student))
+    if crops(config):
+        whole = data.example(2, device_of(config), config.channels_last)
+        _check_runs("student, at evaluation", student, lambda: ask(task, student, whole))
     if not needs_teacher(config):
         return pair
     pair.student_reading = reading_of(config.student, student, pair.call, task.response)
@@ -160,8 +164,9 @@ def build_pair(
         if teacher_state is not None:
             network.load_state_dict(teacher_state)
         network = place(network, config).eval()
-        _check_runs("teacher", network, _resized(pair.call, member))
-        readings[name] = reading_of(member, network, _resized(pair.call, member), task.response)
+        own = _resized(pair.call, member)
+        _check_runs("teacher", network, partial(own.run, network))
+        readings[name] = reading_of(member, network, own, task.response)
         if member.input is None and member.checkpoint and load:
             _compare_statistics(name, member, data)
         if member.input is not None:
@@ -180,11 +185,12 @@ def build_pair(
     return pair
 
 
-def _check_runs(what: str, network: nn.Module, call: Call) -> None:
+def _check_runs(what: str, network: nn.Module, run: Callable[[], Any]) -> None:
     """Raise UserError in one line where two samples of the data do not pass through a model."""
     try:
         with untouched(network):
-            call.run(network.eval())
+            network.eval()
+            run()
     except UserError:
         raise
     except Exception as error:  # whatever a model does with inputs that are not its own

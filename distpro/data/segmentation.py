@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,6 +22,8 @@ from distpro.data.splits import Split
 from pathways.registry import UserError, nearest
 
 CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()
+GREY = (124, 116, 104)
+"""What pads an image: ImageNet's mean."""
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 
@@ -33,6 +37,7 @@ def segmentation(
     lists: str | None = "{split}.txt",
     splits: Mapping[str, str | None] | None = None,
     image_size: int | Sequence[int] | None = None,
+    fit: str = "stretch",
 ) -> Source:
     """Images and, of the same name and size, annotations: 8-bit image files whose pixels are class numbers, in a
     folder, a .zip or a .tar, or in one folder inside it. All are held in memory.
@@ -44,6 +49,7 @@ def segmentation(
     validation part: there is none.
     image_size: side, or [height, width], to which the images are scaled (bilinear) with their annotations (nearest
     neighbour); by default the files must be of one size.
+    fit: stretch; or pad: no image is scaled, each lies in the upper left corner of image_size, the rest is grey and void.
 
     Raises UserError for what is missing or damaged, for sizes that differ, and for pixels that are no class.
     """
@@ -57,10 +63,10 @@ def segmentation(
     parts = _split_names(what, splits)
     tree = _Tree(open_store(locate(what, root)), images, annotations, lists)
     pairs = {part: tree.pairs(name) for part, name in parts.items() if name is not None}
-    size = _size(what, image_size) or _first_size(tree.store, pairs["train"][0][0])
-    reader = _Reader(tree.store, size, image_size is not None, len(names), ignore)
-    read = {part: reader.read(found) for part, found in pairs.items()}
-    return Source(read["train"], read["test"], [str(n) for n in names], validation=read.get("validation"))
+    label = np.full(VOID + 1, -1, np.int16)
+    label[: len(names)] = range(len(names))
+    label[[VOID] if ignore is None else [VOID, ignore]] = VOID
+    return read_parts(what, tree.store, pairs, [str(n) for n in names], label, image_size, fit)
 
 
 @DATASETS.register("camvid")
@@ -68,6 +74,44 @@ def camvid(root: str | None = None, image_size: int | Sequence[int] | None = Non
     """CamVid (Brostow, Fauqueur, Cipolla 2009) with the 11 classes of SegNet, as its authors lay it out: ``train``,
     ``trainannot``, ``train.txt`` and likewise for ``val`` and ``test``. ``image_size``: as of ``segmentation``."""
     return segmentation(str(locate("dataset 'camvid'", root)), CAMVID, ignore=11, image_size=image_size)
+
+
+def read_parts(
+    what: str,
+    store: Store,
+    pairs: Mapping[str, Sequence[tuple[str, str]]],
+    names: Sequence[str],
+    label: np.ndarray,
+    image_size: int | Sequence[int] | None = None,
+    fit: str = "stretch",
+) -> Source:
+    """The data set of (image, annotation) files of its parts. ``label``: (256,) int16, the class, 255 or -1 (an error) of each
+    value of an annotation. ``image_size``, ``fit``: as of `segmentation`."""
+    if fit not in ("stretch", "pad") or (fit == "pad" and image_size is None):
+        raise UserError(f"{what}: fit must be stretch, or pad with an image_size, got {fit!r}")
+    size = _size(what, image_size) or _first_size(store, pairs["train"][0][0])
+    needed, there = (
+        4 * prod(size) * sum(map(len, pairs.values())),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    if needed > there:
+        raise UserError(
+            f"{what}: {needed / 1e9:.0f} GB of {size[0]}x{size[1]} images do not fit into {there / 1e9:.0f} GB of memory: "
+            "give a smaller image_size"
+        )
+    reader = _Reader(store, size, "as is" if image_size is None else fit, label)
+    read = {part: reader.read(found) for part, found in pairs.items()}
+    return Source(read["train"], read["test"], list(names), validation=read.get("validation"))
+
+
+def trees_of(store: Store) -> list[dict[PurePosixPath, str]]:
+    """A store's files by path, from its top, and from the one folder that holds all of them, and so on."""
+    files = {PurePosixPath(name): name for name in store.names()}
+    files = {f: n for f, n in files.items() if not any(part.startswith((".", "__MACOSX")) for part in f.parts)}
+    trees = [files]
+    while len({f.parts[0] for f in trees[-1]}) == 1 and all(len(f.parts) > 1 for f in trees[-1]):
+        trees.append({PurePosixPath(*f.parts[1:]): name for f, name in trees[-1].items()})
+    return trees
 
 
 def _split_names(what: str, splits: Mapping[str, str | None] | None) -> dict[str, str | None]:
@@ -105,14 +149,10 @@ class _Tree:
     images: str
     annotations: str
     lists: str | None
-    trees: tuple[dict[PurePosixPath, str], ...] = field(init=False)
+    trees: list[dict[PurePosixPath, str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        files = {PurePosixPath(name): name for name in self.store.names()}
-        files = {f: n for f, n in files.items() if not any(part.startswith((".", "__MACOSX")) for part in f.parts)}
-        inner = {PurePosixPath(*file.parts[1:]): name for file, name in files.items()}
-        in_one_folder = len({file.parts[0] for file in files}) == 1
-        self.trees = (files, inner) if in_one_folder else (files,)
+        self.trees = trees_of(self.store)
 
     def pairs(self, split: str) -> list[tuple[str, str]]:
         """(image, annotation) files of a part, in the order of its list, else sorted."""
@@ -160,30 +200,34 @@ class _Tree:
 class _Reader:
     """Reads pairs of files into memory."""
 
-    def __init__(self, store: Store, size: tuple[int, int], resize: bool, classes: int, ignore: int | None):
-        self.store, self.size, self.resize, self.classes = store, size, resize, classes
-        self.label = np.arange(VOID + 1, dtype=np.uint8)  # of each value of an annotation
-        if ignore is not None:
-            self.label[ignore] = VOID
+    def __init__(self, store: Store, size: tuple[int, int], fit: str, label: np.ndarray):
+        self.store, self.size, self.fit, self.label = store, size, fit, label
 
     def read(self, pairs: Sequence[tuple[str, str]]) -> Split:
         """The images (N, 3, H, W) and label maps (N, H, W) of files."""
         images = np.empty((len(pairs), 3, *self.size), np.uint8)
-        maps = np.empty((len(pairs), *self.size), np.uint8)
+        maps = np.full((len(pairs), *self.size), VOID, np.uint8)
+        if self.fit == "pad":
+            images[:] = np.array(GREY, np.uint8)[:, None, None]
         files = ImageFiles(self.store, [image for image, _ in pairs], self.size, None)
 
         def fill(row: int) -> None:
             image = files.open(row)
             annotation = self._annotation(pairs[row][1], image.size, pairs[row][0])
-            if self.resize:
-                image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
-                annotation = annotation.resize(self.size[::-1], Image.Resampling.NEAREST)
-            elif image.size[::-1] != self.size:
-                found, first = (f"{height}x{width}" for height, width in (image.size[::-1], self.size))
+            found, wanted = (f"{height}x{width}" for height, width in (image.size[::-1], self.size))
+            width, height = self.size[::-1]
+            if self.fit == "stretch":
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+                annotation = annotation.resize((width, height), Image.Resampling.NEAREST)
+            elif self.fit == "as is" and found != wanted:
                 raise UserError(
-                    f"{self.store.path}: {pairs[row][0]} is {found}, but others are {first}: give image_size"
+                    f"{self.store.path}: {pairs[row][0]} is {found}, but others are {wanted}: give image_size"
                 )
-            images[row], maps[row] = np.asarray(image).transpose(2, 0, 1), self.label[np.asarray(annotation)]
+            elif image.size[0] > width or image.size[1] > height:
+                raise UserError(f"{self.store.path}: {pairs[row][0]} is {found}, larger than the image_size {wanted}")
+            part = (row, slice(image.size[1]), slice(image.size[0]))
+            images[part[0], :, part[1], part[2]] = np.asarray(image).transpose(2, 0, 1)
+            maps[part] = self.label[np.asarray(annotation)]
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(fill, range(len(pairs))))
@@ -203,12 +247,17 @@ class _Reader:
             found, other = (f"{height}x{width}" for width, height in (annotation.size, size))
             raise UserError(f"{place} is {found}, but its image {image} is {other}")
         values = np.unique(np.asarray(annotation))
-        wrong = values[(values >= self.classes) & (self.label[values] != VOID)]
+        wrong = values[self.label[values] < 0]
         if wrong.size:
-            allowed = f"0 to {self.classes - 1}, {VOID}" + "".join(
-                f", {value}" for value in np.flatnonzero(self.label == VOID) if value != VOID
-            )
             raise UserError(
-                f"{place} holds the value {wrong[0]}, which is no class and not ignored (allowed: {allowed})"
+                f"{place} holds the value {wrong[0]}, which is no class and not ignored (allowed: {_ranges(self.label >= 0)})"
             )
         return annotation
+
+
+def _ranges(allowed: np.ndarray) -> str:
+    """The numbers where an array is True, "0 to 2, 7, 255"."""
+    edges = np.flatnonzero(np.diff([0, *allowed.astype(np.int8), 0])).reshape(
+        -1, 2
+    )  # each run's first and first behind it
+    return ", ".join(str(first) if end - first == 1 else f"{first} to {end - 1}" for first, end in edges)

@@ -55,8 +55,8 @@ def build_model(name: str, num_classes: int | None = None, **params: Any) -> nn.
     """A model by name, with random weights unless ``params`` say otherwise.
 
     Args:
-        name: a name of `MODELS`; ``torchvision:NAME``; ``timm:NAME``; or ``package.module:callable`` for any class or
-            function that gives a module. The last form imports and runs that module (the current directory can be
+        name: a name of `MODELS`; ``torchvision:NAME``; ``timm:NAME``; ``smp:NAME`` (segmentation-models-pytorch); or
+            ``package.module:callable`` for any class or function that gives a module. The last form imports and runs that module (the current directory can be
             imported from, after the installed packages), so it is for code that you trust.
         num_classes: passed on if given.
         params: passed on.
@@ -122,6 +122,23 @@ def _from_timm(what: str, name: str) -> Callable[..., nn.Module]:
     return _checked(what, partial(timm.create_model, name))
 
 
+def _from_smp(what: str, name: str) -> Callable[..., nn.Module]:
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError:
+        raise UserError(f"{what} needs segmentation-models-pytorch: pip install 'distpro[segmentation]'") from None
+    known = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+    if name not in known:
+        raise UserError(f"segmentation-models-pytorch has no model '{name}'{nearest(name, known)}")
+    create = _checked(what, known[name])
+
+    def build(num_classes: int = 1, encoder_weights: str | None = None, **params: Any) -> nn.Module:
+        """Without weights unless asked for: the library's default fetches ImageNet's."""
+        return create(encoder_weights=encoder_weights, **{"classes": num_classes, **params})
+
+    return build
+
+
 def _checked(what: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Library builders take ``**kwargs`` and refuse them from deep inside."""
 
@@ -134,4 +151,4 @@ def _checked(what: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Mo
     return build
 
 
-_LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
+_LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm, "smp": _from_smp}

@@ -305,7 +305,9 @@ def _code_named_in(config: Config) -> list[tuple[str, str]]:
     """(key, name) of everything in a config that is imported and run."""
     models = {"teacher.model": config.teacher, "student.model": config.student}
     models |= {f"teachers.{name}.model": member for name, member in config.teachers.items()}
-    named = [(key, m.model) for key, m in models.items() if m and not m.model.startswith(("torchvision:", "timm:"))]
+    named = [
+        (key, m.model) for key, m in models.items() if m and not m.model.startswith(("torchvision:", "timm:", "smp:"))
+    ]
     named += [("data.name", config.data.name), ("task", parse_spec(config.task, "task")[0])]
     named += [("metrics", parse_spec(metric, "metrics")[0]) for metric in config.metrics]
     named += [("training.optimizer.name", config.training.optimizer.name)]

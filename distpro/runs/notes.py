@@ -17,6 +17,7 @@ from torch import Tensor
 from distpro.batch import Batch
 from distpro.data import Loader
 from distpro.objective import Objective
+from distpro.task import ask
 from distpro.train.tracking import read_metrics
 from distpro.train.trainer import Trainer
 from pathways.probing import untouched
@@ -91,7 +92,7 @@ def _teacher(objective: Objective) -> Callable[[Batch], Tensor | None]:
         assert objective.teacher is not None
         model = objective.teacher.model
         with untouched(model), objective.autocast():
-            return objective.task.response(objective.task.call(batch, False).run(model.eval()))
+            return objective.task.response(ask(objective.task, model.eval(), batch))
 
     return answer
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distpro.batch import Batch
 from distpro.tasks.labels import as_labels, check_range, check_smoothing
 from distpro.tasks.metrics import METRICS
+from distpro.tasks.windows import Views
 from pathways.call import Call
 from pathways.registry import UserError
 from pathways.taps import response_of
@@ -29,20 +30,39 @@ class Segmentation:
     Args:
         aux_weight: of the auxiliary head's loss (0.4 in PSPNet and IFVD; torchvision's own training has 0.5).
         label_smoothing: of the training loss.
+        scales, flip, window, stride: how evaluation asks the student, see `Views`; by default each image once, as it is.
     """
 
     headline = "miou"
     higher_is_better = True
 
-    def __init__(self, aux_weight: float = 0.4, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        aux_weight: float = 0.4,
+        label_smoothing: float = 0.0,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        window: int | Sequence[int] | None = None,
+        stride: int | Sequence[int] | None = None,
+    ):
         self.aux_weight = aux_weight
         self.label_smoothing = check_smoothing("segmentation", label_smoothing)
+        self.views = Views.of("segmentation", scales, flip, window, stride)
 
     def model_arguments(self, data: Any) -> dict[str, Any]:
         return {} if data.num_classes is None else {"num_classes": data.num_classes}
 
     def call(self, batch: Batch, training: bool) -> Call:
         return batch.call
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """What the student says at evaluation: its whole output, or of several views one response (N, K, H, W)."""
+        call = self.call(batch, False)
+        if self.views.plain:
+            return call.run(model)
+        if call.sole is None:
+            raise UserError("segmentation: scales, flip and windows are of a sole tensor of images (N, C, H, W)")
+        return self.views.predict(lambda images: response_of(model(images)), call.sole)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean cross entropy over the pixels that count, 0 where none does."""

@@ -165,7 +165,7 @@ def spoil(tree, what):
         ("empty", "split 'val' is empty"),
         ("size", "trainannot/1.png is 6x5, but its image train/1.png is 6x10"),
         ("sizes", "train/1.png is 6x5, but others are 6x10: give image_size"),
-        ("value", r"trainannot/1.png holds the value 4, which is no class and not ignored \(allowed: 0 to 2, 255, 7\)"),
+        ("value", r"trainannot/1.png holds the value 4, which is no class and not ignored \(allowed: 0 to 2, 7, 255\)"),
         ("colour", "trainannot/1.png has pixels of mode RGB; an annotation is 8-bit"),
         ("deep", "trainannot/1.png has pixels of mode I"),
         ("damaged", "trainannot/1.png is not a readable image"),
