@@ -11,6 +11,7 @@ USUAL: Mapping[str, float] = {
     "crd": 0.8,
     "ctkd": 0.9,
     "cwd": 50,
+    "deit": 0.5,
     "dist": 1,
     "dist_plus": 2,
     "dkd": 1,
