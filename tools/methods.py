@@ -55,6 +55,7 @@ INDEPENDENT = {
     "afd": "attention and errors written out again, float64",
     "ctkd": "`kd` at its temperature; the reversed gradient against its formula",
     "cwd": "formula written out again, float64",
+    "deit": "both forms by hand, float64",
     "dist_plus": "correlations by hand, float64",
     "dkd_nontarget": "with `dkd_target`, `dkd` (which has golden files)",
     "dkd_target": "with `dkd_nontarget`, `dkd` (which has golden files)",

@@ -17,6 +17,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "dkd_target": _LOGITS,
     "dkd_nontarget": _LOGITS,
     "dist": _LOGITS,
+    "deit": {**_LOGITS, "params": {"hard": False}},
     "dist_plus": {"student_shapes": [(5,), (6, 4, 4)], "teacher_shapes": [(5,), (6, 4, 4)], "params": {}},
     "tf_kd": _LOGITS,
     "logit_std": _LOGITS,
