@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import distpro
+from distpro import build
+from distpro.config.reading import read_config
 from distpro.files import load_safely
+from distpro.models import build_model, load_checkpoint
 from distpro.schedule import Schedule
 from distpro.train.trainer import Interrupted, Trainer
 from tests.conftest import ROOT
@@ -125,3 +128,31 @@ def test_a_retrain(config, search, teacher, tmp_path):
     assert all(math.isfinite(value) for value in result.metrics.values())
     found = distpro.evaluate(tmp_path / "run")
     assert found == pytest.approx({name: result.metrics[name] for name in found}, rel=1e-5)
+
+
+def test_the_metrics_are_those_of_scikit_learn_and_torchmetrics(teacher):
+    """On a trained network's predictions for real pictures: intersection over union of each class and their mean, pixels."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    torchmetrics = pytest.importorskip("torchmetrics")
+    config = read_config(teacher / "config.yaml")
+    data = build.build_data(config)
+    student = build_model(config.student.model, num_classes=11, **config.student.params).eval()
+    load_checkpoint(student, teacher / "student.pt")
+    loader = build.build_loader(config, data, data.test, training=False)
+    target, predicted = [], []
+    with torch.no_grad():
+        for batch in loader.epoch(0):
+            target.append(batch.target.long())
+            predicted.append(student(batch.inputs)["out"].argmax(1))
+    target, predicted = torch.cat(target), torch.cat(predicted)
+    assert len(target) == 233
+    found = json.loads((teacher / "result.json").read_text())
+    counts = target != 255
+    labels, answers = target[counts].numpy(), predicted[counts].numpy()
+    seen = sorted({*labels.tolist(), *answers.tolist()})
+    by_class = sklearn.jaccard_score(labels, answers, labels=seen, average=None)
+    assert found["miou"] == pytest.approx(100 * by_class.mean(), rel=1e-5)
+    assert found["pixel_accuracy"] == pytest.approx(100 * sklearn.accuracy_score(labels, answers), rel=1e-5)
+    measured = torchmetrics.JaccardIndex("multiclass", num_classes=11, ignore_index=255, average="none")
+    measured.update(predicted, target)
+    assert found["miou"] == pytest.approx(100 * measured.compute()[seen].mean().item(), rel=1e-5)
