@@ -156,3 +156,28 @@ def test_the_metrics_are_those_of_scikit_learn_and_torchmetrics(teacher):
     measured = torchmetrics.JaccardIndex("multiclass", num_classes=11, ignore_index=255, average="none")
     measured.update(predicted, target)
     assert found["miou"] == pytest.approx(100 * measured.compute()[seen].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("connect", "pathways"), [("all", 16), ("review", 10), ("same", 4)])
+def test_the_connections_that_a_study_asks_about(connect, pathways, tmp_path):
+    """Models of segmentation-models-pytorch, which are evaluated in windows whose sides 32 divides."""
+    pytest.importorskip("segmentation_models_pytorch")
+    pytest.importorskip("timm")
+    folder = ROOT / "search_configs"
+    small = [
+        "threads=1",
+        "precision=float32",
+        "data.samples=16",
+        "tracking={tensorboard: false}",
+        "training.max_steps=2",
+    ]
+    distpro.train(folder / "camvid_connections_teacher.yaml", tmp_path / "teacher", small)
+    more = [
+        f"teacher.checkpoint={tmp_path / 'teacher' / 'student.pt'}",
+        f"pathways.connect={connect}",
+        "search.trials=1",
+    ]
+    schedule = distpro.search(folder / "camvid_connections.yaml", tmp_path / "search", [*small, *more])
+    levels = [level[:2] for level in schedule.levels]
+    assert len(levels) == pathways and (schedule.weights[-1] != schedule.weights[0]).any()
+    assert (connect == "all") == any(i > j for i, j in levels)  # from a deeper level of the teacher to a shallower one
