@@ -33,7 +33,8 @@ class Metrics(Protocol):
 
 class Task(Protocol):
     """What the models do. Optional: ``rows(output, batch)``, see `distpro.tasks.calibration`, of a task whose loss is a cross
-    entropy; and ``pictures(output, batch)``, predictions as images (N, 3, H, W) for the log.
+    entropy; ``pictures(output, batch)``, predictions as images (N, 3, H, W) for the log; ``parts(output)``, the parts of the loss by
+    name, for the log; and ``predict(model, batch)``, what an evaluation is given of a model where that is more than its output.
 
     Attributes:
         headline: name of the metric that tables report.

@@ -305,7 +305,11 @@ def _code_named_in(config: Config) -> list[tuple[str, str]]:
     """(key, name) of everything in a config that is imported and run."""
     models = {"teacher.model": config.teacher, "student.model": config.student}
     models |= {f"teachers.{name}.model": member for name, member in config.teachers.items()}
-    named = [(key, m.model) for key, m in models.items() if m and not m.model.startswith(("torchvision:", "timm:"))]
+    known = {key: m for key, m in models.items() if m is not None}
+    named = [(key, m.model) for key, m in known.items()]
+    new = [(f"{key[:-6]}.replace.{path}", spec) for key, m in known.items() for path, spec in m.replace.items()]
+    named += [(key, parse_spec(spec, key)[0]) for key, spec in new]
+    named = [(key, name) for key, name in named if not name.startswith(("torchvision:", "timm:"))]
     named += [("data.name", config.data.name), ("task", parse_spec(config.task, "task")[0])]
     named += [("metrics", parse_spec(metric, "metrics")[0]) for metric in config.metrics]
     named += [("training.optimizer.name", config.training.optimizer.name)]

@@ -74,6 +74,7 @@ def second_obstacle(objective: Objective, batch: Batch) -> str:
             torch.autograd.grad(torch.stack([g.sum() for g in gradients]).sum(), parameters, allow_unused=True)
         except (NotImplementedError, RuntimeError) as error:
             named = re.search(r"derivative for '?([\w:]+?)(_backward)?'? is not implemented", str(error))
+            named = named or re.search(r"double backwards on ([\w:]+) not supported", str(error))  # torchvision's
             return named[1].removeprefix("aten::") if named else ""
     return ""
 
