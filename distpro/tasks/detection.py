@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,20 +47,40 @@ class Detection:
 
     def __init__(self, weights: Mapping[str, float] | None = None, with_loss: bool = True):
         self.weights, self.with_loss = dict(weights or {}), with_loss
+        self._classes: int | None = None
         for name, weight in self.weights.items():
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight >= 0:
                 raise UserError(f"detection: weights.{name} must be a number of at least 0, got {weight!r}")
 
     def model_arguments(self, data: Any) -> dict[str, Any]:
         """With the background, which torchvision's models count as class 0."""
+        self._classes = data.num_classes
         return {} if data.num_classes is None else {"num_classes": data.num_classes + 1}
 
     def call(self, batch: Batch, training: bool) -> Call:
         if not isinstance(batch.inputs, list):
             raise UserError(f"detection needs a list of images, got {type(batch.inputs).__name__}")
-        return Call(
-            (batch.inputs, [_without_crowds(target) for target in _targets(batch)]) if training else (batch.inputs,)
-        )
+        if not training:
+            return Call((batch.inputs,))
+        targets = _targets(batch)
+        self._check_labels(targets)
+        return Call((batch.inputs, [_without_crowds(target) for target in targets]))
+
+    def _check_labels(self, targets: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raise UserError for a label that is no class. Looked at on the CPU only: elsewhere it would wait for the device."""
+        for labels in (target["labels"] for target in targets):
+            if labels.dtype != torch.int64:
+                kind = str(labels.dtype).removeprefix("torch.")
+                raise UserError(f"detection: labels are class numbers, int64, got {kind}")
+            if labels.device.type != "cpu" or not len(labels):
+                continue
+            low, high = (int(x) for x in labels.aminmax())
+            if low < 1 or (self._classes is not None and high > self._classes):
+                most = "" if self._classes is None else f", 1 to {self._classes}"
+                wrong = low if low < 1 else high
+                raise UserError(
+                    f"detection: there is a label {wrong}, outside of the classes{most} (0 is the background)"
+                )
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """The weighted sum of the model's own losses."""
@@ -180,7 +201,15 @@ def _coco_metric() -> Any:
         raise UserError(
             "detection: mean average precision needs torchmetrics and faster-coco-eval: pip install 'distpro[detection]'"
         ) from None
-    metric = Metric(iou_type="bbox", backend="faster_coco_eval", sync_on_compute=False)  # merged over processes already
+    metric = Metric(
+        iou_type="bbox",
+        backend="faster_coco_eval",
+        iou_thresholds=np.linspace(
+            0.5, 0.95, 10
+        ).tolist(),  # COCO's; torchmetrics rounds its own to float32, and a recall of
+        rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),  # exactly 3/10 then falls short of its point
+        sync_on_compute=False,  # merged over processes already
+    )
     metric.warn_on_many_detections = False
     return metric
 
