@@ -24,7 +24,8 @@ RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 
 def pyramid(backbone: str, channels: int, levels: int, checkpoint: str | None = None) -> nn.Module:
     """A feature pyramid (Lin et al., CVPR 2017) of so many ``channels`` over the ``levels`` deepest stages of a network, whose
-    strides are 32, 16, 8 and 4: torchvision's `BackboneWithFPN`. Its maps are keyed ``0`` (the finest), ``1``, ...; the stages
+    strides are 32, 16, 8 and 4: torchvision's `BackboneWithFPN` with BatchNorm behind its convolutions, without which maps of networks
+    that were trained from random weights differ in size by orders of magnitude, and cannot be compared. Its maps are keyed ``0`` (the finest), ``1``, ...; the stages
     of a ResNet are ``body.layer1`` and so on, the blocks of a MobileNet ``body.0``, ``body.1``, ...
 
     backbone: the name of a ResNet or a MobileNet of torchvision. checkpoint: weights of that classifier, whose head is left out.
@@ -50,7 +51,7 @@ def pyramid(backbone: str, channels: int, levels: int, checkpoint: str | None = 
     if not 1 <= levels <= len(ends):
         raise UserError(f"a feature pyramid over {backbone} has 1 to {len(ends)} levels, got {levels}")
     returned = {end: str(n) for n, end in enumerate(ends[-levels:])}
-    found = BackboneWithFPN(network, returned, widths[-levels:], channels)
+    found = BackboneWithFPN(network, returned, widths[-levels:], channels, norm_layer=nn.BatchNorm2d)
     found.fpn.extra_blocks = None  # a coarser map than of stride 32 has nothing to say of small images
     return found
 

@@ -14,7 +14,7 @@ from distpro.models.shufflenet import UnitV2
 from pathways import Tapped, UserError, tap
 
 REQUIRED = {"wrn": {"depth": 10, "width": 1}}
-NAMES = list(MODELS)
+NAMES = [name for name in MODELS if not MODELS[name].__module__.endswith(".detection")]  # the classifiers
 
 
 def example(name):

@@ -138,7 +138,12 @@ def test_a_search_over_a_horizon(teacher, tmp_path):
 def faster_rcnn(teacher, tmp_path, *more):
     """Search options of a student that pools regions."""
     student = "student={model: fasterrcnn_fpn, params: {hidden: 32, backbone: mobilenet_v3_small}}"
-    return [*overrides_of(teacher, 2), student, f"student.params={SIZE[:-1]}, hidden: 32, rpn_post_nms_top_n_train: 50}}", *more]
+    return [
+        *overrides_of(teacher, 2),
+        student,
+        f"student.params={SIZE[:-1]}, hidden: 32, rpn_post_nms_top_n_train: 50}}",
+        *more,
+    ]
 
 
 def test_what_regions_forbid_is_said_by_name(teacher, tmp_path):
@@ -149,7 +154,9 @@ def test_what_regions_forbid_is_said_by_name(teacher, tmp_path):
         run("search.horizon=2", "search.trials=0")
     behind = "pathways=null", "terms=[{loss: pkt, student_taps: [roi_heads.box_head], teacher_taps: [backbone.fpn]}]"
     assert not (tmp_path / "run").exists() and behind
-    with pytest.raises(distpro.UserError, match="cache: images of several sizes are padded to the largest of their batch"):
+    with pytest.raises(
+        distpro.UserError, match="cache: images of several sizes are padded to the largest of their batch"
+    ):
         run(f"cache={{folder: {tmp_path / 'cache'}}}")
 
 
@@ -176,7 +183,9 @@ def test_ghnd_trains_its_bottleneck_alone(teacher, tmp_path):
     outside = {name for name in before if not name.startswith("backbone.body.layer1.")}
     assert all(torch.equal(before[name], after[name]) for name in outside)
     inside = set(after) - outside
-    assert inside and all(name.startswith(("backbone.body.layer1.encoder.", "backbone.body.layer1.decoder.")) for name in inside)
+    assert inside and all(
+        name.startswith(("backbone.body.layer1.encoder.", "backbone.body.layer1.decoder.")) for name in inside
+    )
     resumed = tmp_path / "resumed"
     distpro.retrain(ROOT / "retrain_configs" / "raccoon_ghnd.yaml", None, resumed, overrides)
     assert differences(after, load_safely(resumed / "student.pt")) == []
@@ -198,7 +207,10 @@ def test_replacing_what_is_not_there_is_refused(teacher, tmp_path, capsys):
     config = str(ROOT / "retrain_configs" / "raccoon_ghnd.yaml")
     for override, message in (
         ("student.replace={backbone.body.layer9: ghnd_bottleneck}", "no module 'backbone.body.layer9'"),
-        ("student.replace={backbone.body.layer1: ghnd_botleneck}", "unknown model 'ghnd_botleneck'; did you mean 'ghnd_bottleneck'"),
+        (
+            "student.replace={backbone.body.layer1: ghnd_botleneck}",
+            "unknown model 'ghnd_botleneck'; did you mean 'ghnd_bottleneck'",
+        ),
         ("student.replace={backbone.body.layer1: {ghnd_bottleneck: {decodr: [3]}}}", "decodr"),
         ("teacher.replace={backbone.body.layer1: ghnd_bottleneck}", "teacher.replace: only a student has one"),
     ):
