@@ -35,6 +35,11 @@ def build_cache(config: Config, data: Any, objective: Objective, example: Any) -
     assert objective.teacher is not None and objective.clock is not None
     if config.teacher_training:
         raise UserError("cache: teacher_training makes the teacher's answer depend on the rest of the batch")
+    if isinstance(example.inputs, list):
+        raise UserError(
+            "cache: images of several sizes are padded to the largest of their batch, so what a teacher says of one depends on "
+            "the others; leave the cache out"
+        )
     if not isinstance(data.train, Split):
         raise UserError("cache: for distpro's own data sets; what another Dataset gives for a sample cannot be known")
     if any(isinstance(a, Mixing) for a in build_augment(config.data.augment).values()):

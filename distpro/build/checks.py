@@ -41,8 +41,9 @@ def check_names(config: Config) -> None:
     specs += [(METRICS, metric, "metrics") for metric in config.metrics]
     find_optimizer(config.training.optimizer)
     for model in models:
-        if ":" not in model.model:
-            specs.append((MODELS, {"name": model.model, **model.params}, "model"))
+        new = [parse_spec(spec, "replace") for spec in model.replace.values()]
+        named = [(model.model, model.params), *new]
+        specs += [(MODELS, {"name": name, **params}, "model") for name, params in named if ":" not in name]
     for registry, spec, what in specs:
         name, params = parse_spec(spec, what)
         if name.startswith(OBJECT):

@@ -68,8 +68,9 @@ def blank_data(config: Config, given: Given | None = None) -> tuple[Any, int | N
             return data, len(data.train)
         except TypeError:  # an iterable data set
             return data, None
-    dense = str(config.task).find("segmentation") >= 0
-    return Blank(classes, shape, dense=dense), config.data.samples or samples
+    task = str(config.task)
+    blank = Blank(classes, shape, dense="segmentation" in task, boxed="detection" in task)
+    return blank, config.data.samples or samples
 
 
 def example_of(config: Config, data: Any) -> Batch:

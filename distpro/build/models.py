@@ -29,7 +29,8 @@ from pathways.call import Call
 from pathways.layouts import Layout, probe_layouts
 from pathways.probing import untouched
 from pathways.registry import UserError
-from pathways.taps import LOGITS
+from pathways.space import parse_spec
+from pathways.taps import LOGITS, check_taps
 
 
 @dataclass
@@ -100,6 +101,10 @@ def build_network(model: ModelConfig, facts: Mapping[str, Any], load: bool = Tru
     network = build_model(model.model, **accepted(model.model, wanted), **model.params)
     if model.checkpoint and load:
         load_checkpoint(network, locate("checkpoint", model.checkpoint), weights=model.weights)
+    for path, spec in model.replace.items():
+        check_taps(network, [path], model.model)
+        name, params = parse_spec(spec, f"replace: {path}")
+        network.set_submodule(path, build_model(name, **params))
     return network
 
 

@@ -61,6 +61,11 @@ class ModelConfig(Section):
     )
     input: InputConfig | None = Field(None, description="of a teacher: its own normalisation and image size")
     weight: float = Field(1.0, ge=0, description="of one of several teachers: its share in their common output")
+    replace: dict[str, Spec] = Field(
+        {},
+        description="modules of the model, by their names, that other models take the place of, {layer1: {ghnd_bottleneck: {}}}: new "
+        "ones, behind what `checkpoint` gives the model",
+    )
     taps: list[str] | None = Field(None, description="default: the model's stages, before their last ReLU in a teacher")
 
 
@@ -259,6 +264,8 @@ class Config(Section):
         for key in ("input", "weight"):
             if getattr(self.student, key) != ModelConfig.model_fields[key].default:
                 raise UserError(f"student.{key}: only a teacher has one")
+        if any(teacher is not None and teacher.replace for teacher in (self.teacher, *self.teachers.values())):
+            raise UserError("teacher.replace: only a student has one, for what is replaced is new and teaches nothing")
         return self
 
     @model_validator(mode="after")

@@ -89,12 +89,13 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Blank:
-    """The facts of a data set that is not there, for a dry run: black images (C, H, W) of class 0, or with label maps
-    of it."""
+    """The facts of a data set that is not there, for a dry run: black images (C, H, W) of class 0, with label maps of it if
+    ``dense``; if ``boxed``, a list of them without objects."""
 
     num_classes: int
     image_shape: tuple[int, int, int]
     dense: bool = False
+    boxed: bool = False
 
     mean: ClassVar[tuple[float, ...]] = ()
     std: ClassVar[tuple[float, ...]] = ()
@@ -106,6 +107,9 @@ class Blank:
     def example(self, n: int = 2, device: str | torch.device = "cpu", channels_last: bool = False) -> Batch:
         """``n`` of its images."""
         images = torch.zeros(n, *self.image_shape, device=device)
+        if self.boxed:
+            none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+            return Batch(list(images), [none] * n, n, torch.arange(n)).to(lambda tensor: tensor.to(device))
         labels = torch.zeros(n, *(self.image_shape[1:] if self.dense else ()), dtype=torch.int64, device=device)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return Batch(images.contiguous(memory_format=layout), labels, n, torch.arange(n, device=device))

@@ -72,8 +72,8 @@ def build_model(name: str, num_classes: int | None = None, **params: Any) -> nn.
     source, colon, rest = name.partition(":")
     if not colon:
         entry = MODELS[name]
-    elif source in _LIBRARIES:
-        entry = _LIBRARIES[source](what, rest)
+    elif source in LIBRARIES:
+        entry = LIBRARIES[source](what, rest)
     else:
         entry = import_entry(what, name)
     model = _call(what, entry, params)
@@ -85,7 +85,7 @@ def build_model(name: str, num_classes: int | None = None, **params: Any) -> nn.
 def accepted(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Of some facts those that a model takes: all, but of the user's own code (``package.module:callable``) what its
     parameters name."""
-    if not is_code(name) or name.partition(":")[0] in _LIBRARIES:
+    if not is_code(name) or name.partition(":")[0] in LIBRARIES:
         return dict(facts)
     taken = inspect.signature(import_entry(f"model '{name}'", name)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
@@ -151,4 +151,4 @@ def _checked(what: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Mo
     return build
 
 
-_LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm, "smp": _from_smp}
+LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm, "smp": _from_smp}

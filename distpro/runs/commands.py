@@ -27,7 +27,7 @@ from distpro.config.stages import Stage, stages_of
 from distpro.data.datasets import locate
 from distpro.files import load_safely
 from distpro.losses import LOSSES
-from distpro.models import load_checkpoint
+from distpro.models import LIBRARIES, load_checkpoint
 from distpro.objective import Objective
 from distpro.runs.folder import open_folder
 from distpro.runs.searching import run_search
@@ -305,9 +305,11 @@ def _code_named_in(config: Config) -> list[tuple[str, str]]:
     """(key, name) of everything in a config that is imported and run."""
     models = {"teacher.model": config.teacher, "student.model": config.student}
     models |= {f"teachers.{name}.model": member for name, member in config.teachers.items()}
-    named = [
-        (key, m.model) for key, m in models.items() if m and not m.model.startswith(("torchvision:", "timm:", "smp:"))
-    ]
+    known = {key: m for key, m in models.items() if m is not None}
+    named = [(key, m.model) for key, m in known.items()]
+    new = [(f"{key[:-6]}.replace.{path}", spec) for key, m in known.items() for path, spec in m.replace.items()]
+    named += [(key, parse_spec(spec, key)[0]) for key, spec in new]
+    named = [(key, name) for key, name in named if name.partition(":")[0] not in LIBRARIES]
     named += [("data.name", config.data.name), ("task", parse_spec(config.task, "task")[0])]
     named += [("metrics", parse_spec(metric, "metrics")[0]) for metric in config.metrics]
     named += [("training.optimizer.name", config.training.optimizer.name)]

@@ -5,6 +5,7 @@ Imports batch and pathways; knows neither losses nor the trainer.
 
 from distpro.tasks.calibration import CalibratedLoss, calibrated_loss
 from distpro.tasks.classification import Classification
+from distpro.tasks.detection import Detection
 from distpro.tasks.metrics import METRICS, Together
 from distpro.tasks.segmentation import Segmentation
 from pathways.registry import Registry
@@ -12,5 +13,15 @@ from pathways.registry import Registry
 TASKS = Registry("task", takes_code=True)
 TASKS.register("classification")(Classification)
 TASKS.register("segmentation")(Segmentation)
+TASKS.register("detection")(Detection)
 
-__all__ = ["METRICS", "TASKS", "CalibratedLoss", "Classification", "Segmentation", "Together", "calibrated_loss"]
+__all__ = [
+    "METRICS",
+    "TASKS",
+    "CalibratedLoss",
+    "Classification",
+    "Detection",
+    "Segmentation",
+    "Together",
+    "calibrated_loss",
+]

@@ -186,6 +186,8 @@ class Trainer:
 
     def _pass(self, batch: Batch, weights: Sequence[float] | Tensor, capture: bool, parts: int) -> TrainingPass:
         done = self.objective.training_pass(batch, weights, capture)
+        if hasattr(self.task, "parts") and done.output is not None:
+            self._parts.append({name: value.detach() for name, value in self.task.parts(done.output).items()})
         if done.loss.requires_grad:  # else every weight is 0 at this step
             self._scaler.scale(done.loss if parts == 1 else done.loss / parts).backward()
         return done
@@ -224,6 +226,7 @@ class Trainer:
 
     def _start_row(self) -> None:
         self._losses: list[Tensor] = []  # task and terms of each step since the last row; read only to log
+        self._parts: list[dict[str, Tensor]] = []  # of the task loss, of each pass
         self._samples, self._since = 0, time.perf_counter()
 
     def _log(self, progress: Progress) -> None:
@@ -235,6 +238,7 @@ class Trainer:
         samples = self._samples * distributed.world_size()
         task, *terms = losses.mean(0).tolist()
         values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
+        values |= self._mean_parts()
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
         values["images_per_second"] = samples / (time.perf_counter() - self._since)
@@ -249,6 +253,13 @@ class Trainer:
         self._start_row()
         if not math.isfinite(total):
             raise self._divergence(losses.cpu())
+
+    def _mean_parts(self) -> dict[str, float]:
+        """The parts of the task loss, of a task that has them, as means over the passes since the last log row."""
+        names = list(self._parts[0]) if self._parts else []
+        means = {name: torch.stack([parts[name].float() for parts in self._parts]).mean() for name in names}
+        distributed.average(means.values())
+        return {f"train/{name}": mean.item() for name, mean in means.items()}
 
     def _divergence(self, losses: Tensor) -> Diverged:
         """What to say of the steps since the last log row, (steps, 1 + terms)."""
@@ -330,6 +341,7 @@ class Trainer:
         """Write everything that a resumed run needs to go on to the same numbers."""
         self._share_statistics()
         distributed.average(self._losses)
+        distributed.average(value for parts in self._parts for value in parts.values())
         if not distributed.is_main():
             return
         if self.checkpoint_path is not None:
@@ -361,6 +373,7 @@ class Trainer:
             "random": random_state(self.objective.student),
             "history": self.history,
             "losses": self._losses,
+            "parts": self._parts,
             "seconds": self.seconds,
         }
 
@@ -374,4 +387,5 @@ class Trainer:
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         device = next(self.objective.student.parameters()).device
         self._losses = [losses.to(device) for losses in state["losses"]]
+        self._parts = [{n: value.to(device) for n, value in parts.items()} for parts in state.get("parts", [])]
         set_random_state(state["random"])

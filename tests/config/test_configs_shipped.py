@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torchvision.models import get_model_weights
+from torchvision.models import get_model, get_model_weights
 
 from distpro import build
 from distpro.config.reading import for_retrain, read_config
@@ -25,10 +25,12 @@ RETRAIN = sorted((ROOT / "retrain_configs").glob("*.yaml"))
 CIFAR = [path for path in RETRAIN if path.stem.startswith("cifar10_") and "deit" not in path.stem]
 CAMVID = [path for path in RETRAIN if path.stem.startswith("camvid_")]
 PSPNET = [path for path in RETRAIN if path.stem.startswith(("cityscapes_", "voc_")) and "ktaad" not in path.stem]
+RACCOON = [path for path in RETRAIN if path.stem.startswith("raccoon_")]
 
 # The data of these are files that may be absent; a description needs no more than this of them.
 FILES = {
     "camvid/camvid_160x120.zip": ["data.num_classes=11", "data.image_shape=[3,120,160]"],
+    "detection/raccoon_192.zip": ["data.num_classes=1", "data.image_shape=[3,128,192]"],
     "cifar10.npz": ["data.num_classes=10", "data.image_shape=[3,32,32]"],
     "cifar100.npz": ["data.num_classes=100", "data.image_shape=[3,32,32]"],
 }
@@ -138,6 +140,25 @@ def test_a_retrain_config_describes_its_pair(path):
         assert d.student_parameters == student
         assert d.teacher_parameters == (0 if path.stem.endswith("_none") else teacher)
 
+
+@pytest.mark.parametrize("path", RACCOON, ids=by_name)
+def test_a_raccoon_config_describes_its_pair(path):
+    d = describe(for_retrain(read_config(path, facts(path))), searching=False)
+    assert path.read_text().startswith("# ")
+    assert (d.teacher_parameters == 0) == path.stem.endswith("_none")
+    if "hnd" not in path.stem:
+        assert d.student_parameters == sum(p.numel() for p in build_model(**STUDENT).parameters())
+        return
+    # the teacher's layer1 aside and the bottleneck in its place, with 2×2 convolutions and BatchNorm
+    large = "resnet50" in path.stem
+    decoder = (64, 128, 256, 256) if large else (64, 128, 64, 64)
+    widths = [64, 64, 256, 64, 3, *decoder]
+    new = 4 * sum(a * b for a, b in zip(widths, widths[1:], strict=False)) + 2 * sum(widths[1:])
+    old = sum(p.numel() for p in get_model("resnet50" if large else "resnet18").layer1.parameters())
+    assert d.student_parameters == d.teacher_parameters - old + new
+
+
+STUDENT = {"name": "fcos_fpn", "num_classes": 2, "backbone": "mobilenet_v3_small", "channels": 64}
 
 # Trained for two steps, on noise, with small models: what the YAML says about terms and weights is what runs.
 

@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distpro.batch import Batch
 from distpro.objective import Objective, entries_of
 from distpro.search.estimators.formulas import Formulas
+from distpro.search.estimators.forward_mode import StudentFeatures
 from distpro.search.estimators.tangents import NoRule, forward_mode
 from distpro.train.state import no_trace, random_state, set_random_state
-from pathways.call import Call, tensors_in
+from pathways.call import Call
 
 AGREEMENT = 0.005
 """Relative difference of the two derivatives that may be rounding. In float32 it is below 1e-6 for this package's and
@@ -25,18 +26,20 @@ def obstacle(objective: Objective, batch: Batch) -> str:
     """Why the search cannot use forward mode, in words; "" where it can. Leaves no trace in the student.
 
     An operator without a rule says so or, where it is not PyTorch's own (torchvision's, custom ones), loses its tangent
-    without a word. So the tangents ḟ along the gradient g of ⟨c, f⟩, c random, are compared with it: ⟨c, ḟ⟩ = ‖g‖².
+    without a word. So for every tensor f that a term may read, g its gradient of ⟨c, f⟩ for a random c, scaled to ‖g‖ = 1, the
+    tangent ḟ along the sum G of all g is compared with it: ⟨c, ḟ⟩ = ⟨g, G⟩. What is behind the last tap does not matter: the
+    regions of a detector come after its pyramid.
     """
     for term in objective.terms:
         if len(entries_of(term)) > 1:
             return f"term '{term.key}' has several weights"
-    student = objective.student
-    call = objective.task.call(batch, student.training)
+    student, call = StudentFeatures(objective), Call((batch,))
     with no_trace(student), sdpa_kernel(SDPBackend.MATH):
         state = random_state(student)
-        parameters, cotangents = dict(student.named_parameters()), None
+        parameters, found = dict(student.named_parameters()), None
         try:
-            cotangents, direction = _gradients(objective, call)
+            found = _gradients(student, call)
+            direction = _sum([g for _, g in found.values()])
         except Exception:  # two samples may be too few for it; what else is wrong shows in the first training step
             direction = {name: torch.randn_like(p) for name, p in parameters.items()}
         set_random_state(state)
@@ -47,15 +50,16 @@ def obstacle(objective: Objective, batch: Batch) -> str:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if cotangents is None:
+            if found is None:
                 return ""
             return f"a forward-mode pass fails where a plain one does not ({str(error).splitlines()[0][:160]})"
-    if cotangents is None:
-        return ""
-    found = sum(_dot(c, t) for c, t in zip(cotangents, _floating(tangents), strict=True))
-    expected = sum(_dot(g, g) for g in direction.values())
-    if abs(found - expected) > AGREEMENT * expected:
-        return "its tangents are not its derivative (does an operator of a library or of your own have no forward-mode rule?)"
+    for name, (cotangent, gradient) in (found or {}).items():
+        expected = sum(_dot(g, direction[n]) for n, g in gradient.items())
+        if abs(_dot(cotangent, tangents[name]) - expected) > AGREEMENT * max(1.0, abs(expected)):
+            return (
+                f"its tangents are not its derivative at {name} (does an operator of a library or of your own have no "
+                "forward-mode rule?)"
+            )
     return ""
 
 
@@ -74,6 +78,7 @@ def second_obstacle(objective: Objective, batch: Batch) -> str:
             torch.autograd.grad(torch.stack([g.sum() for g in gradients]).sum(), parameters, allow_unused=True)
         except (NotImplementedError, RuntimeError) as error:
             named = re.search(r"derivative for '?([\w:]+?)(_backward)?'? is not implemented", str(error))
+            named = named or re.search(r"double backwards on ([\w:]+) not supported", str(error))  # torchvision's
             return named[1].removeprefix("aten::") if named else ""
     return ""
 
@@ -95,24 +100,32 @@ def _once(loss: Tensor) -> str:
     return ""
 
 
-def _gradients(objective: Objective, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """c for every tensor that the student gives, and the gradient of ⟨c, f⟩ by each parameter that has one."""
-    student = objective.student
+def _gradients(student: StudentFeatures, call: Call) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """For every tensor f of the student that may be read and has a gradient: c, and the gradient of ⟨c, f⟩ by each parameter that
+    has one, of norm 1 together."""
+    parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    found = {}
     with torch.enable_grad():
-        given = _floating(call.run(student))
-        cotangents = [
-            torch.randn_like(x) / max(x.numel(), 1) ** 0.5 if x.requires_grad else torch.zeros_like(x) for x in given
-        ]
-        parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        reached = [(x, c) for x, c in zip(given, cotangents, strict=True) if x.requires_grad]
-        found = torch.autograd.grad(
-            [x for x, _ in reached], list(parameters.values()), [c for _, c in reached], allow_unused=True
-        )
-    return cotangents, {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+        for name, feature in call.run(student).items():
+            if not (feature.is_floating_point() and feature.requires_grad):
+                continue
+            cotangent = torch.randn_like(feature) / max(feature.numel(), 1) ** 0.5
+            own = torch.autograd.grad(
+                feature, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True
+            )
+            gradient = {n: g for n, g in zip(parameters, own, strict=True) if g is not None}
+            norm = sum(_dot(g, g) for g in gradient.values()) ** 0.5
+            if norm > 0:
+                found[name] = cotangent / norm, {n: g / norm for n, g in gradient.items()}
+    return found
 
 
-def _floating(value: object) -> list[Tensor]:
-    return [x for x in tensors_in(value) if x.is_floating_point()]
+def _sum(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums by name."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        total |= {name: total[name] + g if name in total else g for name, g in part.items()}
+    return total
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

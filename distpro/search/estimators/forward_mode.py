@@ -66,7 +66,7 @@ class ForwardMode(Estimator):
 
     def feature_tangents(self, step: TrainingStep, u: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
         """ḟ of the student's taps and output along u at θ_t: one forward-mode pass on the training batch."""
-        student = _StudentFeatures(self.objective)
+        student = StudentFeatures(self.objective)
         now = random_state(student)
         set_random_state(step.state)
         tangents = forward_mode(
@@ -80,7 +80,7 @@ class ForwardMode(Estimator):
         return {name: tangent.to(step.weights.dtype) for name, tangent in tangents.items()}
 
 
-class _StudentFeatures(nn.Module):
+class StudentFeatures(nn.Module):
     """batch → everything that terms may read of the student, the response's counted positions too."""
 
     def __init__(self, objective: Objective):
