@@ -33,8 +33,9 @@ class Metrics(Protocol):
 
 class Task(Protocol):
     """What the models do. Optional: ``rows(output, batch)``, see `distpro.tasks.calibration`, of a task whose loss is a cross
-    entropy; ``predict(model, batch)``, the output that is evaluated where that is not one pass of ``call``; and
-    ``pictures(output, batch)``, predictions as images (N, 3, H, W) for the log.
+    entropy; ``predict(model, batch)``, the output that is evaluated where that is not one pass of ``call``;
+    ``pictures(output, batch)``, predictions as images (N, 3, H, W) for the log; and ``tokens(batch)``, which tokens of the
+    inputs are no padding, bool (N, L), where the response has no such positions, as a text's class.
 
     Attributes:
         headline: name of the metric that tables report.

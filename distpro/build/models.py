@@ -198,7 +198,7 @@ def _check_runs(what: str, network: nn.Module, run: Callable[[], Any]) -> None:
 
 
 def _check_weights(name: str, member: ModelConfig, load: bool) -> None:
-    if load and member.checkpoint is None and not member.params.get("weights"):
+    if load and member.checkpoint is None and not (member.params.get("weights") or member.params.get("pretrained")):
         path = f"teachers.{name}" if name else "teacher"
         raise UserError(f"{path}.checkpoint is missing: a teacher with random weights teaches nothing")
 

@@ -306,7 +306,9 @@ def _code_named_in(config: Config) -> list[tuple[str, str]]:
     models = {"teacher.model": config.teacher, "student.model": config.student}
     models |= {f"teachers.{name}.model": member for name, member in config.teachers.items()}
     named = [
-        (key, m.model) for key, m in models.items() if m and not m.model.startswith(("torchvision:", "timm:", "smp:"))
+        (key, m.model)
+        for key, m in models.items()
+        if m and not m.model.startswith(("torchvision:", "timm:", "smp:", "hf:"))
     ]
     named += [("data.name", config.data.name), ("task", parse_spec(config.task, "task")[0])]
     named += [("metrics", parse_spec(metric, "metrics")[0]) for metric in config.metrics]

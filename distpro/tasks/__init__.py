@@ -7,10 +7,23 @@ from distpro.tasks.calibration import CalibratedLoss, calibrated_loss
 from distpro.tasks.classification import Classification
 from distpro.tasks.metrics import METRICS, Together
 from distpro.tasks.segmentation import Segmentation
+from distpro.tasks.text import TextClassification, TextRegression
 from pathways.registry import Registry
 
 TASKS = Registry("task", takes_code=True)
 TASKS.register("classification")(Classification)
 TASKS.register("segmentation")(Segmentation)
+TASKS.register("text")(TextClassification)
+TASKS.register("text_regression")(TextRegression)
 
-__all__ = ["METRICS", "TASKS", "CalibratedLoss", "Classification", "Segmentation", "Together", "calibrated_loss"]
+__all__ = [
+    "METRICS",
+    "TASKS",
+    "CalibratedLoss",
+    "Classification",
+    "Segmentation",
+    "TextClassification",
+    "TextRegression",
+    "Together",
+    "calibrated_loss",
+]
