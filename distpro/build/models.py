@@ -169,6 +169,7 @@ def build_pair(
         readings[name] = reading_of(member, network, own, task.response)
         if member.input is None and member.checkpoint and load:
             _compare_statistics(name, member, data)
+            _compare_tokens(name, member, data)
         if member.input is not None:
             network = adapted(network, member, data)
             readings[name] = readings[name].within("model")
@@ -224,6 +225,19 @@ def _compare_statistics(name: str, member: ModelConfig, data: Any) -> None:
         f"{path}: its run normalised images with {theirs}, this one does with {here}; "
         f"{path}.input with its mean and std gives it what it knows"
     )
+
+
+def _compare_tokens(name: str, member: ModelConfig, data: Any) -> None:
+    """Raise UserError where a teacher was trained, by a run whose folder says so, on texts of another tokenizer."""
+    assert member.checkpoint is not None
+    folder = locate("checkpoint", member.checkpoint).parent
+    own, vocabulary = stored_facts(folder).get("tokenizer"), getattr(data, "vocabulary", None)
+    if isinstance(own, Mapping) and vocabulary is not None and own.get("sha256") != vocabulary.digest:
+        path = f"teachers.{name}" if name else "teacher"
+        raise UserError(
+            f"{path}: its run had another tokenizer ({own.get('size')} tokens) than these data ({vocabulary.size}): "
+            f"data.params.tokenizer={own.get('folder', folder)}"
+        )
 
 
 def _short(numbers: Sequence[float]) -> str:

@@ -99,6 +99,11 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
             **params,
             **{need: value for need, value in needs.items() if value is not None},
         ).to(next(pair.student.parameters()).device)
+        padded = getattr(pair.task, "tokens", None) is not None and any(len(student[t].shape) == 2 for t in ours)
+        if padded and not loss.masked and any(True for _ in loss.parameters()):
+            raise UserError(
+                "its layers are made for one number of tokens, but texts have any: name taps of one size (an embedding)"
+            )
         if not getattr(loss, "uses_teacher", True):
             theirs = []
         elif pair.teacher is None:

@@ -102,6 +102,17 @@ def build_tokenizer(spec: Any, what: str, texts: Sequence[str]) -> Tokenizer:
     raise UserError(f"{what}: tokenizer must be a folder or {{train: {{size: {TRAIN['size']}}}}}, got {spec!r}")
 
 
+def as_trained(spec: Any, facts: Mapping[str, Any]) -> Any:
+    """What a config says of its tokenizer; where it asks for a vocabulary of the training texts, and a run's ``facts`` hold one
+    that was made alike, that one itself: its numbers are those of the run's student, whatever version makes them today."""
+    stored = facts.get("tokenizer")
+    if not isinstance(stored, Mapping) or "vocabulary" not in stored or "trained" not in stored:
+        return spec
+    asked = {} if spec is None else spec.get("train") if isinstance(spec, Mapping) and "train" in spec else None
+    same = isinstance(asked or {}, Mapping) and asked is not None and {**TRAIN, **(asked or {})} == stored["trained"]
+    return {key: stored[key] for key in ("vocabulary", "lowercase", "trained")} if same else spec
+
+
 def of_vocabulary(stated: Mapping[str, Any], what: str) -> Tokenizer:
     """BERT's tokenizer of a list of WordPieces. Raises UserError for what is no such list."""
     vocabulary, lowercase = stated.get("vocabulary"), stated.get("lowercase", True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from distpro.losses._maps import matmul
 from distpro.losses._masks import masks_of
 from distpro.losses.base import Mask, Shape
 from pathways.registry import UserError
@@ -29,7 +30,7 @@ def check_heads(what: str, width: int, heads: int) -> None:
 def scores(a: Tensor, b: Tensor, heads: int) -> Tensor:
     """a bᵀ / √d of each head, (N, heads, L, L), of tokens (N, L, heads · d)."""
     a, b = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (a, b))
-    return a @ b.transpose(2, 3) / math.sqrt(a.shape[-1])
+    return matmul(a, b.transpose(2, 3)) / math.sqrt(a.shape[-1])
 
 
 def token_mask(what: str, mask: Mask, tensors: Sequence[Tensor]) -> Tensor | None:

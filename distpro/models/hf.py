@@ -155,9 +155,10 @@ def _check_names(what: str, config: Any, params: Mapping[str, Any]) -> None:
 
 def _with_weights(what: str, kind: Any, config: Any, folder: Path | None) -> tuple[nn.Module, list[str]]:
     assert folder is not None
-    verbosity = transformers(what).utils.logging
-    level = verbosity.get_verbosity()
-    verbosity.set_verbosity_error()  # what is missing is said once, here
+    log = transformers(what).utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()  # what is missing is said once, here
+    log.disable_progress_bar()
     try:
         model, report = kind.from_pretrained(
             folder,
@@ -168,7 +169,9 @@ def _with_weights(what: str, kind: Any, config: Any, folder: Path | None) -> tup
             output_loading_info=True,
         )
     finally:
-        verbosity.set_verbosity(level)
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     body = [name for name in missing if model.base_model_prefix and name.startswith(f"{model.base_model_prefix}.")]
     body = [name for name in body if ".pooler." not in name]

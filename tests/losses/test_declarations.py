@@ -18,7 +18,9 @@ from tests.losses.test_conformance import EQUAL_SIZES, EXAMPLES
 from tests.losses.truth import build, close, randn
 
 BY_POSITION = [n for n in available_losses() if LOSSES[n].by_position]
-MASKED = [n for n in available_losses() if LOSSES[n].masked and n not in OF_TOKENS]  # those: tests/losses/test_tokens.py
+MASKED = [
+    n for n in available_losses() if LOSSES[n].masked and n not in OF_TOKENS
+]  # those: tests/losses/test_tokens.py
 READ_LABELS = ["dkd", "dkd_nontarget", "dkd_target", "kd_logits", "ls", "tf_kd"]
 
 # How a loss with several rows or a position per row is compared with other sizes: (student, teacher, mask) times this.
