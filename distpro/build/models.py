@@ -160,6 +160,8 @@ def build_pair(
         if network is None:
             refuse_object("teacher", member.model)
             _check_weights(name, member, load and teacher_state is None)
+            if member.checkpoint and load:
+                _compare_tokens(name, member, data)
             network = build_network(member, task.model_arguments(data), load and teacher_state is None)
         if teacher_state is not None:
             network.load_state_dict(teacher_state)
@@ -169,7 +171,6 @@ def build_pair(
         readings[name] = reading_of(member, network, own, task.response)
         if member.input is None and member.checkpoint and load:
             _compare_statistics(name, member, data)
-            _compare_tokens(name, member, data)
         if member.input is not None:
             network = adapted(network, member, data)
             readings[name] = readings[name].within("model")

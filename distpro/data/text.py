@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from distpro.console import note
+from distpro.console import warn
 from distpro.data.augment import whole_number
 from distpro.data.collating import root_of, stored_numbers
 from distpro.data.counter import make_generator
@@ -331,7 +331,7 @@ def _encoded(
         assert length is not None
         encoded[n] = tokenizer.cut(rows.texts[n], None if rows.pairs is None else rows.pairs[n], length)
     if over:
-        note(
+        warn(
             f"{what}: {len(over):,} of the {len(rows.texts):,} samples of the {part} part are longer than {length} tokens and "
             "are cut (data.params.max_length)"
         )

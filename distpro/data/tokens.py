@@ -127,7 +127,8 @@ def of_vocabulary(stated: Mapping[str, Any], what: str) -> Tokenizer:
     first, separator = (("[CLS]", vocabulary.index("[CLS]")), ("[SEP]", vocabulary.index("[SEP]")))
     core.post_processor = processors.BertProcessing(separator, first)
     named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    fast = transformers(what).PreTrainedTokenizerFast(tokenizer_object=core, **named)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = transformers(what).PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=inputs, **named)
     kept = {"vocabulary": vocabulary, "lowercase": lowercase}
     return Tokenizer(fast, what, {**kept, **({"trained": stated["trained"]} if "trained" in stated else {})})
 

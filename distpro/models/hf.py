@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distpro.console import note
+from distpro.console import warn
 from distpro.data.datasets import locate
 from distpro.data.tokens import digest_of, transformers
 from distpro.models.base import LIBRARIES, StageTaps
@@ -133,7 +133,7 @@ def _build(
         reason = " ".join(str(error).split())[:240]
         raise UserError(f"{what}: {type(error).__name__}: {reason}") from error
     if missing:
-        note(
+        warn(
             f"{what}: the folder has no weights for {', '.join(missing[:4])}{' ...' * (len(missing) > 4)}: they start at random"
         )
     if tokens is not None:
@@ -167,6 +167,7 @@ def _with_weights(what: str, kind: Any, config: Any, folder: Path | None) -> tup
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by their names
         )
     finally:
         log.set_verbosity(level)
@@ -179,6 +180,10 @@ def _with_weights(what: str, kind: Any, config: Any, folder: Path | None) -> tup
         raise UserError(
             f"{what}: {folder} holds no weights of {kind.__name__}: {len(body)} are missing ({body[0]}, ...)"
         )
+    if report["mismatched_keys"]:
+        name, *shapes = sorted(report["mismatched_keys"])[0]
+        found, own = (list(shape) for shape in shapes)
+        raise UserError(f"{what}: {name} is {found} in {folder}, {own} in the model (num_labels, or another config?)")
     return model, missing
 
 
