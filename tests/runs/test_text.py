@@ -17,6 +17,7 @@ from distpro.schedule import Schedule
 from distpro.train.trainer import Interrupted, Trainer
 from pathways.registry import UserError
 from tests.conftest import ROOT
+from tests.glue import archive, cut
 from tests.runs.test_resume import differences, stop_after
 
 transformers = pytest.importorskip("transformers")
@@ -38,34 +39,12 @@ OTHERS = ["cola", "mrpc", "rte"]
 HEADLINES = {"cola": "matthews", "mrpc": "f1", "rte": "accuracy"}
 
 
-@pytest.fixture(autouse=True)
-def found(data_folder, monkeypatch):
-    """Where the configs' relative root begins, of a set cut to what the tests look at."""
-    if not (data_folder / "glue").is_dir():
-        pytest.skip(f"no GLUE in {data_folder}")
-    monkeypatch.setenv("DISTPRO_DATA", str(data_folder))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def short(tmp_path_factory):
-    """SST-2 with a hundredth of its sentences: each run reads and tokenizes all of them."""
-    import tarfile
-
-    from tests.conftest import os
-
-    root = os.environ.get("DISTPRO_DATA") or ROOT.parent / "shared" / "data"
-    folder = tmp_path_factory.mktemp("glue")
-    try:
-        archive = tarfile.open(f"{root}/glue/glue_small.tar.xz")
-    except OSError:
-        yield
-        return
-    with archive:
-        for name in archive.getnames():
-            lines = archive.extractfile(name).read().splitlines(keepends=True)
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(b"".join(lines[:600] if "train" in name else lines[:100]))
-    SMALL.append(f"data.root={folder}")
+    """The sets of which every run reads all."""
+    if not archive().is_file():
+        pytest.skip(f"no {archive()}")
+    SMALL.append(f"data.root={cut(tmp_path_factory.mktemp('glue'))}")
     yield
     SMALL.pop()
 
