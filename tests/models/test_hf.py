@@ -15,6 +15,7 @@ from distpro.data.tokens import of_vocabulary
 from distpro.models import accepted, build_model, stage_taps
 from pathways import Call
 from pathways.registry import UserError
+from pathways.tapped import Tapped
 
 transformers = pytest.importorskip("transformers")
 
@@ -218,6 +219,20 @@ def test_weights_of_another_model(folder):
     (folder / "model.safetensors").write_bytes((folder.parent / "other" / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="holds no weights of BertForSequenceClassification"):
         build_model(f"hf:{folder}", pretrained=True)
+
+
+def test_other_models_are_traced_as_before():
+    """With its first model transformers gives `torch.nn.Module` a method of its own, `smart_apply`."""
+    if hasattr(torch.nn.Module, "smart_apply"):
+        del torch.nn.Module.smart_apply  # which transformers makes again when it needs it
+    early = Tapped(build_model("resnet8", num_classes=3), ["layer1"], torch.randn(2, 3, 16, 16))
+    build_model(BERT, num_classes=3, tokens=Tokens(), **SMALL)
+    assert hasattr(torch.nn.Module, "smart_apply")
+    late = Tapped(build_model("resnet8", num_classes=3), ["layer1"], torch.randn(2, 3, 16, 16))
+    for tapped in (early, late):
+        assert tapped.traced
+        tapped(torch.randn(2, 3, 16, 16))
+        assert tapped.traced
 
 
 def test_without_transformers(monkeypatch):
