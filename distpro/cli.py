@@ -132,7 +132,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     plot.add_argument("--format", action="append", choices=("png", "svg", "pdf"), help="default: png")
     export = add("export", _export, "write a run's student for use elsewhere")
     export.add_argument("folder", metavar="RUN")
-    export.add_argument("--format", default="safetensors", choices=("safetensors", "pt2", "onnx"))
+    export.add_argument("--format", default="safetensors", choices=("safetensors", "pt2", "onnx", "transformers"))
     export.add_argument("--out", metavar="FILE")
     listing = add("list", _list, "what there is: " + ", ".join(KINDS))
     listing.add_argument("kind", metavar="KIND")

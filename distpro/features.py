@@ -71,6 +71,8 @@ class Reader:
     def __init__(self, task: Task, batch: Batch):
         self.batch = batch
         self.labels, self.mask = task.labels(batch)
+        tokens = getattr(task, "tokens", None)
+        self.tokens: Tensor | None = None if tokens is None else tokens(batch)
         self._chosen: dict[tuple[int, ...], Tensor | None] = {}
 
     def names_of(self, term: Any, taps: Sequence[str], features: Features) -> list[str]:
@@ -87,7 +89,14 @@ class Reader:
         and each sample's first row unless it reads all."""
         names = self.names_of(term, getattr(term, f"{side}_taps"), features)
         maps = maps_of(term, side, names, features)
+        if not term.masked:
+            maps = [self.without_padding(x) for x in maps]
         return maps if term.rows == "all" else [self.first_rows(x) for x in maps]
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """Tokens (N, L, D) with zeros in the padding; any other tensor as it is."""
+        padded = None if self.tokens is None or x.dim() != 3 else self.mask_of(x)
+        return x if padded is None else x.masked_fill(~padded[..., None], 0)
 
     # A sample's rows
 
@@ -124,12 +133,13 @@ class Reader:
     def mask_of(self, feature: Tensor) -> Tensor | None:
         """The mask at the size of a feature map (N, C, H, W) → (N, H, W) or of tokens (N, L, D) → (N, L); None where
         every position counts, or where the feature has no such positions."""
-        if self.mask is None or len(feature) != len(self.mask):
+        mask = self.mask if self.tokens is None else self.tokens
+        if mask is None or len(feature) != len(mask):
             return None
-        if self.mask.dim() == 3 and feature.dim() == 4:
-            return at_size(self.mask, tuple(feature.shape[2:]))
-        if self.mask.dim() == 2 and feature.dim() == 3 and feature.shape[1] == self.mask.shape[1]:
-            return self.mask
+        if mask.dim() == 3 and feature.dim() == 4:
+            return at_size(mask, tuple(feature.shape[2:]))
+        if mask.dim() == 2 and feature.dim() == 3 and feature.shape[1] == mask.shape[1]:
+            return mask
         return None
 
     def _rows(self, response: Tensor) -> Tensor:

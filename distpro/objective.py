@@ -286,7 +286,7 @@ class Objective(nn.Module):
         if any(term.by_position for term in self.terms):
             student, teacher = reader.with_positions(student), reader.with_positions(teacher)
         losses: list[Tensor | None] = []
-        pathways: list[tuple[int, Pathway, Any, Any]] = []  # place, pathway, what it compares
+        pathways: list[tuple[int, Pathway, Any, Any, Any]] = []  # place, pathway, what it compares, which tokens count
         with self.autocast(autocast):
             term: Any
             for term in self.terms:
@@ -303,7 +303,8 @@ class Objective(nn.Module):
                     views.append(read)
                 ours, theirs = reader.read(term, "student", read), reader.read(term, "teacher", teacher)
                 if isinstance(term, Pathway):
-                    pathways.append((len(losses), term, ours[0], theirs[0]))
+                    mask = reader.mask_of(ours[0]) if term.masked else None
+                    pathways.append((len(losses), term, ours[0], theirs[0], mask))
                     losses.append(None)
                     continue
                 if term.by_position and any(len(x) == 0 for x in ours):  # no position counts: no mean to take

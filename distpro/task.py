@@ -34,8 +34,9 @@ class Metrics(Protocol):
 class Task(Protocol):
     """What the models do. Optional: ``rows(output, batch)``, see `distpro.tasks.calibration`, of a task whose loss is a cross
     entropy; ``predict(model, batch)``, what an evaluation is given of a model where that is not one pass of ``call``;
-    ``parts(output)``, the parts of the loss by name, for the log; and ``pictures(output, batch)``, predictions as images
-    (N, 3, H, W) for the log.
+    ``parts(output)``, the parts of the loss by name, and ``pictures(output, batch)``, predictions as images (N, 3, H, W), both
+    for the log; and ``tokens(batch)``, which tokens of the inputs are no padding, bool (N, L), where the response has no such
+    positions, as a text's class.
 
     Attributes:
         headline: name of the metric that tables report.

@@ -31,5 +31,11 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     return model(*args, **kwargs)
 
 
-def run_each(pathways: Sequence[nn.Module], student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
-    return [pathway(ours, theirs) for pathway, ours, theirs in zip(pathways, student, teacher, strict=True)]
+def run_each(
+    pathways: Sequence[nn.Module],
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    compared = zip(pathways, student, teacher, masks, strict=True)
+    return [pathway(ours, theirs, mask=mask) for pathway, ours, theirs, mask in compared]

@@ -15,6 +15,14 @@ from pathways.registry import Registry, UserError
 DISTANCES = Registry("distance", takes_code=True)
 
 
+def over_tokens(distance: nn.Module, x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """A distance of tokens (N, L, D) of which those count where ``mask`` (N, L) is True: it is given the mask where it is
+    ``masked``, else the tokens that count, (1, M, D)."""
+    if getattr(distance, "masked", False):
+        return distance(x, target, mask)
+    return distance(x[mask][None], target[mask][None])
+
+
 def _wide(x: Tensor) -> torch.dtype:
     """dtype to reduce in: float32 at least, whatever precision the features come in."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -160,12 +168,17 @@ def _pyramid(d: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 class Attention(nn.Module):
     """Mean squared difference of normalised spatial attention maps mean_c |f|^p (Zagoruyko & Komodakis, ICLR 2017)."""
 
+    masked = True  # a sample's map is normalised over its own positions
+
     def __init__(self, p: float = 2.0):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(self._map(x), self._map(target))
+    def forward(self, x: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            return F.mse_loss(self._map(x), self._map(target))
+        x, target = (f.masked_fill(~mask[..., None], 0) for f in (x, target))
+        return (self._map(x) - self._map(target)).square().sum() / mask.sum()
 
     def _map(self, f: Tensor) -> Tensor:
         channel = 1 if f.dim() == 4 else -1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pathways.call import Call
 from pathways.connections import connect as connect_taps
-from pathways.distances import DISTANCES
+from pathways.distances import DISTANCES, over_tokens
 from pathways.layouts import Layout, channels_first, probe_layouts
 from pathways.registry import UserError
 from pathways.transforms import TRANSFORMS, MapTransform, Tokens
@@ -41,13 +41,13 @@ class Pathway(nn.Module):
         channels_last: whether the student's and the teacher's feature are maps (N, H, W, C); transform and distance are
             given (N, C, H, W).
         weight: constant weight, a process ``step → weight``, or None where a schedule or a search decides.
-        per_level, reduction, masked, rows, scalars: what other terms of an objective may ask for and a pathway does not.
+        masked: whether both features are tokens that are compared position by position: it then takes a ``mask`` of them.
+        per_level, reduction, rows, scalars: what other terms of an objective may ask for and a pathway does not.
     """
 
     weight: Any = None
     per_level = False
     reduction: str | None = None
-    masked = False
     rows = "first"
 
     def __init__(
@@ -68,18 +68,25 @@ class Pathway(nn.Module):
         self.transform, self.distance = transform, distance
         self.channels_last = channels_last
         self.scalars: dict[str, Any] = {}
+        self.masked = bool(getattr(transform, "by_position", False))
 
     def at(self, step: int) -> None:
         """Nothing: a pathway has no scalars that follow the training step."""
 
     def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, index: Tensor | None = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None = None,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Scalar loss of a batch of student and teacher features. ``target`` and ``index`` are not used."""
+        """Scalar loss of a batch of student and teacher features. ``target`` and ``index`` are not used. ``mask``: bool (N, L),
+        the tokens that count; of the others nothing is seen."""
         student, teacher = map(channels_first, (student, teacher), self.channels_last)
         sized = isinstance(self.transform, MapTransform) and teacher.dim() == 4
         ours = self.transform(student, tuple(teacher.shape[2:])) if sized else self.transform(student)
-        return self.distance(ours, teacher)
+        return self.distance(ours, teacher) if mask is None else over_tokens(self.distance, ours, teacher, mask)
 
     def extra_repr(self) -> str:
         return f"{self.key}, level={self.level}"

@@ -70,6 +70,7 @@ class Identity(nn.Module):
         super().__init__()
         if tuple(in_shape) != tuple(out_shape):
             raise UserError(f"transform 'identity' needs equal shapes, got {tuple(in_shape)} and {tuple(out_shape)}")
+        self.by_position = len(in_shape) == 2
 
     def forward(self, x: Tensor) -> Tensor:
         return x

@@ -22,6 +22,9 @@ _COMPUTED = ("torch.nn.utils",)  # parametrisations: an attribute is whatever th
 _RUNS_AGAIN = ("torch.utils.checkpoint",)  # a trace keeps what checkpointing would not
 _NO_CODE = ("builtins", "abc", "typing")  # object and what marks a class
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ADDED = (
+    "smart_apply",
+)  # by transformers to nn.Module itself, with the first model that it makes; no forward pass calls it
 _REPLACED = ("forward", "_compiled_call_impl")  # which a module has of its class
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
@@ -61,7 +64,7 @@ def _trusted_class(kind: type) -> bool:
     return all(
         _inside(base.__module__, TRUSTED)
         and not _inside(base.__module__, _COMPUTED)
-        and not any(isinstance(value, FunctionType) and _foreign(value) for value in vars(base).values())
+        and not any(isinstance(v, FunctionType) and _foreign(v) for name, v in vars(base).items() if name not in _ADDED)
         for base in kind.__mro__
         if base.__module__ not in _NO_CODE
     )
@@ -109,7 +112,8 @@ def _present(tensors: dict[str, Any]) -> list[str]:
 def _code_of(kind: type) -> dict[str, Any]:
     """What forward passes use of a class. The compiler, when it is first used, changes how modules are made."""
     used = ("__call__", "__getattr__")
-    return {name: value for name, value in vars(kind).items() if name in used or not name.startswith("__")}
+    own = {name: value for name, value in vars(kind).items() if name not in _ADDED}
+    return {name: value for name, value in own.items() if name in used or not name.startswith("__")}
 
 
 class Unchanged:

@@ -38,7 +38,8 @@ HEAD = """\
 has the shapes and what departs from the paper. Each has a config in
 [retrain_configs/methods](../retrain_configs/methods) with the constants that its source states for ResNet-56 → ResNet-20
 on CIFAR-100, or the nearest setting that it states: `distpro retrain retrain_configs/methods/kd.yaml`. All of these are
-trained for some steps in the tests, where each loss has to fall. How to add one: [extending.md](extending.md).
+trained for some steps in the tests, where each loss has to fall. Losses of tokens have theirs among the
+[configs of texts](tasks/text.md). How to add one: [extending.md](extending.md).
 """
 
 AGREEMENT = """\
@@ -65,6 +66,7 @@ INDEPENDENT = {
     "logit_std": "`kd` and `dkd` of standardised logits; invariant to the teacher's scale",
     "ls": "`kd` from a uniform teacher, up to a constant",
     "mgd": "without mask the generation error; the masks' statistics",
+    "minilm": "relations head by head and row by row, float64",
     "mlkd": "three levels summed over temperatures by hand, float64",
     "semckd": "attention and errors written out again, float64",
     "simkd": "error and prediction by hand, float64",
@@ -72,6 +74,8 @@ INDEPENDENT = {
     "srd": "formula written out again, float64",
     "srrl": "both parts by hand, float64",
     "structured": "explicit pairs of positions, float64",
+    "tinybert": "the authors' lines once more, float64",
+    "tinybert_attention": "scores by an explicit loop, float64",
 }
 
 # In other toolkits: their name, ours. A word in backticks is a loss, `option: value` is an option of the loss before it.
@@ -209,6 +213,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def config_link(name: str) -> str:
+    if name in ("minilm", "tinybert", "tinybert_attention"):  # of tokens: the text task's
+        file = f"sst2_{name.partition('_')[0]}.yaml"
+        return f"[{file}](../retrain_configs/{file})"
     return f"[{name}.yaml](../retrain_configs/methods/{name}.yaml)"
 
 

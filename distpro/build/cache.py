@@ -9,6 +9,8 @@ from torch import Tensor
 
 from distpro.config.schema import Config
 from distpro.data import Mixing, Split, build_augment
+from distpro.data.collating import stored_numbers
+from distpro.data.text import TextData, digest_of_part
 from distpro.objective import Objective
 from distpro.train.cache import TeacherCache, digest, digest_data
 from pathways.registry import UserError
@@ -40,14 +42,10 @@ def build_cache(config: Config, data: Any, objective: Objective, example: Any) -
             "cache: images of several sizes are padded to the largest of their batch, so what a teacher says of one depends on "
             "the others; leave the cache out"
         )
-    if not isinstance(data.train, Split):
-        raise UserError("cache: for distpro's own data sets; what another Dataset gives for a sample cannot be known")
     if any(isinstance(a, Mixing) for a in build_augment(config.data.augment).values()):
         raise UserError("cache: mixup and cutmix give every sample another partner; leave them or the cache out")
-    if data.train.streamed:
-        raise UserError("cache: for data in memory, not for a streamed set")
+    index, of_data = _samples_of(config, data)
     versions = versions_of(config, math.ceil(objective.clock.total_steps / objective.clock.steps_per_epoch))
-    assert isinstance(data.train.images, Tensor)
     members = {"": config.teacher} if config.teacher is not None else dict(config.teachers)
     fingerprint = {
         "teacher weights": digest(objective.teacher.model),
@@ -58,15 +56,34 @@ def build_cache(config: Config, data: Any, objective: Objective, example: Any) -
         "precision": config.precision,
         "channels_last": config.channels_last,
         "device": objective.device.type,
+        **of_data,
+    }
+    taught = objective.run_teacher(example)
+    taps = {tap: taught[tap] for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
+    tokens = next((tap for tap, x in taps.items() if x.dim() > 2), None) if isinstance(data, TextData) else None
+    if tokens is not None:
+        raise UserError(
+            f"cache: '{tokens}' of the teacher are tokens, as many as the batch's longest text has; of texts the cache keeps "
+            "what has one size (logits, an embedding)"
+        )
+    views = rows_per_sample(objective)
+    return TeacherCache(config.cache.folder, index, versions, taps, fingerprint, views=views, device=objective.device)
+
+
+def _samples_of(config: Config, data: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The numbers of the samples that a training sees, and what of the data decides the teacher's answers. Raises UserError for
+    data that cannot be known."""
+    if isinstance(data, TextData):
+        return stored_numbers(data.train), {"data": digest_of_part(data.train), "tokenizer": data.vocabulary.digest}
+    if not isinstance(data.train, Split):
+        raise UserError("cache: for distpro's own data sets; what another Dataset gives for a sample cannot be known")
+    if data.train.streamed:
+        raise UserError("cache: for data in memory, not for a streamed set")
+    assert isinstance(data.train.images, Tensor)
+    return data.train.index, {
         "data": digest_data(data.train.images, data.train.labels, data.train.index),
         "mean and std": [list(data.mean), list(data.std)],
         "augment": config.data.augment,
         "seed": config.seed if config.data.augment else None,
         "image shape": list(data.image_shape),
     }
-    taught = objective.run_teacher(example)
-    taps = {tap: taught[tap] for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
-    views = rows_per_sample(objective)
-    return TeacherCache(
-        config.cache.folder, data.train.index, versions, taps, fingerprint, views=views, device=objective.device
-    )

@@ -17,6 +17,7 @@ from distpro.data import Blank, build_augment, load_data, split
 from distpro.data.augment import Crop
 from distpro.data.loading import make_loader
 from distpro.data.statistics import stated_by, stored_facts
+from distpro.data.tokens import as_trained
 from distpro.losses import LOSSES
 from distpro.train import distributed
 from pathways.registry import UserError, is_code
@@ -45,9 +46,13 @@ def build_data(config: Config, given: Given | None = None) -> Any:
 
 
 def as_stored(config: Config, folder: Path | None, facts: Mapping[str, Any] | None = None) -> Config:
-    """The config with the mean and std that a run has used: those of its ``folder``, or among the ``facts`` of its data.
-    What the config says itself goes first, and a data set of another person's code may be normalised already."""
+    """The config with the mean and std, or the tokenizer, that a run has used: those of its ``folder``, or among the ``facts``
+    of its data. What the config says itself goes first, and a data set of another person's code may be normalised already."""
     facts = (stored_facts(folder) if folder is not None else {}) if facts is None else facts
+    if "tokenizer" in facts and config.data.name == facts.get("name"):
+        tokenizer = as_trained(config.data.params.get("tokenizer"), facts)
+        params = {**config.data.params, "tokenizer": tokenizer}
+        return config.model_copy(update={"data": config.data.model_copy(update={"params": params})})
     stored, data = stated_by(facts), config.data
     if stored is None or (is_code(data.name) and data.name != facts.get("name")):
         return config

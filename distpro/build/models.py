@@ -165,6 +165,8 @@ def build_pair(
         if network is None:
             refuse_object("teacher", member.model)
             _check_weights(name, member, load and teacher_state is None)
+            if member.checkpoint and load:
+                _compare_tokens(name, member, data)
             network = build_network(member, task.model_arguments(data), load and teacher_state is None)
         if teacher_state is not None:
             network.load_state_dict(teacher_state)
@@ -203,7 +205,7 @@ def _check_runs(what: str, network: nn.Module, run: Callable[[], Any]) -> None:
 
 
 def _check_weights(name: str, member: ModelConfig, load: bool) -> None:
-    if load and member.checkpoint is None and not member.params.get("weights"):
+    if load and member.checkpoint is None and not (member.params.get("weights") or member.params.get("pretrained")):
         path = f"teachers.{name}" if name else "teacher"
         raise UserError(f"{path}.checkpoint is missing: a teacher with random weights teaches nothing")
 
@@ -229,6 +231,19 @@ def _compare_statistics(name: str, member: ModelConfig, data: Any) -> None:
         f"{path}: its run normalised images with {theirs}, this one does with {here}; "
         f"{path}.input with its mean and std gives it what it knows"
     )
+
+
+def _compare_tokens(name: str, member: ModelConfig, data: Any) -> None:
+    """Raise UserError where a teacher was trained, by a run whose folder says so, on texts of another tokenizer."""
+    assert member.checkpoint is not None
+    folder = locate("checkpoint", member.checkpoint).parent
+    own, vocabulary = stored_facts(folder).get("tokenizer"), getattr(data, "vocabulary", None)
+    if isinstance(own, Mapping) and vocabulary is not None and own.get("sha256") != vocabulary.digest:
+        path = f"teachers.{name}" if name else "teacher"
+        raise UserError(
+            f"{path}: its run had another tokenizer ({own.get('size')} tokens) than these data ({vocabulary.size}): "
+            f"data.params.tokenizer={own.get('folder', folder)}"
+        )
 
 
 def _short(numbers: Sequence[float]) -> str:

@@ -99,6 +99,11 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
             **params,
             **{need: value for need, value in needs.items() if value is not None},
         ).to(next(pair.student.parameters()).device)
+        padded = getattr(pair.task, "tokens", None) is not None and any(len(student[t].shape) == 2 for t in ours)
+        if padded and not loss.masked and any(True for _ in loss.parameters()):
+            raise UserError(
+                "its layers are made for one number of tokens, but texts have any: name taps of one size (an embedding)"
+            )
         if not getattr(loss, "uses_teacher", True):
             theirs = []
         elif pair.teacher is None:
@@ -174,6 +179,13 @@ def _each(loss: DistillationLoss, path: str) -> list[str]:
     return [f"{path}.{n}" for n in range(len(value))] if isinstance(value, (list, tuple)) else [path]
 
 
+def attention_heads(model: nn.Module | None, name: str | None = None) -> int | None:
+    """The attention heads that a model's config states; of several teachers those of the one called ``name``."""
+    member = getattr(model, name) if name is not None and hasattr(model, name) else model
+    config = getattr(getattr(member, "model", member), "config", None) or getattr(member, "config", None)
+    return getattr(config, "num_attention_heads", None)
+
+
 class _Facts:
     """What a loss may have to know and no config should have to say, by the names in `DistillationLoss.needs`."""
 
@@ -208,6 +220,11 @@ class _Facts:
 
     def _classifier(self, teacher_taps: list[str], teacher: str | None) -> nn.Linear | None:
         return self.pair.teacher_reading(teacher).classifier
+
+    def _heads(self, teacher_taps: list[str], teacher: str | None) -> list[int] | None:
+        """Attention heads of student and teacher, where both are models that say them (transformers')."""
+        found = [attention_heads(self.pair.student), attention_heads(self.pair.teacher, teacher)]
+        return None if None in found else found  # type: ignore[return-value]
 
     def _norms(self, teacher_taps: list[str], teacher: str | None) -> list[nn.BatchNorm2d | None]:
         assert self.pair.teacher is not None

@@ -123,7 +123,7 @@ class OptimizerConfig(Section):
 class LearningRateConfig(Section):
     """How the learning rate moves, see `distpro.train.rates.LearningRate`."""
 
-    name: Literal["constant", "cosine", "step", "poly"] = "step"
+    name: Literal["constant", "cosine", "step", "poly", "linear"] = "step"
     milestones: list[float] = [0.625, 0.75, 0.875]
     gamma: float = Field(0.1, gt=0)
     warmup_epochs: float = Field(0.0, ge=0)

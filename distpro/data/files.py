@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -90,17 +92,41 @@ class TarStore:
             return file.read(size)
 
 
-def open_store(path: Path) -> Store:
-    """The store for a folder, a .zip or an uncompressed .tar. Raises UserError for anything else."""
+@dataclass
+class PackedTarStore:
+    """A compressed tar, which has no places to jump to: its files are held in memory. For small archives."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        with tarfile.open(self.path, "r:*") as archive:
+            members = [(member, archive.extractfile(member)) for member in archive if member.isreg()]
+            self._files = {member.name: file.read() for member, file in members if file is not None}
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def read(self, name: str) -> bytes:
+        return self._files[name]
+
+
+PACKED = (".tar.xz", ".tar.gz", ".tar.bz2", ".tgz")
+
+
+def open_store(path: Path, packed: bool = False) -> Store:
+    """The store for a folder, a .zip or an uncompressed .tar, with ``packed`` also a compressed one. Raises UserError for
+    anything else."""
     if path.is_dir():
         return FolderStore(path)
     kinds: dict[str, Callable[[Path], Store]] = {".zip": ZipStore, ".tar": TarStore}
-    if path.suffix.lower() not in kinds:
-        raise UserError(f"{path}: expected a folder, a .zip or an uncompressed .tar")
+    kinds |= dict.fromkeys(PACKED if packed else (), PackedTarStore)
+    kind = next((suffix for suffix in kinds if path.name.lower().endswith(suffix)), None)
+    if kind is None:
+        raise UserError(f"{path}: expected a folder, a .zip or {'a' if packed else 'an uncompressed'} .tar")
     try:
-        return kinds[path.suffix.lower()](path)
-    except (zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{path}: not a readable {path.suffix} archive ({error})") from None
+        return kinds[kind](path)
+    except (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a readable {kind} archive ({error})") from None
 
 
 @dataclass(frozen=True, eq=False)

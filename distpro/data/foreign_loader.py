@@ -155,6 +155,9 @@ class _Drawn:
 
     def values(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor]]:
         order = self.plan.order(epoch)
+        arrange = getattr(root_of(self.part), "arrange", None)  # of a set that puts samples of like length together
+        if arrange is not None and self.plan.shuffle:
+            order = order[arrange(self.numbers[order], self.plan, epoch)]
         batches = [order[self.plan.part(step)] for step in range(start, len(self.plan))]
         batches = [rows for rows in batches if len(rows)]
         ahead = DataLoader(

@@ -14,6 +14,9 @@ from pathways.registry import Registry, UserError, check_parameters, import_entr
 
 MODELS = Registry("model")
 
+LIBRARIES: dict[str, Callable[[str, str], Callable[..., nn.Module]]] = {}
+"""Models of other packages, ``LIBRARY:NAME``: (the model in an error, NAME) → what builds it."""
+
 
 @dataclass(frozen=True)
 class StageTaps:
@@ -55,8 +58,9 @@ def build_model(name: str, num_classes: int | None = None, **params: Any) -> nn.
     """A model by name, with random weights unless ``params`` say otherwise.
 
     Args:
-        name: a name of `MODELS`; ``torchvision:NAME``; ``timm:NAME``; ``smp:NAME`` (segmentation-models-pytorch); or
-            ``package.module:callable`` for any class or function that gives a module. The last form imports and runs that module (the current directory can be
+        name: a name of `MODELS`; ``torchvision:NAME``; ``timm:NAME``; ``smp:NAME`` (segmentation-models-pytorch); ``hf:NAME``
+            (`distpro.models.hf`); or ``package.module:callable`` for any class or function that gives a module. The last form
+            imports and runs that module (the current directory can be
             imported from, after the installed packages), so it is for code that you trust.
         num_classes: passed on if given.
         params: passed on.
@@ -151,4 +155,4 @@ def _checked(what: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Mo
     return build
 
 
-LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm, "smp": _from_smp}
+LIBRARIES |= {"torchvision": _from_torchvision, "timm": _from_timm, "smp": _from_smp}

@@ -22,7 +22,7 @@ from distpro.build.device import settle_precision
 from distpro.build.given import OBJECT, Given
 from distpro.build.models import adapted, build_network, place
 from distpro.config.reading import default_space, for_retrain, merge, read_config
-from distpro.config.schema import Config
+from distpro.config.schema import Config, ModelConfig
 from distpro.config.stages import Stage, stages_of
 from distpro.data.datasets import locate
 from distpro.files import load_safely
@@ -209,8 +209,8 @@ def evaluate(
     """Metrics on the test set of a run's student, of a config's teacher, or of a checkpoint.
 
     Args:
-        target: a run's folder; a config, whose teacher is evaluated; or a checkpoint, which is loaded into the student
-            of ``config``.
+        target: a run's folder; a config, whose teacher is evaluated; a checkpoint, which is loaded into the student of
+            ``config``; or a folder of transformers, whose model takes that student's place.
         overrides: ``key=value`` on the config.
         data, student, task: objects, as of `search`; the student's architecture, into which the weights are loaded.
 
@@ -220,7 +220,13 @@ def evaluate(
     teaches = (
         path.suffix in (".yaml", ".yml") and not path.is_dir()
     )  # then it sees what a student's images are made into
-    if path.is_dir():
+    of_hf = (path / "config.json").is_file() and not (path / "config.yaml").is_file()
+    checkpoint: Path | None
+    if of_hf and config is not None:
+        student_config = {"model": f"hf:{path}", "params": {"pretrained": True}}
+        checked, checkpoint = _checked(config, overrides, given=given), None
+        checked = checked.model_copy(update={"student": ModelConfig.model_validate(student_config)})
+    elif path.is_dir() and not of_hf:
         recorded = _checked(path / "config.yaml", overrides, given=given)
         checked, checkpoint = stages_of(recorded)[-1].config, path / "student.pt"
         if not checkpoint.is_file():
@@ -231,7 +237,7 @@ def evaluate(
             raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
         checkpoint = locate("checkpoint", checked.teacher.checkpoint)
         checked = checked.model_copy(update={"student": checked.teacher})
-    elif config is None and not path.is_file():
+    elif config is None and not path.exists():
         raise UserError(f"{path}: no such run or config (and a checkpoint needs --config CFG)")
     elif config is None:
         raise UserError(f"{path}: a checkpoint says nothing about its model and data: give --config CFG as well")
@@ -239,12 +245,13 @@ def evaluate(
         checked, checkpoint = _checked(config, overrides, given=given), locate("checkpoint", path)
     _prepare(checked)
     if not teaches:
-        checked = build.as_stored(checked, path if path.is_dir() else checkpoint.parent)
+        checked = build.as_stored(checked, path if checkpoint is None or path.is_dir() else checkpoint.parent)
     loaded, does = build.build_data(checked, given), build.build_task(checked, given)
     model = given.student
     if model is None:
         model = build_network(checked.student, does.model_arguments(loaded), load=False)
-    load_checkpoint(model, checkpoint, weights=checked.student.weights)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint, weights=checked.student.weights)
     if checked.student.input is not None:
         model = adapted(model, checked.student, loaded)
     terms = path / "terms.pt" if path.is_dir() else None

@@ -29,10 +29,11 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
 
     Args:
         folder: the run's folder.
-        format: ``safetensors`` (weights), ``pt2`` (torch.export program) or ``onnx``; the latter two take batches of
-            any size. What the data were (mean and std among it) is in the file: safetensors' and ONNX' metadata
+        format: ``safetensors`` (weights), ``pt2`` (torch.export program) or ``onnx``, which take batches of any size, of
+            texts with any number of tokens, or ``transformers``: a folder that its ``from_pretrained`` reads, with the
+            tokenizer. What the data were (mean and std among it) is in the file: safetensors' and ONNX' metadata
             ``distpro``, pt2's extra file ``data.json``.
-        out: file to write; by default ``student.<format>`` in the folder.
+        out: file or folder to write; by default ``student.<format>`` in the folder.
 
     Returns the file's path. Raises UserError if the run has no student, a package is missing, or the format cannot hold
     the student.
@@ -58,12 +59,14 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     task = build.build_task(config)
     model = build_network(config.student, task.model_arguments(data), load=False).eval()
     load_checkpoint(model, weights)
+    if format == "transformers":
+        return _write_folder(model, data, path)
     args, kwargs = task.call(data.example(2), False)
     if any(isinstance(value, list) for value in [*args, *kwargs.values()]):
         raise UserError(f"{folder}: the student takes a list, which no {format} file can stand for: export safetensors")
-    dynamic: Any = tuple(map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, list(args)))
+    dynamic: Any = tuple(map_tensors(_any_size, list(args)))
     if kwargs:
-        dynamic = map_tensors(lambda _: {0: torch.export.Dim.DYNAMIC}, dict(kwargs))
+        dynamic = map_tensors(_any_size, dict(kwargs))
     try:
         if format == "pt2":
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic)
@@ -81,6 +84,22 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
         raise UserError(
             f"{folder}: '{config.student.model}' cannot be exported to {format}: {type(error).__name__}: {reason[0]}"
         ) from error
+    return path
+
+
+def _any_size(tensor: Tensor) -> dict[int, Any]:
+    """Which sizes of an input may change: the number of samples, and of tokens (N, L) that too."""
+    tokens = tensor.dim() == 2 and not tensor.is_floating_point()
+    return dict.fromkeys((0, 1) if tokens else (0,), torch.export.Dim.DYNAMIC)
+
+
+def _write_folder(model: Any, data: Any, path: Path) -> Path:
+    if not hasattr(model, "save_pretrained"):
+        raise UserError(f"{type(model).__name__} is no model of transformers: export safetensors")
+    model.save_pretrained(path)
+    tokenizer = getattr(data, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.fast.save_pretrained(path)
     return path
 
 

@@ -8,12 +8,15 @@ from distpro.tasks.classification import Classification
 from distpro.tasks.detection import Detection
 from distpro.tasks.metrics import METRICS, Together
 from distpro.tasks.segmentation import Segmentation
+from distpro.tasks.text import TextClassification, TextRegression
 from pathways.registry import Registry
 
 TASKS = Registry("task", takes_code=True)
 TASKS.register("classification")(Classification)
 TASKS.register("segmentation")(Segmentation)
 TASKS.register("detection")(Detection)
+TASKS.register("text")(TextClassification)
+TASKS.register("text_regression")(TextRegression)
 
 __all__ = [
     "METRICS",
@@ -22,6 +25,8 @@ __all__ = [
     "Classification",
     "Detection",
     "Segmentation",
+    "TextClassification",
+    "TextRegression",
     "Together",
     "calibrated_loss",
 ]

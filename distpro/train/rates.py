@@ -12,7 +12,8 @@ class LearningRate:
     """Factor on the base learning rate as a function of training progress.
 
     Args:
-        name: ``constant``, ``cosine`` (to zero, per step), ``poly`` ((1 − progress)^power, per step) or ``step``.
+        name: ``constant``, ``cosine`` (to zero, per step), ``linear`` (from the end of the warm-up to zero, per step, as
+            transformers' schedule), ``poly`` ((1 − progress)^power, per step) or ``step``.
         milestones: for ``step``: epochs, or fractions of the training if all are below 1.
         gamma: factor at each milestone.
         warmup_epochs: linear warm-up from zero.
@@ -30,6 +31,8 @@ class LearningRate:
         factor = 1.0
         if self.name == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+        elif self.name == "linear":
+            factor = min(1.0, max(0.0, (epochs - epoch) / max(epochs - self.warmup_epochs, 1e-12)))
         elif self.name == "poly":
             factor = (1 - min(epoch / epochs, 1.0)) ** self.power
         elif self.name == "step":

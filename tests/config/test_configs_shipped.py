@@ -1,8 +1,12 @@
 """Every config in search_configs/ and retrain_configs/: it parses, its models fit, and it trains."""
 
+import atexit
 import functools
 import math
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +16,12 @@ from torchvision.models import get_model, get_model_weights
 from distpro import build
 from distpro.config.reading import for_retrain, read_config
 from distpro.config.stages import stages_of
+from distpro.data import load_data
 from distpro.models import build_model
 from distpro.report.cost import describe
 from distpro.runs.commands import retrain, search
 from distpro.schedule import Schedule
+from tests import glue
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -24,6 +30,7 @@ SEARCH = sorted((ROOT / "search_configs").glob("*.yaml"))
 RETRAIN = sorted((ROOT / "retrain_configs").glob("*.yaml"))
 CIFAR = [path for path in RETRAIN if path.stem.startswith("cifar10_") and "deit" not in path.stem]
 CAMVID = [path for path in RETRAIN if path.stem.startswith("camvid_")]
+BERT = [path for path in RETRAIN if path.stem.startswith(("sst2_", "cola_", "mrpc_", "rte_"))]
 PSPNET = [path for path in RETRAIN if path.stem.startswith(("cityscapes_", "voc_")) and "ktaad" not in path.stem]
 RACCOON = [path for path in RETRAIN if path.stem.startswith("raccoon_")]
 
@@ -43,8 +50,30 @@ def by_name(path):
     return path.stem
 
 
+TEXTS = "glue/glue_small.tar.xz"  # a tokenizer is made of them, so that nothing can stand for them
+FOLDERS = {"sst2_minilm_bert", "sst2_minilm_teacher"}  # that need a pretrained model's folder: docs/tasks/text.md
+
+
+@functools.cache
+def short_texts():
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return glue.cut(folder)
+
+
+@functools.cache
+def tokens_of(set):
+    return load_data("glue", short_texts(), set=set, tokenizer={"train": {"size": 4000}}).vocabulary.size
+
+
 def facts(path):
-    return FILES.get(str(read_config(path).data.root), [])
+    root = str(read_config(path).data.root)
+    if root == TEXTS:
+        pytest.importorskip("transformers")
+        if path.stem in FOLDERS or not glue.archive().is_file():
+            pytest.skip(f"needs a pretrained model's folder, or {TEXTS}")
+        return [f"data.root={short_texts()}"]
+    return FILES.get(root, [])
 
 
 def config_of(path):
@@ -126,7 +155,13 @@ def test_imagenet_s_15_connections_go_from_teacher_levels_to_equal_or_deeper_stu
     assert [shape[-1] for shape in d.teacher_shapes.values()] == [56, 28, 14, 7, 1]
 
 
-@pytest.mark.parametrize("path", [*CIFAR, *CAMVID, *PSPNET], ids=by_name)
+def bert(d, layers, inner, tokens, positions=128, classes=2):
+    """By hand: embeddings, layers, pooler and classifier."""
+    block = 4 * (d * d + d) + 2 * (2 * d) + (d * inner + inner) + (inner * d + d)
+    return (tokens + positions + 2 + 2) * d + layers * block + (d * d + d) + (d * classes + classes)
+
+
+@pytest.mark.parametrize("path", [*CIFAR, *CAMVID, *PSPNET, *BERT], ids=by_name)
 def test_a_retrain_config_describes_its_pair(path):
     stages = stages_of(for_retrain(read_config(path, facts(path))))
     assert path.read_text().startswith("# ")
@@ -137,6 +172,9 @@ def test_a_retrain_config_describes_its_pair(path):
         # PSPNet's: tests/models/test_segmenters.py; VOC has two classes more in two heads
         of_pspnet = [count + (path.stem.startswith("voc_")) * 2 * (513 + aux + 1) for count, aux in PSPNETS]
         teacher, student = (853018, 269722) if path in CIFAR else of_camvid if path in CAMVID else of_pspnet
+        if path in BERT:
+            tokens = tokens_of(stage.config.data.params["set"])
+            teacher, student = bert(128, 4, 512, tokens), bert(64, 2, 256, tokens)
         assert d.student_parameters == student
         assert d.teacher_parameters == (0 if path.stem.endswith("_none") else teacher)
 

@@ -13,9 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distpro.losses import LOSSES, DistillationLoss, available_losses, build_loss
 from pathways.registry import UserError
-from tests.losses import examples_feature_dense, examples_response_relation
+from tests.losses import examples_feature_dense, examples_response_relation, examples_tokens
 
-EXAMPLES = {**examples_feature_dense.EXAMPLES, **examples_response_relation.EXAMPLES}
+EXAMPLES = {
+    **examples_feature_dense.EXAMPLES,
+    **examples_response_relation.EXAMPLES,
+    **examples_tokens.EXAMPLES,
+}
+OF_MAPS = [name for name in available_losses() if name not in examples_tokens.EXAMPLES]
 LABEL_SHAPES = {"ifvd": (16, 16)}  # of one sample; () for all others
 BATCH = 4
 
@@ -95,7 +100,7 @@ def test_has_an_example_and_its_facts(name):
     assert set(kind.needs) <= set(inspect.signature(kind).parameters)
 
 
-@names
+@pytest.mark.parametrize("name", OF_MAPS)
 def test_reads_its_default_taps(name):
     shapes = [shape for tap in LOSSES[name].taps for shape in PLACES[tap]]
     if name in DENSE_LOGITS:

@@ -97,6 +97,20 @@ def test_learning_rate(settings, epochs, factors):
     assert {epoch: rate(epoch, epochs) for epoch in factors} == pytest.approx(factors)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_linear_rate_is_transformers_own(warmup):
+    transformers = pytest.importorskip("transformers")
+    p = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([p], 1.0)
+    theirs = transformers.get_linear_schedule_with_warmup(optimizer, warmup, 10)
+    ours = LearningRate("linear", warmup_epochs=warmup)
+    for step in range(10):
+        assert ours(step, 10) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+    assert ours(10, 10) == 0
+
+
 def test_learning_rate_moves_every_step_to_the_end_of_a_shortened_training():
     """A cosine over the 4 of 6 steps that are taken, and each group's own base rate."""
     objective = Objective(None, network(1))
