@@ -211,7 +211,7 @@ def _search(options: argparse.Namespace) -> None:
     from distpro.runs.commands import search
 
     if options.dry_run:
-        _dry_run(read_config(options.config, options.overrides, space=default_space()), searching=True)
+        _dry_run(read_config(options.config, options.overrides, space=default_space), searching=True)
         return
     folder = _out(options, Path(options.config).stem)
     schedule = search(options.config, folder, options.overrides, options.resume)

@@ -67,14 +67,15 @@ def blank_data(config: Config, given: Given | None = None) -> tuple[Any, int | N
     kept = config.data.classes
     classes = config.data.num_classes or (len(kept) if isinstance(kept, list) else kept) or classes
     shape = config.data.image_shape or shape
-    if classes is None or shape is None or (given is not None and given.data is not None):
+    depth = str(config.task).find("depth") >= 0
+    if (classes is None and not depth) or shape is None or (given is not None and given.data is not None):
         data = build_data(config, given)
         try:
             return data, len(data.train)
         except TypeError:  # an iterable data set
             return data, None
     task = str(config.task)
-    blank = Blank(classes, shape, dense="segmentation" in task, boxed="detection" in task)
+    blank = Blank(None if depth else classes, shape, dense="segmentation" in task, boxed="detection" in task)
     return blank, config.data.samples or samples
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ def read_config(
     source: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     below: Mapping[str, Any] | None = None,
-    space: Mapping[str, Any] | None = None,
+    space: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Config:
     """A checked config from a YAML file or a mapping, with ``key=value`` overrides (dotted keys, YAML values). ``below``
-    stands in the place of the defaults, and ``space`` where the config says nothing of pathways and terms (not even null).
+    stands in the place of the defaults, and ``space``, or what it makes of the config, where that says nothing of pathways and
+    terms (not even null).
 
     Raises UserError naming file, key, what was found, what is allowed and the nearest allowed name.
     """
@@ -53,15 +54,20 @@ def read_config(
             raise UserError(f"override '{override}': expected key=value, for instance training.epochs=10")
         content = merge(content, _nest(key.split("."), _yaml(value, f"override '{override}'")))
     if space is not None and not {"pathways", "terms"} & content.keys():
-        content = merge(space, content)
+        content = merge(space(content) if callable(space) else space, content)
     config = check(content, str(path))
     for_retrain(config, str(path))  # or its mistakes would show only when the search is over
     return config
 
 
-def default_space() -> dict[str, Any]:
-    """What a search takes whose config says nothing of pathways and terms: the preset ``default``."""
-    return _preset("default")
+def default_space(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a search takes whose config says nothing of pathways and terms: the preset ``default_TASK`` of its task, where there
+    is one, else ``default``."""
+    task = content.get("task", "")
+    name = (
+        task if isinstance(task, str) else str(task.get("name", next(iter(task), ""))) if isinstance(task, dict) else ""
+    )
+    return _preset(f"default_{name}" if f"default_{name}" in presets() else "default")
 
 
 def for_retrain(config: Config, where: str = "config") -> Config:

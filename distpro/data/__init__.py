@@ -4,7 +4,7 @@ May be imported from here: what ``__all__`` lists. Nothing here knows of tasks, 
 """
 
 from distpro.batch import Batch
-from distpro.data import classification, detection, scenes, segmentation, text  # noqa: F401  # they register their data sets
+from distpro.data import classification, depth, detection, scenes, segmentation, text  # noqa: F401  # they register their data sets
 from distpro.data.augment import AUGMENTATIONS, build_augment
 from distpro.data.datasets import DATASETS, Blank, Dataset, Source, load_data
 from distpro.data.foreign import ForeignDataset, adopt, from_objects

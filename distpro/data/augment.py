@@ -30,7 +30,8 @@ AugmentSpec = Sequence[str | Mapping[str, Mapping[str, Any] | None]]
 class Grid:
     """The input pixel that each output pixel shows. ``row`` and ``col`` are int64, masks are bool, all broadcastable
     to (B, H, W) of the output. Pixels that are not ``inside`` are black, and void in a label map; those that are not
-    ``kept`` are 0 after normalisation. ``height`` and ``width``: of the images that the augmentation at hand reads."""
+    ``kept`` are 0 after normalisation. ``height`` and ``width``: of the images that the augmentation at hand reads.
+    ``enlarged``: how many times larger things are in the output, (B, 1, 1) float32; None: as large."""
 
     height: int
     width: int
@@ -38,6 +39,7 @@ class Grid:
     col: Tensor
     inside: Tensor | None = None
     kept: Tensor | None = None
+    enlarged: Tensor | None = None
 
     @classmethod
     def identity(cls, height: int, width: int, device: torch.device) -> Grid:
@@ -99,7 +101,8 @@ class Crop(Augmentation):
 class Scale(Augmentation):
     """Enlarge or shrink by a factor drawn evenly from ``range`` [low, high] about a random pixel, to the nearest
     neighbour; the frame stays. So a larger factor than 1 shows a random part of the image, and a smaller one the whole
-    image at a random place of a black frame. For segmentation, as in DeepLab (Chen et al., 2018), with a ``crop``."""
+    image at a random place of a black frame. For segmentation, as in DeepLab (Chen et al., 2018), with a ``crop``. Depth is
+    divided by the factor: what looks larger is nearer (Eigen et al., NIPS 2014)."""
 
     draws = 3
     unit = 1 << 16  # of the factor: whole numbers, so that every device finds the same pixels
@@ -111,6 +114,8 @@ class Scale(Augmentation):
 
     def __call__(self, grid: Grid, *drawn: Tensor) -> None:
         factor = self.low + below(drawn[0], self.high - self.low + 1)
+        enlarged = factor.float() / self.unit
+        grid.enlarged = enlarged if grid.enlarged is None else grid.enlarged * enlarged
         row, col = below(drawn[1], grid.height), below(drawn[2], grid.width)
         grid.row, grid.col = self._source(grid.row, row, factor), self._source(grid.col, col, factor)
         _leave_out(grid)
@@ -263,13 +268,18 @@ def output_size(augmentations: Sequence[Augmentation], height: int, width: int) 
 
 
 def apply(
-    augmentations: Sequence[Augmentation], images: Tensor, drawn: Sequence[Tensor], maps: Tensor | None = None
+    augmentations: Sequence[Augmentation],
+    images: Tensor,
+    drawn: Sequence[Tensor],
+    maps: Tensor | None = None,
+    depth: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Augment uint8 ``images`` (B, C, H, W), and label ``maps`` (B, H, W) by the same movements. ``drawn``: per
-    augmentation (B, draws).
+    augmentation (B, draws). ``depth``: the maps are distances, int32.
 
     Returns the images, the mask of their pixels to be kept (bool, broadcastable to (B, H, W), None if all are), and
-    the maps, `VOID` where a pixel shows nothing of the image. A pixel that is not kept still has its label.
+    the maps, `VOID` where a pixel shows nothing of the image, of distances 0. A pixel that is not kept still has its label.
+    Distances become float32 where an augmentation has enlarged or shrunk what they are of.
     """
     if not augmentations:
         return images, None, maps
@@ -281,7 +291,10 @@ def apply(
         grid.height, grid.width = size
         augmentation(grid, *numbers[:, :, None, None].unbind(1))
     read = _read(images, grid, sizes[-1], outside=0)
-    return read, grid.kept, None if maps is None else _read(maps.unsqueeze(1), grid, sizes[-1], VOID).squeeze(1)
+    if maps is not None:
+        maps = _read(maps.unsqueeze(1), grid, sizes[-1], 0 if depth else VOID).squeeze(1)
+        maps = maps / grid.enlarged if depth and grid.enlarged is not None else maps
+    return read, grid.kept, maps
 
 
 def _read(images: Tensor, grid: Grid, size: tuple[int, int], outside: int) -> Tensor:

@@ -58,8 +58,9 @@ class Dataset:
         return {**self.signature, "mean": list(self.mean), "std": list(self.std)}
 
     @property
-    def num_classes(self) -> int:
-        return len(self.names)
+    def num_classes(self) -> int | None:
+        """None of data without classes."""
+        return len(self.names) or None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -68,7 +69,7 @@ class Dataset:
 
     @property
     def dense(self) -> bool:
-        """Whether each pixel has a label."""
+        """Whether each pixel has a label, or a depth."""
         return self.train.dense
 
     def example(self, n: int = 2, device: str | torch.device = "cpu", channels_last: bool = False) -> Batch:
@@ -90,9 +91,9 @@ class Dataset:
 @dataclass(frozen=True)
 class Blank:
     """The facts of a data set that is not there, for a dry run: black images (C, H, W) of class 0, with label maps of it if
-    ``dense``; if ``boxed``, a list of them without objects."""
+    ``dense``; if ``boxed``, a list of them without objects; without classes with depth maps of 1 m."""
 
-    num_classes: int
+    num_classes: int | None
     image_shape: tuple[int, int, int]
     dense: bool = False
     boxed: bool = False
@@ -102,7 +103,7 @@ class Blank:
 
     @property
     def names(self) -> list[str]:
-        return [str(label) for label in range(self.num_classes)]
+        return [str(label) for label in range(self.num_classes or 0)]
 
     def example(self, n: int = 2, device: str | torch.device = "cpu", channels_last: bool = False) -> Batch:
         """``n`` of its images."""
@@ -110,7 +111,9 @@ class Blank:
         if self.boxed:
             none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
             return Batch(list(images), [none] * n, n, torch.arange(n)).to(lambda tensor: tensor.to(device))
-        labels = torch.zeros(n, *(self.image_shape[1:] if self.dense else ()), dtype=torch.int64, device=device)
+        size = self.image_shape[1:] if self.dense or self.num_classes is None else ()
+        labels = torch.zeros(n, *size, dtype=torch.int64, device=device)
+        labels = labels.float() + 1 if self.num_classes is None else labels
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return Batch(images.contiguous(memory_format=layout), labels, n, torch.arange(n, device=device))
 
@@ -161,6 +164,8 @@ def load_data(
 
 
 def _with_classes(source: Source, classes: int | Sequence[int | str]) -> Source:
+    if not source.names:
+        raise UserError("classes: the data set has none")
     chosen = class_numbers(classes, source.names)
     source = _each(source, lambda part: keep_classes(part, chosen))
     return source._replace(names=[source.names[c] for c in chosen])
@@ -203,6 +208,8 @@ def fingerprint(parts: Iterable[Split], names: Sequence[str]) -> str:
         for tensor in (part.labels, part.index, part.peek(64)):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().tobytes())
+        if part.metres is not None:
+            digest.update(str(part.metres).encode())
     return digest.hexdigest()
 
 

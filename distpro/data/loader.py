@@ -31,6 +31,7 @@ class Loader(BatchLoader):
     it would have seen, and a sample looks the same whatever the batch size, the rank or the device.
 
     The target is int64: labels (N,), or label maps (N, H, W) that move with their images, 255 where they show nothing.
+    Depth maps (N, H, W) move likewise; they are float32, in metres, 0 where nothing is measured or shown.
 
     mean, std: per channel, for images in 0-1.
     augment: names, or {name: parameters}, in the order of application (``distpro.data.AUGMENTATIONS``).
@@ -78,7 +79,8 @@ class Loader(BatchLoader):
         self._check(split)
         self._stored_index = split.index
         self._images = split.images if isinstance(split.images, ImageFiles) else split.images.to(self.device)
-        self._labels, self._index = split.labels.to(self.device), split.index.to(self.device)
+        stored = split.labels if split.metres is None else split.labels.view(torch.int16)  # all devices can index it
+        self._metres, self._labels, self._index = split.metres, stored.to(self.device), split.index.to(self.device)
 
     def _check(self, split: Split) -> None:
         if self.expand not in EXPANSIONS:
@@ -144,14 +146,18 @@ class Loader(BatchLoader):
             yield images.to(self.device, non_blocking=True)
 
     def _finish(self, images: Tensor, labels: Tensor, drawn: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Normalised float32 images and int64 labels or label maps of uint8 images."""
-        maps = labels if labels.ndim > 1 else None
-        images, kept, maps = apply(list(self._augmentations.values()), images, drawn, maps)
+        """Normalised float32 images, and int64 labels or label maps, or float32 depth maps, of uint8 images."""
+        maps, depth = labels if labels.ndim > 1 else None, self._metres is not None
+        if depth:
+            maps = labels.int() & 0xFFFF  # 16 bits without a sign
+        images, kept, maps = apply(list(self._augmentations.values()), images, drawn, maps, depth)
         x = images.float().mul_(self._scale).add_(self._shift)
         if kept is not None:
             x.masked_fill_(~kept.unsqueeze(1), 0)
         if self.expand:
             x = torch.stack([torch.rot90(x, turns, (2, 3)) for turns in range(4)], dim=1).flatten(0, 1)
+        if self._metres is not None and maps is not None:
+            return x, maps.float() * self._metres
         return x, labels if maps is None else maps.long()
 
 

@@ -16,17 +16,19 @@ from pathways.registry import UserError, nearest
 @dataclass(frozen=True, eq=False)
 class Split:
     """Samples: ``images`` uint8 (N, C, H, W) contiguous, or files that are decoded batch by batch; ``labels`` (N,)
-    int64, or label maps (N, H, W) uint8 in which 255 is void; ``index`` (N,) int64, the samples' numbers in the set as
-    stored, which a choice of samples keeps."""
+    int64, or label maps (N, H, W) uint8 in which 255 is void, or depth maps (N, H, W) uint16 in which 0 is no
+    measurement and ``metres`` is what one unit stands for (None of labels); ``index`` (N,) int64, the samples' numbers in
+    the set as stored, which a choice of samples keeps."""
 
     images: Tensor | ImageFiles
     labels: Tensor
     index: Tensor
+    metres: float | None = None
 
     @classmethod
-    def of(cls, images: Tensor | ImageFiles, labels: Tensor) -> Split:
+    def of(cls, images: Tensor | ImageFiles, labels: Tensor, metres: float | None = None) -> Split:
         """The whole set as stored."""
-        return cls(images, labels, torch.arange(len(labels)))
+        return cls(images, labels, torch.arange(len(labels)), metres)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,7 +39,7 @@ class Split:
 
     @property
     def dense(self) -> bool:
-        """Whether the labels are maps, one label per pixel."""
+        """Whether the labels are maps, one label or depth per pixel."""
         return self.labels.ndim > 1
 
     @property
@@ -48,7 +50,7 @@ class Split:
     def select(self, rows: Tensor) -> Split:
         """The samples at positions ``rows`` (K,) int64."""
         images = self.images.select(rows.tolist()) if isinstance(self.images, ImageFiles) else self.images[rows]
-        return Split(images, self.labels[rows], self.index[rows])
+        return replace(self, images=images, labels=self.labels[rows], index=self.index[rows])
 
     def decoded(self) -> Split:
         """The same samples with their images in memory."""

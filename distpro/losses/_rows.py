@@ -73,6 +73,11 @@ class ResponseLoss(RowLoss):
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
         super().__init__(student_shapes, teacher_shapes)
         same_shapes(self.what, self.student_shapes, self.teacher_shapes)
+        if any(len(shape) != 2 and shape[0] == 1 for shape in self.student_shapes if shape):
+            raise UserError(
+                f"{self.what} compares probabilities of classes, and the response has one number a sample or position: of "
+                "a regression, such as depth, take loss l1"
+            )
 
     def matrix(self, x: Tensor) -> Tensor:
         return logit_rows(x)

@@ -27,13 +27,13 @@ class StageTaps:
         pre: the same stages before their last ReLU, where teachers are read. Equal to `post` in models whose stages
             do not end in a ReLU.
         stem: what enters the first stage.
-        embedding: what enters the classifier, shape (D,).
+        embedding: what enters the classifier, shape (D,); None where there is none.
     """
 
     post: tuple[str, ...]
     pre: tuple[str, ...]
     stem: str
-    embedding: str
+    embedding: str | None
 
 
 def stage_taps(model: nn.Module) -> StageTaps | None:

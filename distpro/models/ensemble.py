@@ -27,7 +27,8 @@ def _taps_under(path: str, model: nn.Module) -> StageTaps | None:
     if taps is None:
         return None
     post, pre = (tuple(f"{path}.{name}" for name in names) for names in (taps.post, taps.pre))
-    return StageTaps(post=post, pre=pre, stem=f"{path}.{taps.stem}", embedding=f"{path}.{taps.embedding}")
+    embedding = None if taps.embedding is None else f"{path}.{taps.embedding}"
+    return StageTaps(post=post, pre=pre, stem=f"{path}.{taps.stem}", embedding=embedding)
 
 
 class InputAdapter(nn.Module):

@@ -337,7 +337,7 @@ def _checked(
     objects = given.overrides() if given is not None else []
     source = config.model_dump(exclude_unset=True) if isinstance(config, Config) else config
     below = {} if schedule is None else _said_by(schedule)
-    space = default_space() if searching else None if schedule is None else _space_of(schedule)
+    space: Any = default_space if searching else None if schedule is None else _space_of(schedule)
     return settle_precision(read_config(source, [*overrides, *objects], below, space), searching)
 
 

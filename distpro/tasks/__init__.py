@@ -5,6 +5,7 @@ Imports batch and pathways; knows neither losses nor the trainer.
 
 from distpro.tasks.calibration import CalibratedLoss, calibrated_loss
 from distpro.tasks.classification import Classification
+from distpro.tasks.depth import Depth
 from distpro.tasks.detection import Detection
 from distpro.tasks.metrics import METRICS, Together
 from distpro.tasks.segmentation import Segmentation
@@ -13,6 +14,7 @@ from pathways.registry import Registry
 
 TASKS = Registry("task", takes_code=True)
 TASKS.register("classification")(Classification)
+TASKS.register("depth")(Depth)
 TASKS.register("segmentation")(Segmentation)
 TASKS.register("detection")(Detection)
 TASKS.register("text")(TextClassification)
@@ -23,6 +25,7 @@ __all__ = [
     "TASKS",
     "CalibratedLoss",
     "Classification",
+    "Depth",
     "Detection",
     "Segmentation",
     "TextClassification",

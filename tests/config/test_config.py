@@ -158,7 +158,7 @@ def test_a_missing_file_names_the_nearest_one(write, tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("preset: papr", "unknown preset 'papr'; did you mean 'paper'? (allowed: default, paper, paper_imagenet)"),
+        ("preset: papr", "unknown preset 'papr'; did you mean 'paper'? (allowed: default, default_depth, paper, paper_imagenet)"),
         ("preset: [paper]", "unknown preset"),
         ("base: rum.yaml", "rum.yaml: no such config file; did you mean 'run.yaml'?"),
         ("base: [a.yaml]", "expected the path of one YAML file"),
@@ -270,21 +270,24 @@ def test_a_config_survives_its_own_dump(write):
 def test_every_preset_is_a_valid_config(name):
     config = read_config({"preset": name, "student": {"model": "resnet8"}})
     assert config != Config(student={"model": "resnet8"})
-    if name != "default":
+    if not name.startswith("default"):
         assert for_retrain(config).training.epochs > config.training.epochs
 
 
 def test_a_search_without_a_space_takes_the_default_one():
     """One that names pathways, terms, or neither of them in so many words (null) does not."""
     pair = {"teacher": {"model": "resnet20"}, "student": {"model": "resnet8"}}
-    config = read_config(pair, space=default_space())
+    config = read_config(pair, space=default_space)
     assert config.pathways.connect == "matched" and len(config.terms) == 6
     assert config.search.horizon == 0.25 and config.search.weighting == "log" and config.retrain.start == 1
     assert read_config(pair).pathways is None and not read_config(pair).terms
-    assert not read_config({**pair, "pathways": {"connect": "same"}}, space=default_space()).terms
-    assert read_config({**pair, "pathways": None, "terms": [{"loss": "kd"}]}, space=default_space()).search.horizon == 1
-    own = read_config({**pair, "search": {"horizon": 7}}, space=default_space())
+    assert not read_config({**pair, "pathways": {"connect": "same"}}, space=default_space).terms
+    assert read_config({**pair, "pathways": None, "terms": [{"loss": "kd"}]}, space=default_space).search.horizon == 1
+    own = read_config({**pair, "search": {"horizon": 7}}, space=default_space)
     assert own.search.horizon == 7 and len(own.terms) == 6
+    for task in ("depth", {"depth": {}}, {"name": "depth"}):  # of a regression nothing compares classes
+        config = read_config({**pair, "task": task}, space=default_space)
+        assert [term.loss for term in config.terms] == ["l1", "at"] and config.search.horizon == 0.25
 
 
 @pytest.mark.parametrize("horizon", [0, -3, 1.5, 0.0, "all"])

@@ -21,6 +21,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "ifvd": {**_MAP, "params": {"num_classes": 3}},
     "kdsvd": {**_SAME, "params": {}},
     "ktaad": {**_MAP, "params": {}},
+    "l1": {**_SAME, "params": {}},
     "l2": {**_MAPS, "params": {}},
     "mgd": {**_MAPS, "params": {}},
     "nst": {**_MAPS, "params": {}},

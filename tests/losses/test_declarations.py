@@ -53,7 +53,7 @@ def test_which_losses_take_positions_and_masks():
         ]
     )
     assert MASKED == sorted(
-        ["ab", "at", "cwd", "dab", "ghnd", "hint", "hnd", "ickd", "ktaad", "l2", "mgd", "nst", "ofd", "vid"]
+        ["ab", "at", "cwd", "dab", "ghnd", "hint", "hnd", "ickd", "ktaad", "l1", "l2", "mgd", "nst", "ofd", "vid"]
     )
 
 

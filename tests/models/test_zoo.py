@@ -14,8 +14,8 @@ from distpro.models.shufflenet import UnitV2
 from pathways import Tapped, UserError, tap
 
 REQUIRED = {"wrn": {"depth": 10, "width": 1}}
-OF_TIMM = {"deit", "efficientnet_lite0", "pspnet"}  # made of its parts, with tests of their own
-NAMES = [name for name in MODELS if name not in OF_TIMM and not MODELS[name].__module__.endswith(".detection")]
+OWN_TESTS = {"deit", "efficientnet_lite0", "encoder_decoder", "pspnet"}  # made of parts, with tests of their own
+NAMES = [name for name in MODELS if name not in OWN_TESTS and not MODELS[name].__module__.endswith(".detection")]
 
 
 def example(name):
