@@ -158,7 +158,10 @@ def test_a_missing_file_names_the_nearest_one(write, tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("preset: papr", "unknown preset 'papr'; did you mean 'paper'? (allowed: default, default_depth, paper, paper_imagenet)"),
+        (
+            "preset: papr",
+            "unknown preset 'papr'; did you mean 'paper'? (allowed: default, default_depth, paper, paper_imagenet)",
+        ),
         ("preset: [paper]", "unknown preset"),
         ("base: rum.yaml", "rum.yaml: no such config file; did you mean 'run.yaml'?"),
         ("base: [a.yaml]", "expected the path of one YAML file"),
