@@ -7,7 +7,7 @@
 The file says:
 
     config: search_configs/x.yaml       # pair, data, search and training
-    metric: accuracy                    # what tables show, in percent; the default
+    metric: accuracy                    # what tables show, in percent or its own unit; the default
     seeds: [0, 1, 2]
     baseline: equal                     # label, or list of them, that the others are compared with, seed by seed
     set: {threads: 1}                   # overrides of every run

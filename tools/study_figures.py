@@ -8,6 +8,14 @@ from typing import Any
 
 from study_file import StudyFile, at_budget, half_width
 
+METRICS = {"miou": "mIoU, %", "rmse": "RMSE in m, smaller is better"}  # as tables and figures write them
+DIGITS = {"rmse": 3}
+
+
+def title_of(metric: str) -> str:
+    """A metric with its unit, percent where nothing else is known."""
+    return METRICS.get(metric, f"{metric}, %")
+
 
 def draw_budgets(study: StudyFile, path: Path) -> None:
     """Accuracy against epochs, and against seconds with the search's; a training of its own at every point."""
@@ -23,7 +31,8 @@ def draw_budgets(study: StudyFile, path: Path) -> None:
             for axis, x in zip(axes, (epochs, seconds), strict=True):
                 axis.errorbar(x, means, spreads, marker="o", markersize=4, capsize=3, label=base)
     axes[0].set(
-        xlabel="epochs of the training, each with its own learning-rate schedule", ylabel=f"test {study.metric}, %"
+        xlabel="epochs of the training, each with its own learning-rate schedule",
+        ylabel=f"test {title_of(study.metric)}",
     )
     axes[1].set(xlabel="seconds, the search included")
     for axis in axes:
@@ -51,7 +60,7 @@ def draw_bars(study: StudyFile, path: Path) -> None:
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
     lowest = min(min(values) for values in found.values())
-    axis.set(xlim=(lowest - 3, None), xlabel=f"test {study.metric}, %; dots: seeds; blue: learned schedules")
+    axis.set(xlim=(lowest - 3, None), xlabel=f"test {title_of(study.metric)}; dots: seeds; blue: learned schedules")
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
 
@@ -74,7 +83,9 @@ def draw_dots(study: StudyFile, path: Path) -> None:
     axis.invert_yaxis()
     lowest, highest = (f(v for values in found.values() for v in values) for f in (min, max))
     axis.set(xlim=(lowest - 1, highest + 1))  # an interval of a few seeds may be wider than what there is to see
-    axis.set(xlabel=f"test {study.metric}, %; dots: seeds, lines: mean with 95 % interval, blue: learned weights")
+    axis.set(
+        xlabel=f"test {title_of(study.metric)}; dots: seeds, lines: mean with 95 % interval, blue: learned weights"
+    )
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from study_figures import FIGURES
+from study_figures import DIGITS, FIGURES, title_of
 from study_file import ROOT, StudyFile, half_width
 
 from distpro.files import write_atomically
 
-METRICS = {"miou": "mIoU"}  # as tables write them
-
 
 def render(study: StudyFile) -> str:
     """Markdown: mean ± standard deviation, and paired differences to the baseline with a 95 % interval."""
-    rows, found = study.rows(), study.found()
+    rows, found, digits = study.rows(), study.found(), DIGITS.get(study.metric, 2)
     baseline = study.content.get("baseline", [])
     baselines = [baseline] if isinstance(baseline, str) else baseline
     compared = "".join(f"paired difference to {label} | " for label in baselines)
     lines = [
-        f"| weights | last-epoch test {METRICS.get(study.metric, study.metric)}, % | n | {compared}seconds a run | with its search |",
+        f"| weights | last-epoch test {title_of(study.metric)} | n | {compared}seconds a run | with its search |",
         "|---|---|---|---|---|" + "---|" * len(baselines),
     ]
     for label in [*study.runs, *study.searches]:
@@ -31,9 +29,12 @@ def render(study: StudyFile) -> str:
         against = [{} if searching or label == b else found.get(b, {}) for b in baselines]
         values = [
             f"({label})" if searching else label,
-            _spread([r[study.metric] for r in mine.values()]),
+            _spread([r[study.metric] for r in mine.values()], digits),
             str(len(mine)),
-            *(_interval([r[study.metric] - b[s][study.metric] for s, r in mine.items() if s in b]) for b in against),
+            *(
+                _interval([r[study.metric] - b[s][study.metric] for s, r in mine.items() if s in b], digits)
+                for b in against
+            ),
             f"{statistics.mean(r['seconds'] for r in mine.values()):.0f}",
             f"{study.seconds(label):.0f}" if study.search_of(label) else "",
         ]
@@ -83,18 +84,19 @@ def epochs_to(goal: float, curve: dict[int, float]) -> str:
     return f"more than {max(curve)}"
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def _interval(differences: list[float]) -> str:
+def _interval(differences: list[float], digits: int) -> str:
     if not differences:
         return ""
     mean = statistics.mean(differences)
     if len(differences) < 2:
-        return f"{mean:+.2f}"
+        return f"{mean:+.{digits}f}"
     half = half_width(differences)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
 
 
 def seen_from(page: Path, table: str) -> str:

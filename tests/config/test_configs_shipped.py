@@ -23,6 +23,7 @@ from distpro.runs.commands import retrain, search
 from distpro.schedule import Schedule
 from tests import glue
 from tests.conftest import ROOT
+from tests.models.test_encoder_decoder import published
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,7 @@ FILES = {
     "detection/raccoon_192.zip": ["data.num_classes=1", "data.image_shape=[3,128,192]"],
     "cifar10.npz": ["data.num_classes=10", "data.image_shape=[3,32,32]"],
     "cifar100.npz": ["data.num_classes=100", "data.image_shape=[3,32,32]"],
+    "depth7scenes/sevenscenes_128x96.zip": ["data.image_shape=[3,96,128]"],
 }
 PSPNETS = ((67947878, 256), (16317734, 64))
 """Parameters for 19 classes, and the width of the auxiliary head."""
@@ -171,7 +173,10 @@ def test_a_retrain_config_describes_its_pair(path):
         of_camvid = (11029328 - 10 * (257 + 11), 3221538 - 10 * (41 + 129))
         # PSPNet's: tests/models/test_segmenters.py; VOC has two classes more in two heads
         of_pspnet = [count + (path.stem.startswith("voc_")) * 2 * (513 + aux + 1) for count, aux in PSPNETS]
-        teacher, student = (853018, 269722) if path in CIFAR else of_camvid if path in CAMVID else of_pspnet
+        # 7-Scenes': timm's and torchvision's encoders, and S2D's decoder of tests/models/test_encoder_decoder.py
+        of_sevenscenes = (4922488 + published("deconv3", 512, 128), 341792 + published("deconv3", 1024, 64))
+        others = of_sevenscenes if path.stem.startswith("sevenscenes_") else of_pspnet
+        teacher, student = (853018, 269722) if path in CIFAR else of_camvid if path in CAMVID else others
         if path in BERT:
             tokens = tokens_of(stage.config.data.params["set"])
             teacher, student = bert(128, 4, 512, tokens), bert(64, 2, 256, tokens)

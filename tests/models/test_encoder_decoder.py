@@ -27,10 +27,10 @@ def test_the_output_has_the_image_s_size(decoder):
         assert found.shape == (2, 3, *size) and found.isfinite().all()
 
 
-def published(decoder, channels=512):
-    """Parameters of S2D's decoder behind ResNet-18, as its paper describes it: half the encoder's channels, then four steps
-    that halve them, each with a BatchNorm after a convolution; a 3×3 convolution to one channel."""
-    total, width = channels * channels // 2 + channels, channels // 2
+def published(decoder, channels, width):
+    """Parameters of S2D's decoder as its paper describes it: a 1×1 convolution to ``width`` channels (there half of the
+    encoder's), then four steps that halve them, all with BatchNorm, and a 3×3 convolution to one channel."""
+    total = channels * width + 2 * width
     for _ in range(4):
         half = width // 2
         if decoder == "upproj":
@@ -46,7 +46,7 @@ def test_the_parameters_are_s2d_s(decoder):
     model = build("torchvision:resnet18", decoder=decoder, width=None)
     encoder = torchvision.models.resnet18()
     expected = sum(p.numel() for p in encoder.parameters()) - sum(p.numel() for p in encoder.fc.parameters())
-    assert sum(p.numel() for p in model.parameters()) == expected + published(decoder)
+    assert sum(p.numel() for p in model.parameters()) == expected + published(decoder, 512, 256)
     assert not any(name.startswith("fc") for name, _ in model.encoder.named_children())
 
 
