@@ -62,6 +62,7 @@ INDEPENDENT = {
     "dkd_target": "with `dkd_nontarget`, `dkd` (which has golden files)",
     "ghnd": "sum over depths of `hnd`, by hand",
     "hnd": "sum of squares, by hand",
+    "l1": "PyTorch's l1_loss, float64",
     "l2": "squared error after its projection, float64",
     "logit_std": "`kd` and `dkd` of standardised logits; invariant to the teacher's scale",
     "ls": "`kd` from a uniform teacher, up to a constant",

@@ -174,7 +174,7 @@ def test_a_retrain_config_describes_its_pair(path):
         # PSPNet's: tests/models/test_segmenters.py; VOC has two classes more in two heads
         of_pspnet = [count + (path.stem.startswith("voc_")) * 2 * (513 + aux + 1) for count, aux in PSPNETS]
         # 7-Scenes': timm's and torchvision's encoders, and S2D's decoder of tests/models/test_encoder_decoder.py
-        of_sevenscenes = (4922488 + published("deconv3", 512, 128), 341792 + published("deconv3", 1024, 64))
+        of_sevenscenes = (4922488 + published("deconv3", 512, 128), 341792 + published("deconv3", 1024, 128))
         others = of_sevenscenes if path.stem.startswith("sevenscenes_") else of_pspnet
         teacher, student = (853018, 269722) if path in CIFAR else of_camvid if path in CAMVID else others
         if path in BERT:

@@ -41,10 +41,12 @@ class Loss:
 def test_double_backward_and_forward_over_reverse_equal_differences_of_the_gradient(name):
     loss = Loss(name)
     expected = by_differences(loss, loss.at, loss.along)
+    found = [way(loss, loss.at, loss.along) for way in (by_double_backward, by_forward_over_reverse)]
+    if name == "l1":  # straight between its kinks
+        assert not expected.any() and not any(x.any() for x in found)
+        return
     assert expected.norm() > 1e-3
-    errors = [
-        relative(way(loss, loss.at, loss.along), expected) for way in (by_double_backward, by_forward_over_reverse)
-    ]
+    errors = [relative(x, expected) for x in found]
     if LOSSES[name].once_only:  # and so it has to say
         assert min(errors) > 1e-4
     else:
