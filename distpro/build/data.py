@@ -12,6 +12,7 @@ import torch
 from distpro.batch import Batch
 from distpro.build.device import device_of
 from distpro.build.given import Given, refuse_object
+from distpro.build.task import build_task
 from distpro.config.schema import Config
 from distpro.data import Blank, build_augment, load_data, split
 from distpro.data.augment import Crop
@@ -67,16 +68,18 @@ def blank_data(config: Config, given: Given | None = None) -> tuple[Any, int | N
     kept = config.data.classes
     classes = config.data.num_classes or (len(kept) if isinstance(kept, list) else kept) or classes
     shape = config.data.image_shape or shape
-    depth = str(config.task).find("depth") >= 0
-    if (classes is None and not depth) or shape is None or (given is not None and given.data is not None):
+    targets = getattr(
+        given.task if given is not None and given.task is not None else build_task(config), "targets", "classes"
+    )
+    unknown = shape is None or (classes is None and targets != "depths")
+    if unknown or (given is not None and given.data is not None):
         data = build_data(config, given)
         try:
             return data, len(data.train)
         except TypeError:  # an iterable data set
             return data, None
-    task = str(config.task)
-    blank = Blank(None if depth else classes, shape, dense="segmentation" in task, boxed="detection" in task)
-    return blank, config.data.samples or samples
+    assert shape is not None
+    return Blank(classes, shape, targets), config.data.samples or samples
 
 
 def example_of(config: Config, data: Any) -> Batch:

@@ -90,13 +90,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Blank:
-    """The facts of a data set that is not there, for a dry run: black images (C, H, W) of class 0, with label maps of it if
-    ``dense``; if ``boxed``, a list of them without objects; without classes with depth maps of 1 m."""
+    """The facts of a data set that is not there, for a dry run: black images (C, H, W) with ``targets`` as a task has them: of
+    class 0, all pixels of class 0 (``maps``), 1 m away (``depths``), or without any object (``boxes``, of a list of images)."""
 
     num_classes: int | None
     image_shape: tuple[int, int, int]
-    dense: bool = False
-    boxed: bool = False
+    targets: str = "classes"
 
     mean: ClassVar[tuple[float, ...]] = ()
     std: ClassVar[tuple[float, ...]] = ()
@@ -107,15 +106,15 @@ class Blank:
 
     def example(self, n: int = 2, device: str | torch.device = "cpu", channels_last: bool = False) -> Batch:
         """``n`` of its images."""
-        images = torch.zeros(n, *self.image_shape, device=device)
-        if self.boxed:
+        images, index = torch.zeros(n, *self.image_shape, device=device), torch.arange(n, device=device)
+        if self.targets == "boxes":
             none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-            return Batch(list(images), [none] * n, n, torch.arange(n)).to(lambda tensor: tensor.to(device))
-        size = self.image_shape[1:] if self.dense or self.num_classes is None else ()
-        labels = torch.zeros(n, *size, dtype=torch.int64, device=device)
-        labels = labels.float() + 1 if self.num_classes is None else labels
+            return Batch(list(images), [none] * n, n, index).to(lambda tensor: tensor.to(device))
+        size = self.image_shape[1:] if self.targets in ("maps", "depths") else ()
+        target = torch.ones(n, *size, device=device)
+        target = target if self.targets == "depths" else torch.zeros_like(target, dtype=torch.int64)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        return Batch(images.contiguous(memory_format=layout), labels, n, torch.arange(n, device=device))
+        return Batch(images.contiguous(memory_format=layout), target, n, index)
 
 
 def load_data(

@@ -29,6 +29,7 @@ class Depth:
 
     headline = "rmse"
     higher_is_better = False
+    targets = "depths"
 
     def model_arguments(self, data: Any) -> dict[str, Any]:
         return {"num_classes": 1}

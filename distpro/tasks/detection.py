@@ -44,6 +44,7 @@ class Detection:
 
     headline = "map"
     higher_is_better = True
+    targets = "boxes"
 
     def __init__(self, weights: Mapping[str, float] | None = None, with_loss: bool = True):
         self.weights, self.with_loss = dict(weights or {}), with_loss

@@ -35,6 +35,7 @@ class Segmentation:
 
     headline = "miou"
     higher_is_better = True
+    targets = "maps"
 
     def __init__(
         self,

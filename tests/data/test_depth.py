@@ -280,6 +280,6 @@ def test_augmentations_that_mix_samples_are_refused(tree):
 
 
 def test_a_blank_without_classes_has_depth():
-    example = Blank(None, (3, 6, 8)).example(3)
+    example = Blank(None, (3, 6, 8), "depths").example(3)
     assert example.target.dtype == torch.float32 and example.target.shape == (3, 6, 8) and example.target.eq(1).all()
-    assert Blank(None, (3, 6, 8)).names == []
+    assert Blank(None, (3, 6, 8), "depths").names == []

@@ -224,7 +224,7 @@ def test_examples_are_plain_normalised_training_images(tmp_path, stream):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_blank_has_the_facts_and_no_data(dense):
-    blank = Blank(4, (3, 6, 8), dense)
+    blank = Blank(4, (3, 6, 8), "maps" if dense else "classes")
     example = blank.example(3)
     assert (blank.num_classes, blank.names, blank.image_shape) == (4, ["0", "1", "2", "3"], (3, 6, 8))
     assert (blank.mean, blank.std) == ((), ())
