@@ -188,9 +188,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+LONG = 20  # items of a list, beyond which it is shown in part: a tokenizer's vocabulary
+
+
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{'' if name == 'name' else f'{name} '}{_words(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_words, value)) + "]"
+        more = [f"... {len(value):,} in all"] if len(value) > LONG else []
+        return "[" + ", ".join([*map(_words, value[: LONG // 2 if more else LONG]), *more]) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import distpro
+from distpro.cli import main
 from distpro.config.reading import read_config
 from distpro.data import load_data
 from distpro.files import load_safely
@@ -112,6 +113,13 @@ def test_the_search_learns_weights_of_its_terms(search):
     assert (schedule.alpha_tilde[0] != schedule.alpha_tilde[-1]).all()
     facts = json.loads((search / "data.json").read_text())
     assert schedule.meta["data"]["tokenizer"]["vocabulary"] == facts["tokenizer"]["vocabulary"]
+
+
+def test_a_schedule_in_words_shows_no_whole_vocabulary(search, capsys):
+    assert main(["inspect", str(search / "alpha.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "vocabulary [[PAD], [UNK], [CLS], [SEP], [MASK]" in said and "... 1,500 in all]" in said
+    assert max(map(len, said.splitlines())) < 1200
 
 
 def test_a_search_that_is_stopped_and_one_that_dies_come_to_the_same(search, teacher, tmp_path, monkeypatch):
