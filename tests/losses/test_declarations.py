@@ -39,6 +39,7 @@ def test_which_losses_take_positions_and_masks():
     assert BY_POSITION == sorted(
         [
             "ctkd",
+            "deit",
             "dist",
             "dkd",
             "dkd_nontarget",

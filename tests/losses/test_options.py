@@ -79,7 +79,7 @@ def test_temperatures_are_above_0(name, option):
 
 
 def test_no_temperature_is_forgotten():
-    assert len(TEMPERATURES) == 17
+    assert len(TEMPERATURES) == 18
     assert {name for name, _ in TEMPERATURES} >= {
         "kd",
         "dkd",
