@@ -33,6 +33,7 @@ CIFAR = [path for path in RETRAIN if path.stem.startswith("cifar10_") and "deit"
 CAMVID = [path for path in RETRAIN if path.stem.startswith("camvid_")]
 BERT = [path for path in RETRAIN if path.stem.startswith(("sst2_", "cola_", "mrpc_", "rte_"))]
 PSPNET = [path for path in RETRAIN if path.stem.startswith(("cityscapes_", "voc_")) and "ktaad" not in path.stem]
+SEVENSCENES = [path for path in RETRAIN if path.stem.startswith("sevenscenes_")]
 RACCOON = [path for path in RETRAIN if path.stem.startswith("raccoon_")]
 
 # The data of these are files that may be absent; a description needs no more than this of them.
@@ -163,7 +164,7 @@ def bert(d, layers, inner, tokens, positions=128, classes=2):
     return (tokens + positions + 2 + 2) * d + layers * block + (d * d + d) + (d * classes + classes)
 
 
-@pytest.mark.parametrize("path", [*CIFAR, *CAMVID, *PSPNET, *BERT], ids=by_name)
+@pytest.mark.parametrize("path", [*CIFAR, *CAMVID, *PSPNET, *BERT, *SEVENSCENES], ids=by_name)
 def test_a_retrain_config_describes_its_pair(path):
     stages = stages_of(for_retrain(read_config(path, facts(path))))
     assert path.read_text().startswith("# ")
@@ -175,7 +176,7 @@ def test_a_retrain_config_describes_its_pair(path):
         of_pspnet = [count + (path.stem.startswith("voc_")) * 2 * (513 + aux + 1) for count, aux in PSPNETS]
         # 7-Scenes': timm's and torchvision's encoders, and S2D's decoder of tests/models/test_encoder_decoder.py
         of_sevenscenes = (4922488 + published("deconv3", 512, 128), 341792 + published("deconv3", 1024, 128))
-        others = of_sevenscenes if path.stem.startswith("sevenscenes_") else of_pspnet
+        others = of_sevenscenes if path in SEVENSCENES else of_pspnet
         teacher, student = (853018, 269722) if path in CIFAR else of_camvid if path in CAMVID else others
         if path in BERT:
             tokens = tokens_of(stage.config.data.params["set"])
