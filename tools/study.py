@@ -170,7 +170,7 @@ def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
     config = read_config(ROOT / study.config(label), study.overrides(label, 0))
     tunes = Search(study, label).tunes
-    searching = label in study.searches
+    searching = label in study.searches and not tunes
     description = describe(config if searching else for_retrain(config), searching)
     if not tunes:
         return (description.steps or 0) * description.step_macs
