@@ -48,7 +48,7 @@ from typing import Any
 from study_file import ROOT, Search, StudyFile
 from study_table import render, seen_from, splice
 
-from distpro.config.reading import for_retrain, read_config
+from distpro.config.reading import default_space, for_retrain, read_config
 from distpro.files import write_atomically
 from distpro.report.cost import describe
 from distpro.schedule import Schedule
@@ -168,9 +168,10 @@ def summary(schedule: Schedule) -> dict[str, Any]:
 
 def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
-    config = read_config(ROOT / study.config(label), study.overrides(label, 0))
     tunes = Search(study, label).tunes
     searching = label in study.searches and not tunes
+    space = default_space if searching else None
+    config = read_config(ROOT / study.config(label), study.overrides(label, 0), space=space)
     description = describe(config if searching else for_retrain(config), searching)
     if not tunes:
         return (description.steps or 0) * description.step_macs

@@ -14,7 +14,7 @@ import torch
 from torchvision.models import get_model, get_model_weights
 
 from distpro import build
-from distpro.config.reading import for_retrain, read_config
+from distpro.config.reading import default_space, for_retrain, read_config
 from distpro.config.stages import stages_of
 from distpro.data import load_data
 from distpro.models import build_model
@@ -80,7 +80,7 @@ def facts(path):
 
 
 def config_of(path):
-    return read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])])
+    return read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])], space=default_space)
 
 
 @functools.cache
