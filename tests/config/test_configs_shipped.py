@@ -80,7 +80,8 @@ def facts(path):
 
 
 def config_of(path):
-    return read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])], space=default_space)
+    space = None if path.stem.endswith("_teacher") else default_space
+    return read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])], space=space)
 
 
 @functools.cache
