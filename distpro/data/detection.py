@@ -123,14 +123,14 @@ def boxes_csv(
     store = open_store(locate(what, root))
     files, table = _below(store, images), _only(store, annotations)
     rows = _table(store, table)
-    classes = sorted({row["class"] for row in rows} - {""}) if names is None else [str(name) for name in names]
+    classes = sorted({row["class"] for row in rows} - {""}) if names is None else _names(what, names)
     found: dict[str, Described] = {}
     for number, row in enumerate(rows, 2):
         place = f"{store.path}: {table}, line {number}"
         name = row["file"]
         if name not in files:
             raise UserError(f"{place}: there is no image {images}/{name}{nearest(name, list(files))}")
-        size = (int(_number(place, row, "width")), int(_number(place, row, "height")))
+        size = (_side(place, row, "width"), _side(place, row, "height"))
         known = found.setdefault(name, Described(files[name], size, Boxes.none()))
         if known.size != size:
             raise UserError(f"{place}: {name} is {size[0]}x{size[1]} here, but {known.size[0]}x{known.size[1]} before")
@@ -189,7 +189,13 @@ def coco(
             raise UserError(f"{what}: splits.{part} must be a name, got {split!r}")
         table = _only(store, annotations.format(split=split))
         content = _json(store, table)
-        categories = categories or dict(sorted((c["id"], str(c["name"])) for c in content["categories"]))
+        own = _categories(f"{store.path}: {table}", content)
+        categories = categories or own
+        differs = next((key for key, name in own.items() if categories.get(key, name) != name), None)
+        if differs is not None:
+            raise UserError(
+                f"{store.path}: {table}: category {differs} is '{own[differs]}', but '{categories[differs]}' in the training part"
+            )
         parts[part] = _instances(store, table, content, images.format(split=split), categories, invalid)
     classes = list(categories.values())
     sets = {
@@ -198,36 +204,68 @@ def coco(
     return BoxedDataset(sets["train"], sets.get("validation"), sets["test"], classes)
 
 
+def _names(what: str, names: Any) -> list[str]:
+    """The names of classes that a config states, each once."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise UserError(f"{what}: names must be a list of class names, got {names!r}")
+    found = [str(name) for name in names]
+    twice = next((name for name in found if found.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{what}: names has '{twice}' twice")
+    return found
+
+
+def _categories(place: str, content: Mapping[str, Any]) -> dict[int, str]:
+    """The categories of a COCO file by their ids, in the order of these."""
+    entries = [(c["id"], str(c["name"])) for c in content["categories"]]
+    wrong = next((key for key, _ in entries if not isinstance(key, int) or isinstance(key, bool)), None)
+    if wrong is not None or not entries:
+        raise UserError(
+            f"{place}: " + (f"the id {wrong!r} of a category is no whole number" if entries else "no categories")
+        )
+    for of, values in (("id", [key for key, _ in entries]), ("name", [name for _, name in entries])):
+        twice = next((value for value in values if values.count(value) > 1), None)  # type: ignore[arg-type]
+        if twice is not None:
+            raise UserError(f"{place}: two categories have the {of} {twice!r}")
+    return dict(sorted(entries))
+
+
 def _instances(
     store: Store, table: str, content: Mapping[str, Any], folder: str, categories: Mapping[int, str], invalid: Invalid
 ) -> list[Described]:
     """The images of a COCO file, in its order, with their boxes."""
     place, files = f"{store.path}: {table}", _below(store, folder)
     labels = {category: label for label, category in enumerate(categories, 1)}
+    odd = next((image["id"] for image in content["images"] if not isinstance(image["id"], (int, str))), None)
+    if odd is not None:
+        raise UserError(f"{place}: the id {odd!r} of an image is no number")
     boxes: dict[Any, list[tuple[list[float], int, int]]] = {image["id"]: [] for image in content["images"]}
     for entry in content["annotations"]:
-        where = f"{place}, annotation {entry.get('id')}"
+        where = f"{place}, annotation {entry.get('id') if isinstance(entry, Mapping) else entry!r}"
         try:
-            image, category = entry["image_id"], entry["category_id"]
+            image, category, crowd = entry["image_id"], entry["category_id"], entry.get("iscrowd", 0)
             left, top, width, height = (float(number) for number in entry["bbox"])
-        except (KeyError, TypeError, ValueError) as error:
+            known = image in boxes, category in labels, crowd in (0, 1)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{where}: needs image_id, category_id and bbox [left, top, width, height] ({error})"
             ) from None
-        if image not in boxes:
+        if not known[2]:
+            raise UserError(f"{where}: iscrowd must be 0 or 1, got {crowd!r}")
+        if not known[0]:
             raise UserError(f"{where}: its image_id {image} is none of the images")
-        if category not in labels:
+        if not known[1]:
             raise UserError(
                 f"{where}: its category_id {category} is none of the training part's {len(labels)} categories"
             )
         corners = [left, top, left + width, top + height]
-        boxes[image].append((corners, labels[category], int(entry.get("iscrowd", 0))))
+        boxes[image].append((corners, labels[category], int(crowd)))
     found = []
     for image in content["images"]:
         name = image["file_name"]
         if name not in files:
             raise UserError(f"{place}: there is no image {folder}/{name}{nearest(name, list(files)[:1000])}")
-        size = (int(image["width"]), int(image["height"]))
+        size = (_side(place, image, "width"), _side(place, image, "height"))
         found.append(
             Described(files[name], size, check_boxes(f"{place}, image {name}", boxes[image["id"]], size, invalid))
         )
@@ -318,6 +356,17 @@ def _number(place: str, row: Mapping[str, str], column: str) -> float:
         return float(row[column])
     except ValueError:
         raise UserError(f"{place}: {column} must be a number, got {row[column]!r}") from None
+
+
+def _side(place: str, row: Mapping[str, Any], column: str) -> int:
+    """A width or height in pixels."""
+    try:
+        value = float(row[column])
+    except (ValueError, TypeError):
+        value = 0.0
+    if not (1 <= value < 1e6 and value.is_integer()):
+        raise UserError(f"{place}: {column} must be a whole number of pixels, got {row[column]!r}")
+    return int(value)
 
 
 def _label(place: str, name: str, classes: Sequence[str]) -> int:

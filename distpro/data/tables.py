@@ -66,6 +66,8 @@ def read_rows(root: Path, file: str, layout: Layout, columns: Columns) -> Rows:
     wanted = [columns.text, columns.label, *([] if columns.pair is None else [columns.pair])]
     if header is not None:
         for name in wanted:
+            if header.count(name) > 1:  # type: ignore[arg-type]
+                raise UserError(f"{place} has {header.count(name)} columns '{name}'")  # type: ignore[arg-type]
             if name not in header:
                 shown = ", ".join(map(str, header))
                 raise UserError(f"{place} has no column '{name}'{nearest(str(name), header)} (it has: {shown})")
@@ -143,12 +145,14 @@ def _table(text: str, kind: str, layout: Layout, place: str) -> tuple[list[tuple
 
 def _json(text: str, place: str) -> tuple[list[tuple[int, Any]], None]:
     rows = []
-    for line, content in enumerate(text.splitlines(), 1):
+    for line, content in enumerate(
+        text.split("\n"), 1
+    ):  # and not where JSON has other ends of lines inside of a string
         if not content.strip():
             continue
         try:
             row = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place}, line {line}: no JSON ({error})") from None
         if not isinstance(row, Mapping):
             raise UserError(f"{place}, line {line}: expected an object, found {type(row).__name__}")
@@ -161,7 +165,10 @@ def _field(row: Any, name: Column, header: list[str] | None, where: str) -> str:
         if name not in row:
             raise UserError(f"{where} has no '{name}'{nearest(str(name), row)} (it has: {', '.join(map(str, row))})")
         value = row[name]
-        return value if isinstance(value, str) else json.dumps(value)
+        if value is None or isinstance(value, (list, Mapping)):
+            raise UserError(f"{where}: '{name}' must be a text or a number, got {json.dumps(value)[:40]}")
+        whole = isinstance(value, float) and value.is_integer()  # 1.0 is the class 1
+        return value if isinstance(value, str) else json.dumps(int(value) if whole else value)
     number = header.index(name) if header is not None else name  # type: ignore[arg-type]
     if not isinstance(number, int) or not 0 <= number < len(row):
         raise UserError(

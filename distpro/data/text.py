@@ -243,9 +243,10 @@ def text(
         raise UserError(f"{what}: format must be {', '.join(KINDS.values())}, got '{format}'")
     if regression and labels is not None:
         raise UserError(f"{what}: labels are of classes; with regression the label is a number")
-    names = {str(x): str(x) for x in labels} if isinstance(labels, list | tuple) else labels
-    if names is not None and (not isinstance(names, Mapping) or len(names) < 2):
-        raise UserError(f"{what}: labels must be a list of at least two, got {labels!r}")
+    pairs = labels.items() if isinstance(labels, Mapping) else [(x, x) for x in labels or ()]
+    names = None if labels is None else {str(found): str(name) for found, name in pairs}
+    if names is not None and (isinstance(labels, str) or len(names) < 2 or len(set(names.values())) < len(list(pairs))):
+        raise UserError(f"{what}: labels must be a list of at least two, each once, got {labels!r}")
     layouts = {
         part: Layout(format, header, format == "csv" or file.lower().endswith(".csv") if quotes is None else quotes)
         for part, file in named.items()
@@ -284,6 +285,9 @@ def _load(
     what = f"dataset '{name}'"
     if options.max_length is not None and not whole_number(options.max_length, 4):
         raise UserError(f"{what}: max_length must be null or a whole number from 4, got {options.max_length!r}")
+    part = options.validation
+    if part is not None and (not isinstance(part, int | float) or isinstance(part, bool) or not 0 < part < 1):
+        raise UserError(f"{what}: validation must be null or a fraction between 0 and 1, got {part!r}")
     if not whole_number(options.bucket, 0):
         raise UserError(f"{what}: bucket must be a whole number from 0, got {options.bucket!r}")
     rows = {

@@ -24,6 +24,7 @@ from distpro.losses._options import NOT_NEGATIVE, POSITIVE
 from distpro.losses._rows import logit_rows, two
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, one_of, option_of
 from distpro.losses.dist import DIST, pearson
+from pathways.registry import UserError
 
 
 @LOSSES.register("dist_plus")
@@ -53,6 +54,9 @@ class DISTPlus(DistillationLoss):
         form: str = "distance",
     ):
         super().__init__(student_shapes, teacher_shapes)
+        for shape in (*self.student_shapes[1:], *self.teacher_shapes[1:]):
+            if len(shape) != 3:
+                raise UserError(f"{self.what} reads a feature map (C, H, W), got {tuple(shape)}")
         same_shapes(self.what, [s[:1] for s in self.student_shapes], [t[:1] for t in self.teacher_shapes])
         self.form = one_of(f"{self.what}: form", form, ("distance", "torchdistill"))
         self.dist = DIST(beta=beta, gamma=gamma, tau=tau, eps=eps)

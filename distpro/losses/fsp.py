@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distpro.losses._maps import matmul, neighbours, same_shapes
 from distpro.losses.base import LOSSES, DistillationLoss, Shape, Tensors, one_of
+from pathways.registry import UserError
 
 
 @LOSSES.register("fsp")
@@ -41,6 +42,9 @@ class FlowOfSolution(DistillationLoss):
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = (), form: str = "mse"):
         super().__init__(student_shapes, teacher_shapes)
+        for shape in (*self.student_shapes, *self.teacher_shapes):
+            if len(shape) != 3:
+                raise UserError(f"{self.what} reads feature maps (C, H, W), got {tuple(shape)}")
         self.form = one_of(f"{self.what}: form", form, ("mse", "norm"))
         same_shapes(self.what, [s[:1] for s in self.student_shapes], [t[:1] for t in self.teacher_shapes])
 

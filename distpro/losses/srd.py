@@ -46,6 +46,8 @@ class SimpleRecipe(DistillationLoss):
         for shapes in (self.student_shapes, self.teacher_shapes):
             if len(shapes) != 2:
                 raise UserError(f"loss 'srd' reads logits and a feature of each model, got {len(shapes)} shapes")
+            if len(shapes[1]) not in (1, 3):
+                raise UserError(f"{self.what} reads an embedding (D,) or a map (C, H, W), got {tuple(shapes[1])}")
         same_shapes(self.what, self.student_shapes[:1], self.teacher_shapes[:1])
         self.exponent, self.temperature = exponent, temperature
         width_s, width_t = self.student_shapes[1][0], self.teacher_shapes[1][0]

@@ -30,6 +30,10 @@ class Classification:
         self.label_smoothing = check_smoothing("classification", label_smoothing)
 
     def model_arguments(self, data: Any) -> dict[str, Any]:
+        if getattr(data, "vocabulary", None) is not None and type(self) is Classification:
+            raise UserError(
+                "task 'classification': the data are texts, whose padding it would not leave out: task: text"
+            )
         return {} if data.num_classes is None else {"num_classes": data.num_classes}
 
     def call(self, batch: Batch, training: bool) -> Call:

@@ -223,6 +223,23 @@ COCO_MISTAKES = {
         "annotation 1: its category_id 9 is none of the training part's 2 categories",
     ),
     "an image id": (edited(lambda c: c["annotations"][1].update(image_id=99)), "annotation 2: its image_id 99 is none"),
+    "a crowd": (edited(lambda c: c["annotations"][0].update(iscrowd=2)), "annotation 1: iscrowd must be 0 or 1, got 2"),
+    "no annotation": (
+        edited(lambda c: c["annotations"].append(5)),
+        "annotation 5: needs image_id, category_id and bbox",
+    ),
+    "a list as id": (edited(lambda c: c["annotations"][0].update(image_id=[1])), "annotation 1: needs image_id"),
+    "a width": (
+        edited(lambda c: c["images"][0].update(width="wide")),
+        "width must be a whole number of pixels, got 'wide'",
+    ),
+    "a category twice": (edited(lambda c: c["categories"][1].update(id=7)), "two categories have the id 7"),
+    "a name twice": (edited(lambda c: c["categories"][1].update(name="dog")), "two categories have the name 'dog'"),
+    "no categories": (edited(lambda c: c["categories"].clear()), "no categories"),
+    "other names": (
+        edited(lambda c: [one.update(name=name) for one, name in zip(c["categories"], ("cat", "dog"), strict=True)]),
+        "instances_val2017.json: category 3 is 'cat', but 'dog' in the training part",
+    ),
     "a box": (
         edited(lambda c: c["annotations"][0].update(bbox=[1, 2])),
         "annotation 1: needs image_id, category_id and bbox",
@@ -275,6 +292,8 @@ MISTAKES = {
     ),
     "not a number": (changed(2, "ymin", "x"), "boxes.csv, line 4: ymin must be a number, got 'x'"),
     "nan": (changed(2, "ymin", "nan"), "line 4: the box [0, nan, 16, 16] (left, top, right, bottom) has no area"),
+    "half a pixel": (changed(0, "width", 40.5), "line 2: width must be a whole number of pixels, got '40.5'"),
+    "no width": (changed(0, "width", "nan"), "line 2: width must be a whole number of pixels, got 'nan'"),
     "no image": (changed(3, "file", "22.png"), "line 5: there is no image images/22.png; did you mean '2.png'?"),
     "a class": (changed(0, "class", "catt"), "line 2: class 'catt' is none of the classes; did you mean 'cat'?"),
     "half a row": (changed(0, "ymax", ""), "line 2: ymax must be a number, got ''"),
@@ -293,6 +312,9 @@ def test_mistakes_in_a_table(case, table):
 
 
 def test_other_mistakes(table, tmp_path):
+    for names, message in ((["dog", "dog"], "names has 'dog' twice"), ("dog", "must be a list"), (5, "must be a list")):
+        with pytest.raises(UserError, match=message):
+            load(table(), names=names)
     with pytest.raises(UserError, match="its first line has no column xmin; did you mean 'x_min'"):
         load(table(header=[c.replace("xmin", "x_min") for c in HEADER]))
     (tmp_path / "boxes.csv").write_bytes(b"\xff\xfe\x00")

@@ -12,6 +12,7 @@ import torch
 
 from distpro.data import load_data, make_loader, split
 from distpro.data.tokens import as_trained
+from distpro.tasks import Classification
 from pathways.registry import UserError
 from tests.conftest import ROOT
 
@@ -258,6 +259,8 @@ def test_it_is_bert_s_tokenizer(table):
         ({"regression": True}, "line 2: the score 'bad' is no finite number"),
         ({"regression": True, "labels": ["a", "b"]}, "labels are of classes"),
         ({"validation": 1.5}, "between 0 and 1"),
+        ({"validation": "x"}, "validation must be null or a fraction between 0 and 1, got 'x'"),
+        ({"labels": {"bad": "x", "good": "x"}}, "labels must be a list of at least two, each once"),
         ({"root": None}, "needs 'root'"),
     ],
 )
@@ -298,12 +301,36 @@ def test_spoiled_tables_are_named(table, what, message):
         load(table)
 
 
+def test_numbers_are_labels_and_other_ends_of_lines_are_text(table):
+    rows = [
+        '{"sentence": "a film\u2028of two lines", "label": 1}',
+        '{"sentence": "b", "label": 1.0}',
+        '{"sentence": "c", "label": 0}',
+    ]
+    (table / "t.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    data = load(table, files={"train": "t.jsonl", "test": "t.jsonl"}, labels={0: "bad", 1: "good"})
+    assert data.names == ["bad", "good"] and [int(data.train[n]["labels"]) for n in range(3)] == [1, 1, 0]
+
+
+def test_a_column_twice(table):
+    (table / "t.tsv").write_text("sentence\tlabel\tlabel\na\t1\t0\n")
+    with pytest.raises(UserError, match="t.tsv has 2 columns 'label'"):
+        load(table, files={"train": "t.tsv", "test": "t.tsv"})
+
+
+def test_texts_want_their_task(table):
+    with pytest.raises(UserError, match="the data are texts, whose padding it would not leave out: task: text"):
+        Classification().model_arguments(load(table))
+
+
 def test_spoiled_json(table):
     files = {"train": "t.jsonl", "test": "t.jsonl"}
     for content, message in (
         ('{"sentence": "a", "label": 1}\n{"sentence"\n', "t.jsonl, line 2: no JSON"),
         ("[1]\n", "t.jsonl, line 1: expected an object, found list"),
         ('{"sentence": "a", "lable": 1}\n', r"t.jsonl, line 1 has no 'label'; did you mean 'lable'\?"),
+        ('{"sentence": "a", "label": null}\n', "t.jsonl, line 1: 'label' must be a text or a number, got null"),
+        ("[" * 100_000, "t.jsonl, line 1: no JSON"),
     ):
         (table / "t.jsonl").write_text(content)
         with pytest.raises(UserError, match=message):

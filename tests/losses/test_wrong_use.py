@@ -68,3 +68,10 @@ def test_crd_and_sskd_explain_what_the_batch_lacks():
     inputs = [torch.randn(4, 5), torch.randn(4, 6)]
     with pytest.raises(UserError, match="got 4 rows for 4 labels"):
         build_loss("sskd", head=False)(inputs, inputs, target=torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["fsp", "dist_plus", "srd"])
+def test_tokens_where_maps_are_read_are_refused(name):
+    shapes = [(10,), (17, 8)] if name != "fsp" else [(17, 8), (17, 8)]
+    with pytest.raises(UserError, match=rf"{name}' reads .*map.* \(C, H, W\), got \(17, 8\)"):
+        build_loss(name, shapes, shapes)
