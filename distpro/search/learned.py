@@ -85,7 +85,7 @@ class LearnedScalars:
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """The gradient by the logarithms of one by the values, (S,)."""
-        return gradient * self.values()
+        return (gradient * self.values()).to(self.log.dtype)
 
     @torch.no_grad()
     def record(self, step: int) -> None:
