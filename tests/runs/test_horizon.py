@@ -104,5 +104,5 @@ def test_losses_that_ask_for_more_than_images(teacher, loss):
 
 
 def test_what_looks_one_step_back_is_refused(teacher):
-    with pytest.raises(distpro.UserError, match="looks one step back; with a horizon of 3: sweep or unrolled"):
+    with pytest.raises(distpro.UserError, match="looks one step back; with a horizon of 0.25: sweep or unrolled"):
         distpro.search(horizon(teacher, estimator="finite_difference"))
