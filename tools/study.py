@@ -169,9 +169,8 @@ def summary(schedule: Schedule) -> dict[str, Any]:
 def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
     tunes = Search(study, label).tunes
-    searching = label in study.searches and not tunes
-    space = default_space if searching else None
-    config = read_config(ROOT / study.config(label), study.overrides(label, 0), space=space)
+    searching = label in study.searches
+    config = read_config(ROOT / study.config(label), study.overrides(label, 0), space=default_space)
     description = describe(config if searching else for_retrain(config), searching)
     if not tunes:
         return (description.steps or 0) * description.step_macs
