@@ -100,8 +100,16 @@ def metrics_in(text):
         ("evaluate nothing.pt", ("--config",)),
         ("evaluate nothing.pt --config search.yaml", ("checkpoint: nothing at nothing.pt",)),
         ("evaluate search/alpha.pt --config search.yaml", ("alpha.pt",)),
-        ("evaluate search", ("no student.pt",)),
-        ("evaluate .", ("config.yaml: no such config file",)),
+        (
+            "evaluate search",
+            (
+                "search: is a search, which leaves a schedule and no student: distpro retrain --schedule search/alpha.pt",
+            ),
+        ),
+        ("evaluate .", (".: is no run's folder: no student.pt and no config.yaml",)),
+        ("export nowhere", ("nowhere: no such run",)),
+        ("search search.yaml --resum", ("what is '--resum'? Did you mean '--resume'?",)),
+        ("search search.yaml preset=papr", ("unknown preset 'papr'; did you mean 'paper'?",)),
         ("evaluate teacher.yaml", ("teacher has no checkpoint",)),
         ("inspect search.yml", ("search.yml: no such config file; did you mean 'search.yaml'?",)),
         ("inspect nothing.pt", ("nothing.pt",)),
@@ -109,7 +117,12 @@ def metrics_in(text):
         ("plot search/alpha.pt --format gif", ("--format", "'gif'", "png")),
         ("plot search/alpha.pt --out teacher.yaml", ("teacher.yaml: File exists",)),
         ("plot search/alpha.pt seed=1", ("what is 'seed=1'?",)),
-        ("export search", ("no student.pt",)),
+        (
+            "export search",
+            (
+                "search: is a search, which leaves a schedule and no student: distpro retrain --schedule search/alpha.pt",
+            ),
+        ),
         ("list loses", ("unknown kind 'loses'; did you mean 'losses'?", "presets")),
         ("list", ("required: KIND",)),
     ],

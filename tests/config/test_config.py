@@ -120,10 +120,10 @@ def test_a_bad_override_is_named(override, part):
     [
         ("seed: 1\ntraining: {epochs: 3\n", "line 3: not valid YAML"),
         ("seed: 1\nteacher: !!python/object/apply:os.getcwd []\n", "line 2: not valid YAML"),
-        ("seed: 1\nstudent: {model: resnet8}\nseed: 2\n", "line 3: 'seed' is said twice"),
+        ("seed: 1\nstudent: {model: resnet8}\nseed: 2\n", "line 3: duplicate key 'seed'"),
         ("student: {model: resnet8}\nseed: 010\n", "line 2: YAML reads 010 as 8; write that, or put it in quotes"),
         ("student: {model: resnet8}\nseed: 1:30\n", "line 2: YAML reads 1:30 as 90"),
-        ("student:\n  model: resnet8\nterms:\n- {loss: kd,\n   loss: at}\n", "line 5: 'loss' is said twice"),
+        ("student:\n  model: resnet8\nterms:\n- {loss: kd,\n   loss: at}\n", "line 5: duplicate key 'loss'"),
         ("student: {model: resnet8, weight: 2}", "student.weight: only a teacher has one"),
         ("student: {model: resnet8, input: {mean: [0], std: [1]}}", "student.input: only a teacher has one"),
         ("seed: &a [*a]\n", "an alias leads back to itself"),
