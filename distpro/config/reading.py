@@ -18,13 +18,13 @@ from pathways.registry import UserError, nearest
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 
 
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep merge of mappings; where they disagree, ``above`` wins. Lists are replaced whole, and so is what an empty mapping
-    is said of."""
+def merge(below: Mapping[str, Any], above: Mapping[str, Any], clears: bool = True) -> dict[str, Any]:
+    """Deep merge of mappings; where they disagree, ``above`` wins. Lists are replaced whole. ``clears``: an empty mapping in
+    ``above`` takes everything away that ``below`` has under its key; else it says nothing."""
     result = dict(below)
     for key, value in above.items():
-        both = value and isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge(result[key], value) if both else value
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and (value or not clears)
+        result[key] = merge(result[key], value, clears) if both else value
     return result
 
 
@@ -54,12 +54,12 @@ def read_config(
         plain, content = {**content, "preset": None}, {**content, "preset": preset}
         if preset is not None and _with_bases(dict(content), path) == _with_bases(plain, path):
             raise UserError(f"{path}: preset={preset} would change nothing: the config states all of its keys")
-    content = merge(below or {}, _with_bases(content, path))
+    content = merge(below or {}, _with_bases(content, path), clears=False)
     for key, value in said:
         if key != "preset":
             content = merge(content, _nest(key.split("."), value))
     if space is not None and not {"pathways", "terms"} & content.keys():
-        content = merge(space(content) if callable(space) else space, content)
+        content = merge(space(content) if callable(space) else space, content, clears=False)
     config = check(content, str(path))
     for_retrain(config, str(path))  # or its mistakes would show only when the search is over
     return config

@@ -18,7 +18,7 @@ from distpro.config.reading import read_config
 from distpro.config.stages import stages_of
 from distpro.console import pip_install, warn
 from distpro.data.statistics import DATA, stored_facts
-from distpro.files import load_safely, write_atomically
+from distpro.files import load_safely, naming, write_atomically
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
 from distpro.runs.folder import student_of
@@ -72,7 +72,6 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic)
             buffer = io.BytesIO()
             torch.export.save(program, buffer, extra_files={DATA: facts})
-            write_atomically(buffer.getvalue(), path)
         else:
             onnx = {"dynamo": True, "dynamic_shapes": dynamic, "verbose": False}
             written = torch.onnx.export(model, args, kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
@@ -81,7 +80,6 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
             outputs = written.model.graph.outputs
             if len(outputs) == 1 and getattr(task, "targets", "classes") in ("classes", "maps"):
                 outputs[0].name = "logits"
-            written.save(str(path), external_data=True)
     except ImportError as error:
         raise _package_missing(format, error) from None
     except Exception as error:  # a model may do what cannot be written down
@@ -89,6 +87,11 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
         raise UserError(
             f"{folder}: '{config.student.model}' cannot be exported to {format}: {type(error).__name__}: {reason[0]}"
         ) from error
+    if format == "pt2":
+        write_atomically(buffer.getvalue(), path)
+    else:
+        with naming(path):
+            written.save(str(path), external_data=True)
     return path
 
 

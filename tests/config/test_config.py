@@ -219,6 +219,47 @@ def test_merge_is_deep_for_mappings_and_whole_for_lists():
     assert below == {"a": {"x": 1, "y": [1, 2]}, "b": 1}
 
 
+def test_an_empty_mapping_clears(write):
+    base = write("student: {model: wrn, params: {depth: 16, widen_factor: 1}}\n", "base.yaml")
+    assert read_config(base, ["student.params={}"]).student.params == {}
+    assert read_config(write("base: base.yaml\nstudent: {params: {}}\n")).student.params == {}
+    assert read_config(base, ["student.params={depth: 40}"]).student.params == {"depth": 40, "widen_factor": 1}
+
+
+def test_an_empty_section_leaves_a_schedule_and_a_space_what_they_say():
+    source = {"student": {"model": "resnet8"}, "training": {}, "search": {}}
+    below = {"training": {"distill_weight": 3.0}}
+    config = read_config(source, below=below, space={"terms": [{"loss": "kd"}], "search": {"horizon": 0.25}})
+    assert (config.training.distill_weight, config.search.horizon) == (3.0, 0.25)
+
+
+def test_a_preset_on_the_command_line_is_that_of_the_file(write):
+    base = write(STUDENT + "preset: default\ntraining: {epochs: 3}\n", "base.yaml")
+    said, written = read_config(base, ["preset=paper", "seed=2"]), STUDENT + "preset: paper\ntraining: {epochs: 3}\n"
+    assert said == read_config(write(written), ["seed=2"])
+    assert said.training.epochs == 3 and said.search.repeats and said.precision == "float32"
+    assert read_config(base, ["preset=null"]) == read_config(write(STUDENT + "training: {epochs: 3}\n"))
+    assert "did you mean 'paper'?" in message_of(base, "preset=papr")
+    assert "preset=paper would change nothing" in message_of(said.model_dump(), "preset=paper")
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("learning_rate=0.1", "'training.optimizer.lr'"),
+        ("training.learning_rate=0.1", "'training.optimizer.lr'"),
+        ("lr=0.1", "'training.optimizer.lr'"),
+        ("momentm=0.1", "'training.optimizer.momentum' or 'search.momentum'"),
+        ("epochs=3", "'training.epochs' or 'tune.epochs'"),
+        ("lambda=3", "'training.distill_weight'"),
+        ("data.batch_size=3", "'training.batch_size'"),
+    ],
+)
+def test_a_key_of_another_section_is_found(write, override, meant):
+    message = message_of(write(STUDENT), override)
+    assert f"did you mean {meant}?" in message and "\n" not in message
+
+
 def test_a_mapping_is_a_config_too_and_stays_as_it_is():
     source = {"preset": "paper", "student": {"model": "resnet8"}}
     assert read_config(source, ["seed=3"]).training.epochs == 40
