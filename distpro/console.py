@@ -27,7 +27,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wid
     grid = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for n, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[n], (int, float)) for row in rows)
-        grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=n == 0)
     for row in rows:
         grid.add_row(*(Text(number_text(cell) if isinstance(cell, float) else str(cell)) for cell in row))
     console = get_console() if on_terminal() and width is None else Console(width=width or LOG_WIDTH)

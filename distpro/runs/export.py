@@ -74,8 +74,7 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
             torch.export.save(program, buffer, extra_files={DATA: facts})
         else:
             onnx = {"dynamo": True, "dynamic_shapes": dynamic, "verbose": False}
-            written = torch.onnx.export(model, args, kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
-            assert written is not None
+            written: Any = torch.onnx.export(model, args, kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
             written.model.metadata_props["distpro"] = facts
             outputs = written.model.graph.outputs
             if len(outputs) == 1 and getattr(task, "targets", "classes") in ("classes", "maps"):
