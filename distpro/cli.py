@@ -1,4 +1,4 @@
-"""The command line: distpro search | retrain | tune | train | evaluate | inspect | plot | export | list | init.
+"""The command line: distpro search | retrain | tune | train | evaluate | inspect | plot | export | list | doctor | init.
 
 What a command needs is imported when it runs, so that --help and --version answer at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ KINDS = (
     "weightings",
     "processes",
     "estimators",
+    "augmentations",
+    "optimizers",
     "presets",
 )
 
@@ -82,7 +85,11 @@ def _failed(message: str, status: int = 2) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="distpro", description="Learn when a student should listen to which part of its teacher.")
+    parser = _Parser(
+        prog="distpro",
+        description="Learn when a student should listen to which part of its teacher.",
+        epilog="A config's keys may follow as key=value: training.epochs=10 student.model=resnet8 preset=paper",
+    )
     parser.add_argument("--version", action="version", version=f"distpro {distpro.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -136,6 +143,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     export.add_argument("--out", metavar="FILE")
     listing = add("list", _list, "what there is: " + ", ".join(KINDS))
     listing.add_argument("kind", metavar="KIND")
+    add("doctor", _doctor, "versions, device, data folder and extras of this machine")
     init = add("init", _init, "write a config to begin with, and its teacher's")
     init.add_argument("name", metavar="EXAMPLE", help="digits")
     init.add_argument("--out", metavar="FILE", help="default: EXAMPLE.yaml here; the teacher's goes beside it")
@@ -150,11 +158,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if options.command in ("search", "tune", "train"):
             raise _wrong(f"{options.command}: the config file is missing")
     if unknown:
-        raise _wrong(f"{options.command}: what is '{unknown[0]}'? (overrides are key=value, for instance seed=1)")
+        near = _meant(unknown[0], commands.choices[options.command])
+        raise _wrong(f"{options.command}: what is '{unknown[0]}'?{near} (overrides are key=value, for instance seed=1)")
     options.overrides = rest
     if getattr(options, "device", None):
         options.overrides.append(f"device={options.device}")
     return options
+
+
+def _meant(word: str, command: argparse.ArgumentParser) -> str:
+    """An option of the command, or a config's key, that an unknown word may have been meant for."""
+    from distpro.config.errors import keys_called
+    from pathways.registry import nearest
+
+    name = word.partition("=")[0]
+    near = nearest(name, command._option_string_actions) if name.startswith("-") else ""
+    keys = [f"{key}=" for key in keys_called(name.strip("-").replace("-", "_"))[:2]]
+    near = near or (f"; did you mean {' or '.join(keys)}?" if keys else "")
+    return near.replace("; did", " Did")
 
 
 def _out(options: argparse.Namespace, name: str) -> Path:
@@ -307,8 +328,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
+    from distpro.build.optimizer import OPTIMIZERS
     from distpro.config.reading import presets
-    from distpro.data import DATASETS
+    from distpro.data import AUGMENTATIONS, DATASETS
     from distpro.losses import LOSSES
     from distpro.models import MODELS
     from distpro.process import PROCESSES
@@ -331,6 +353,8 @@ def _list(options: argparse.Namespace) -> None:
                 WEIGHTINGS,
                 PROCESSES,
                 ESTIMATORS,
+                AUGMENTATIONS,
+                OPTIMIZERS,
                 presets(),
             ),
             strict=True,
@@ -341,10 +365,18 @@ def _list(options: argparse.Namespace) -> None:
     if options.kind == "losses":
         from distpro.console import table
 
-        rows = [[n, c.title, c.year, c.family, c.reads, c.stages, c.paper] for n, c in LOSSES.items()]  # type: ignore[attr-defined]
-        table("losses", ["name", "method", "year", "family", "reads", "stages", "paper"], rows)
+        rows = [[n, c.year, c.family, c.reads, c.stages, c.title] for n, c in LOSSES.items()]  # type: ignore[attr-defined]
+        width = shutil.get_terminal_size((120, 0)).columns  # of $COLUMNS, or of the terminal
+        table("losses", ["name", "year", "family", "reads", "stages", "method"], rows, width)
     else:
         print("\n".join(found[options.kind]))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from distpro.runs.doctor import findings
+
+    for what, found in findings():
+        print(f"{what:<14}{found}")
 
 
 def _init(options: argparse.Namespace) -> None:

@@ -21,15 +21,16 @@ import pathways
 LOG_WIDTH = 1000  # of a table in a log file, where lines may be long but should not be broken
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table to stdout. Columns of numbers are aligned to the right; floats get four significant digits."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int | None = None) -> None:
+    """Print a table to stdout. Columns of numbers are aligned to the right; floats get four significant digits. ``width``: of
+    the whole; default: the terminal's, in a log file as wide as it needs to be."""
     grid = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for n, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[n], (int, float)) for row in rows)
-        grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=n == 0)
     for row in rows:
         grid.add_row(*(Text(number_text(cell) if isinstance(cell, float) else str(cell)) for cell in row))
-    console = get_console() if on_terminal() else Console(width=LOG_WIDTH)
+    console = get_console() if on_terminal() and width is None else Console(width=width or LOG_WIDTH)
     console.print(grid)
 
 
@@ -70,6 +71,11 @@ def is_own_code(file: str) -> bool:
 
 _LIBRARIES = [Path(__file__).parent, Path(pathways.__file__).parent]
 _LIBRARIES += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
+
+
+def pip_install(extra: str) -> str:
+    """How to install an extra, for who has the package and for who has a clone."""
+    return f"pip install 'distpro[{extra}]' (in a clone: pip install -e '.[{extra}]')"
 
 
 def on_terminal() -> bool:

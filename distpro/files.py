@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
-import tempfile
+import secrets
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,33 @@ OLD_GUESTS = (
 
 
 def write_atomically(data: bytes | str, path: str | Path) -> None:
-    """Write a file under a temporary name in the same folder, flush it to disk, and rename it into place."""
+    """Write a file under a temporary name in the same folder, flush it to disk, and rename it into place. Who may read it is
+    left to the umask. Raises OSError that names the file."""
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with naming(path):
+            with open(temporary, "xb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an OSError say which file it is about: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def save_atomically(content: Any, path: str | Path) -> None:
@@ -65,21 +80,25 @@ def _unread_dict(*args: Any) -> dict[Any, Any]:
     return {}
 
 
-def load_safely(path: str | Path, weights: bool = False) -> Any:
+def load_safely(path: str | Path, weights: bool = False, wanted: str = "student.pt") -> Any:
     """``torch.load(weights_only=True)`` on the CPU.
 
     Args:
         weights: of somebody else's file, of which only tensors are wanted: objects beside them (settings, numpy's scalars,
             an optimiser's defaultdict) are replaced by something empty, without a look at what they are.
+        wanted: what such files are usually called, to be named where ``path`` is something else.
 
     Raises UserError if the file is missing, damaged, or (else) holds anything but tensors, numbers, strings, lists and dicts.
     """
     path = Path(path)
+    near = path / wanted if path.is_dir() else path.with_name(wanted)
+    there = f"{near}?" if near.is_file() else ""
     if path.is_dir():
-        inside = " or ".join(str(path / name) for name in ("alpha.pt", "student.pt") if (path / name).is_file())
-        raise UserError(f"{path}: no such file, it is a folder{f': {inside}?' if inside else ''}")
+        raise UserError(f"{path}: no such file, it is a folder{f': {there}' if there else f' without {wanted}'}")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file{f'; did you mean {there}' if there else ''}")
+    if path.suffix in (".yaml", ".yml", ".json", ".txt") and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: is a text file, not one of torch.save{f'; did you mean {there}' if there else ''}")
     advice = "; save it again where it was made: torch.save(model.state_dict(), FILE)" if weights else ""
     try:
         with safe_globals(_replaced(path) if weights else []):

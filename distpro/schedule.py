@@ -87,7 +87,7 @@ class Schedule:
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
         """Read a schedule file. Executes nothing from it. Raises UserError if it is no schedule or a newer one."""
-        content = load_safely(path)
+        content = load_safely(path, wanted="alpha.pt")
         try:
             schedule = cls(**fields_of(content))._in_time(Tensor.float)
             schedule = replace(schedule, levels=schedule.levels.long(), scales=schedule.scales.float())

@@ -12,9 +12,12 @@ import yaml
 
 from distpro.cli import KINDS, main
 from distpro.config.reading import presets
+from distpro.data import AUGMENTATIONS
 from distpro.losses import available_losses
 from distpro.models import MODELS, build_model, load_checkpoint
+from distpro.runs.doctor import EXTRAS
 from distpro.schedule import Schedule
+from tests.conftest import ROOT
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -100,8 +103,16 @@ def metrics_in(text):
         ("evaluate nothing.pt", ("--config",)),
         ("evaluate nothing.pt --config search.yaml", ("checkpoint: nothing at nothing.pt",)),
         ("evaluate search/alpha.pt --config search.yaml", ("alpha.pt",)),
-        ("evaluate search", ("no student.pt",)),
-        ("evaluate .", ("config.yaml: no such config file",)),
+        (
+            "evaluate search",
+            (
+                "search: is a search, which leaves a schedule and no student: distpro retrain --schedule search/alpha.pt",
+            ),
+        ),
+        ("evaluate .", (".: is no run's folder: no student.pt and no config.yaml",)),
+        ("export nowhere", ("nowhere: no such run",)),
+        ("search search.yaml --rezume", ("what is '--rezume'? Did you mean '--resume'?",)),
+        ("search search.yaml preset=papr", ("unknown preset 'papr'; did you mean 'paper'?",)),
         ("evaluate teacher.yaml", ("teacher has no checkpoint",)),
         ("inspect search.yml", ("search.yml: no such config file; did you mean 'search.yaml'?",)),
         ("inspect nothing.pt", ("nothing.pt",)),
@@ -109,7 +120,12 @@ def metrics_in(text):
         ("plot search/alpha.pt --format gif", ("--format", "'gif'", "png")),
         ("plot search/alpha.pt --out teacher.yaml", ("teacher.yaml: File exists",)),
         ("plot search/alpha.pt seed=1", ("what is 'seed=1'?",)),
-        ("export search", ("no student.pt",)),
+        (
+            "export search",
+            (
+                "search: is a search, which leaves a schedule and no student: distpro retrain --schedule search/alpha.pt",
+            ),
+        ),
         ("list loses", ("unknown kind 'loses'; did you mean 'losses'?", "presets")),
         ("list", ("required: KIND",)),
     ],
@@ -139,11 +155,45 @@ def test_the_installed_command_keeps_tracebacks_to_itself(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_list_names_everything_of_a_kind(kind, capsys):
-    known = {"losses": available_losses(), "models": list(MODELS), "presets": presets(), "tasks": ["classification"]}
+    known = {"augmentations": list(AUGMENTATIONS), "optimizers": ["adam", "adamw", "sgd"]}
+    known |= {"losses": available_losses(), "models": list(MODELS), "presets": presets(), "tasks": ["classification"]}
     assert main(["list", kind]) == 0
     words = re.split(r"\s+", capsys.readouterr().out)
     assert len(words) > 1
     assert set(known.get(kind, [])) <= set(words)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_of_losses_fits_the_terminal(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["list", "losses"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert {line.split()[0] for line in lines if line.split()} > set(available_losses())
+
+
+def test_doctor_says_what_there_is_in_one_screen(monkeypatch, capsys):
+    monkeypatch.setenv("DISTPRO_DATA", "/no/such/folder")
+    monkeypatch.setattr("distpro.runs.doctor.find_spec", lambda name: None if name == "timm" else True)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    said = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert len(said) <= 24 and max(map(len, out.splitlines())) <= 120
+    assert said["torch"] in torch.__version__ and "float32" in said["precision"]
+    assert said["data"] == "$DISTPRO_DATA = /no/such/folder: no such folder"
+    assert (said["tune"], said["timm"][:8]) == ("yes", "no timm:") and "pip install -e '.[timm]'" in said["timm"]
+
+
+def test_doctor_knows_every_extra():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    assert {*re.findall(r"^(\w+) = ", extras, re.MULTILINE)} == {*EXTRAS, "dev"}
+
+
+def test_the_help_says_how_keys_are_given(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "training.epochs=10" in capsys.readouterr().out
 
 
 def test_inspect_a_schedule(here, capsys):
@@ -263,7 +313,9 @@ def test_seeds_are_runs_of_their_own(here, tmp_path, capsys):
     ours, alone = (torch.load(f / "student.pt", weights_only=True) for f in (out / "seed4", tmp_path / "one"))
     assert all(torch.equal(value, ours[name]) for name, value in alone.items())
     result = json.loads((out / "result.json").read_text())
-    shown = re.search(r"accuracy +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert printed.count("\ntrain  100%  5/5 steps") == 3 and "retrain" not in printed
+    shown = re.search(r"accuracy +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", printed)
     first, second = (result[seed]["accuracy"] for seed in ("3", "4"))
     expected = [(first + second) / 2, abs(first - second) / 2**0.5, first, second]
     assert [float(v) for v in shown.groups()] == pytest.approx(expected, rel=1e-2)

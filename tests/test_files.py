@@ -1,6 +1,7 @@
 """Files are whole or absent, and run nothing."""
 
 import argparse
+import errno
 import os
 import stat
 
@@ -40,12 +41,28 @@ def test_a_shorter_file_replaces_a_longer_one(tmp_path):
     assert files(tmp_path) == ["file"]
 
 
-def test_others_may_read_the_file(tmp_path):
-    write_atomically("x", tmp_path / "file")
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_who_may_read_the_file_is_left_to_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_atomically("x", tmp_path / "file")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace", "chmod"])
+def test_a_full_disk_is_said_of_a_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    with pytest.raises(OSError) as caught:
+        save_atomically(CONTENT, tmp_path / "checkpoint.pt")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "checkpoint.pt"))
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, failing, error):
     path = tmp_path / "last.pt"
@@ -135,7 +152,7 @@ def test_missing_files(tmp_path):
 
 
 def test_a_folder_is_no_file_and_what_is_in_it_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file, it is a folder$"):
+    with pytest.raises(UserError, match="no such file, it is a folder without student.pt$"):
         load_safely(tmp_path)
     save_atomically(CONTENT, tmp_path / "student.pt")
     with pytest.raises(UserError, match="it is a folder: .*student.pt\\?$"):

@@ -9,11 +9,12 @@ rm -rf runs/quickstart
 echo "1/3 the teacher"
 python -m distpro.cli train search_configs/digits_teacher.yaml --out runs/quickstart/teacher threads=1
 echo "2/3 searches and retrains (logs in runs/quickstart)"
-python tools/study.py studies/quickstart.yaml --results runs/quickstart
+python tools/study.py studies/quickstart.yaml --results runs/quickstart | grep '^quickstart: '   # its table comes last
 echo "3/3 what was learned"
 python -m distpro.cli inspect runs/quickstart/search-0/alpha.pt
 echo
 echo "figure: $(python -m distpro.cli plot runs/quickstart/search-0/alpha.pt | head -1)"
-echo "table:  runs/quickstart/quickstart.md"
 echo "curves: tensorboard --logdir runs"
-echo "done in $((SECONDS - start)) s"
+echo
+cat runs/quickstart/quickstart.md
+echo "table: runs/quickstart/quickstart.md, done in $((SECONDS - start)) s"

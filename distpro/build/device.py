@@ -41,6 +41,11 @@ def fastest_precision(device: torch.device, searching: bool = False) -> str:
     return "float16" if device.type == "cuda" and not searching else "float32"
 
 
+def native_precisions(device: torch.device) -> list[str]:
+    """Those that the device computes in itself."""
+    return [name for name in ("float32", "bfloat16", "float16") if _computes_in(name, device)]
+
+
 def settle_precision(config: Config, searching: bool = False) -> Config:
     """The config with ``precision: auto`` replaced by the fastest of its device."""
     if config.precision != "auto":

@@ -274,7 +274,7 @@ def build_retrain(
     objective.cache = build_cache(config, data, objective, example_of(config, data))
     optimizer = build_optimizer(config, objective.trainable_parameters())
     test = build_loader(config, data, test_part, training=False)
-    name = f"retrain ({retrain.weights})"
+    name = "train" if retrain.weights == "none" else f"retrain ({retrain.weights})"
     trainer = _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)
     _check_last_batch(trainer, config, train_part)
     return trainer

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distpro.config.schema import Config
+from distpro.config.section import Section
 from pathways.registry import nearest
+
+MEANT = {
+    "learning_rate": "training.optimizer.lr",
+    "wd": "training.optimizer.weight_decay",
+    "lambda": "training.distill_weight",
+}
+"""What other tools call a key."""
 
 
 def explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> list[str]:
@@ -20,7 +28,7 @@ def explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> li
         named = re.findall(r"'(.*?)'", expected) if error["type"] == "literal_error" else []
         if error["type"] == "extra_forbidden" or error["loc"][-1:] == ("[key]",):
             allowed = named or _keys_of(path[:-1])
-            near = nearest(path[-1], allowed)
+            near = nearest(path[-1], allowed) or _elsewhere(path[-1])
             lines[key] = f"{where}: unknown key '{key}'{near} (allowed here: {', '.join(allowed)})"
         elif error["type"] == "value_error":
             at = f"'{key}': " if key else ""
@@ -30,8 +38,40 @@ def explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> li
         elif key in lines:
             lines[key] += f", or {expected.removeprefix('Input should be ')}"
         else:
-            lines[key] = f"{where}: '{key}' is {value!r}: {expected[0].lower()}{expected[1:]}{nearest(value, named)}"
+            near = nearest(value, named)
+            if isinstance(value, (int, float)) and _is_section(key):
+                near = _elsewhere(path[-1])
+            lines[key] = f"{where}: '{key}' is {value!r}: {expected[0].lower()}{expected[1:]}{near}"
     return [line for key, line in lines.items() if not any(deeper.startswith(f"{key}.") for deeper in lines)]
+
+
+def keys_called(name: str) -> list[str]:
+    """The dotted keys whose last part is ``name``, or else those that it is nearest to; sections are not among them."""
+    if name in MEANT:
+        return [MEANT[name]]
+    keys = list(_values_of(Config))
+    close = nearest(name, {key.rpartition(".")[2] for key in keys})
+    last = close.split("'")[1] if close else ""
+    return [key for key in keys if key.rpartition(".")[2] == last]
+
+
+def _elsewhere(name: str) -> str:
+    found = " or ".join(repr(key) for key in keys_called(name)[:3])
+    return f"; did you mean {found}?" if found else ""
+
+
+def _values_of(section: type[Section], above: str = "") -> Iterator[str]:
+    """The dotted keys of a section and of those in it, but for lists."""
+    for name, field in section.model_fields.items():
+        inner = [a for a in _arguments(field.annotation) if isinstance(a, type) and issubclass(a, Section)]
+        if not inner:
+            yield above + name
+        elif not any(getattr(a, "__origin__", a) in (list, dict) for a in _arguments(field.annotation)):
+            yield from _values_of(inner[0], f"{above}{name}.")
+
+
+def _is_section(key: str) -> bool:
+    return any(other.startswith(f"{key}.") for other in _values_of(Config))
 
 
 def _follow(loc: Sequence[str | int], content: Any) -> tuple[list[str], Any]:

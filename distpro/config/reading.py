@@ -18,12 +18,13 @@ from pathways.registry import UserError, nearest
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 
 
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep merge of mappings; where they disagree, ``above`` wins. Lists are replaced whole."""
+def merge(below: Mapping[str, Any], above: Mapping[str, Any], clears: bool = True) -> dict[str, Any]:
+    """Deep merge of mappings; where they disagree, ``above`` wins. Lists are replaced whole. ``clears``: an empty mapping in
+    ``above`` takes everything away that ``below`` has under its key; else it says nothing."""
     result = dict(below)
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge(result[key], value) if both else value
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and (value or not clears)
+        result[key] = merge(result[key], value, clears) if both else value
     return result
 
 
@@ -47,17 +48,28 @@ def read_config(
     """
     path = Path("config") if isinstance(source, Mapping) else Path(source)
     content = dict(source) if isinstance(source, Mapping) else _read_yaml(path)
-    content = merge(below or {}, _with_bases(content, path))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override '{override}': expected key=value, for instance training.epochs=10")
-        content = merge(content, _nest(key.split("."), _yaml(value, f"override '{override}'")))
+    said = [_override(override) for override in overrides]
+    preset = dict(said).get("preset")
+    if "preset" in dict(said):
+        plain, content = {**content, "preset": None}, {**content, "preset": preset}
+        if preset is not None and _with_bases(dict(content), path) == _with_bases(plain, path):
+            raise UserError(f"{path}: preset={preset} would change nothing: the config states all of its keys")
+    content = merge(below or {}, _with_bases(content, path), clears=False)
+    for key, value in said:
+        if key != "preset":
+            content = merge(content, _nest(key.split("."), value))
     if space is not None and not {"pathways", "terms"} & content.keys():
-        content = merge(space(content) if callable(space) else space, content)
+        content = merge(space(content) if callable(space) else space, content, clears=False)
     config = check(content, str(path))
     for_retrain(config, str(path))  # or its mistakes would show only when the search is over
     return config
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{text}': expected key=value, for instance training.epochs=10")
+    return key, _yaml(value, f"override '{text}'")
 
 
 def default_space(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +134,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, found {type(content).__name__}")
+        found = "an empty file" if content is None else type(content).__name__
+        raise UserError(f"{path}: a config is a mapping of keys to values, found {found}")
     return content
 
 
@@ -161,7 +174,7 @@ def _refuse_the_unmeant(root: yaml.Node | None, where: str) -> None:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if key.value in seen:
-                        raise UserError(f"{where}, line {key.start_mark.line + 1}: '{key.value}' is said twice")
+                        raise UserError(f"{where}, line {key.start_mark.line + 1}: duplicate key '{key.value}'")
                     seen.add(key.value)
             pending += [value for _, value in node.value]
         else:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
+from distpro.console import pip_install
 from distpro.data.datasets import DATASETS, Source, locate
 from distpro.data.files import SUFFIXES, ImageFiles, Store, open_store
 from distpro.data.splits import Split, split
@@ -120,7 +121,7 @@ def digits(image_size: int = 16) -> Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("dataset 'digits' needs scikit-learn: pip install 'distpro[demo]'") from None
+        raise UserError(f"dataset 'digits' needs scikit-learn: {pip_install('demo')}") from None
     if image_size < 8 or image_size % 8:
         raise UserError(f"dataset 'digits': image_size must be a multiple of 8, got {image_size}")
     bunch = load_digits()

@@ -101,6 +101,11 @@ class Loader(BatchLoader):
             why = "does not go with losses that read rotations" if self.expand else "needs the number of classes"
             raise UserError(f"augmentation '{mixing}' {why}")
 
+    @property
+    def streamed(self) -> bool:
+        """Whether images are decoded as they are asked for."""
+        return isinstance(self._images, ImageFiles)
+
     def __len__(self) -> int:
         """Batches per epoch, the same on each rank."""
         return len(self._plan)

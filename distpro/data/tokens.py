@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distpro.console import pip_install
 from distpro.data.augment import whole_number
 from distpro.data.datasets import locate
 from distpro.data.statistics import stored_facts
@@ -138,7 +139,7 @@ def transformers(what: str) -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError(f"{what} needs transformers: pip install 'distpro[text]'") from None
+        raise UserError(f"{what} needs transformers: {pip_install('text')}") from None
     return transformers
 
 

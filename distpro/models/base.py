@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from distpro.console import pip_install
 from pathways.registry import Registry, UserError, check_parameters, import_entry, is_code, nearest
 
 MODELS = Registry("model")
@@ -120,7 +121,7 @@ def _from_timm(what: str, name: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError:
-        raise UserError(f"{what} needs timm: pip install 'distpro[timm]'") from None
+        raise UserError(f"{what} needs timm: {pip_install('timm')}") from None
     if not timm.is_model(name):
         raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
     return _checked(what, partial(timm.create_model, name))
@@ -130,7 +131,7 @@ def _from_smp(what: str, name: str) -> Callable[..., nn.Module]:
     try:
         import segmentation_models_pytorch as smp
     except ImportError:
-        raise UserError(f"{what} needs segmentation-models-pytorch: pip install 'distpro[segmentation]'") from None
+        raise UserError(f"{what} needs segmentation-models-pytorch: {pip_install('segmentation')}") from None
     known = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
     if name not in known:
         raise UserError(f"segmentation-models-pytorch has no model '{name}'{nearest(name, known)}")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distpro.console import pip_install
 from distpro.models.base import MODELS, StageTaps
 from pathways.registry import UserError
 
@@ -42,7 +43,7 @@ def efficientnet_lite0(num_classes: int = 1000, weights: str | None = None, size
     try:
         import timm
     except ImportError:
-        raise UserError("model 'efficientnet_lite0' needs timm: pip install 'distpro[timm]'") from None
+        raise UserError(f"model 'efficientnet_lite0' needs timm: {pip_install('timm')}") from None
     if weights not in (None, "imagenet"):
         raise UserError(f"model 'efficientnet_lite0': weights must be imagenet or null, got {weights!r}")
     model = timm.create_model("tf_efficientnet_lite0", num_classes=num_classes)

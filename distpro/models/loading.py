@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distpro.console import warn
+from distpro.console import pip_install, warn
 from distpro.files import Unread, load_safely
 from pathways.registry import UserError
 
@@ -108,7 +108,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError(f"{path}: safetensors files need safetensors: pip install 'distpro[export]'") from None
+        raise UserError(f"{path}: safetensors files need safetensors: {pip_install('export')}") from None
     try:
         return load_file(path)
     except SafetensorError as error:

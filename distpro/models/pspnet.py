@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distpro.console import pip_install
 from distpro.models.base import MODELS, StageTaps
 from pathways.registry import UserError
 
@@ -94,7 +95,7 @@ def _encoder(name: str) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise UserError("model 'pspnet' needs timm: pip install 'distpro[timm]'") from None
+        raise UserError(f"model 'pspnet' needs timm: {pip_install('timm')}") from None
     try:
         return timm.create_model(name, features_only=True, output_stride=8)
     except (TypeError, ValueError, KeyError, NotImplementedError, RuntimeError, AssertionError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distpro.console import pip_install
 from distpro.models.base import MODELS, StageTaps
 from pathways.registry import UserError
 
@@ -84,7 +85,7 @@ def _distilled_transformer() -> Any:
     try:
         from timm.models.deit import VisionTransformerDistilled
     except ImportError:
-        raise UserError("model 'deit' needs timm: pip install 'distpro[timm]'") from None
+        raise UserError(f"model 'deit' needs timm: {pip_install('timm')}") from None
 
     class DistilledTransformer(VisionTransformerDistilled):
         """timm's, whose two answers have names: what is called ``logits`` is what a task reads."""

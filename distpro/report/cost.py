@@ -18,6 +18,8 @@ from distpro.build.cache import rows_per_sample
 from distpro.build.models import Pair
 from distpro.config.schema import Config
 from distpro.objective import Objective, entries_of
+from distpro.schedule import Schedule
+from distpro.weights import CONTROLS, columns_of
 from pathways.call import map_tensors
 from pathways.layouts import Layout
 from pathways.probing import untouched
@@ -92,6 +94,9 @@ def describe(config: Config, searching: bool) -> Description:
     pair, objective = build.compose(config, data, load=False)
     if searching:
         build.check_learns(config, objective)
+    elif config.retrain.schedule is not None and config.retrain.weights in CONTROLS:
+        followed = [term for term in objective.terms if term.weight is None]  # type: ignore[union-attr]
+        columns_of(Schedule.load(config.retrain.schedule), followed, config.retrain.mapping)
     terms = _term_costs(objective, pair.example)
     steps = None
     if samples is not None:

@@ -29,7 +29,7 @@ from distpro.files import load_safely
 from distpro.losses import LOSSES
 from distpro.models import LIBRARIES, load_checkpoint
 from distpro.objective import Objective
-from distpro.runs.folder import open_folder
+from distpro.runs.folder import open_folder, student_of
 from distpro.runs.searching import run_search
 from distpro.runs.stages import retrain_stages
 from distpro.runs.training import Result, run_training, save_student
@@ -72,6 +72,7 @@ def search(
     """
     given = Given.of(data, teacher, student, task).copied()
     checked = _checked(config, overrides, searching=True, given=given)
+    _check_schedule(checked, out)
     _prepare(checked)
     with distributed.started(checked.device):
         return run_search(checked, out, resume, given)
@@ -227,10 +228,8 @@ def evaluate(
         checked, checkpoint = _checked(config, overrides, given=given), None
         checked = checked.model_copy(update={"student": ModelConfig.model_validate(student_config)})
     elif path.is_dir() and not of_hf:
-        recorded = _checked(path / "config.yaml", overrides, given=given)
-        checked, checkpoint = stages_of(recorded)[-1].config, path / "student.pt"
-        if not checkpoint.is_file():
-            raise UserError(f"{path}: no student.pt; has the training ended?")
+        checkpoint = student_of(path)
+        checked = stages_of(_checked(path / "config.yaml", overrides, given=given))[-1].config
     elif teaches:
         checked = _checked(path, overrides, given=given)
         if checked.teacher is None or checked.teacher.checkpoint is None:
@@ -366,6 +365,13 @@ def _with_said(config: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
     different = said["retrain"].get("training") or {}
     kept = {name: value for name, value in different.items() if name not in ("distill_weight", "distill_warmup")}
     return {**said, "retrain": {**said["retrain"], "training": kept}}
+
+
+def _check_schedule(config: Config, out: str | Path | None) -> None:
+    """Of a search, whose retrain is to follow a schedule: what is there, or what the search will write."""
+    named = config.retrain.schedule
+    if named is not None and not Path(named).exists() and (out is None or Path(named) != Path(out) / "alpha.pt"):
+        raise UserError(f"retrain.schedule: no such file {named} (a search writes its own, and has no use for it)")
 
 
 def _prepare(config: Config) -> None:

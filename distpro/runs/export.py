@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ from distpro.build.given import OBJECT
 from distpro.build.models import build_network
 from distpro.config.reading import read_config
 from distpro.config.stages import stages_of
-from distpro.console import warn
+from distpro.console import pip_install, warn
 from distpro.data.statistics import DATA, stored_facts
-from distpro.files import load_safely
+from distpro.files import load_safely, naming, write_atomically
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
+from distpro.runs.folder import student_of
 from pathways.call import map_tensors
 from pathways.registry import UserError
 
@@ -40,9 +42,7 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     """
     folder = Path(folder)
     path = Path(out) if out else folder / f"student.{format}"
-    weights = folder / "student.pt"
-    if not weights.is_file():
-        raise UserError(f"{folder}: no student.pt; has the training ended?")
+    weights = student_of(folder)
     config = stages_of(read_config(folder / "config.yaml"))[-1].config
     through = [term.loss for term in config.terms if LOSSES[term.loss].deploys]  # type: ignore[attr-defined]
     if through:
@@ -70,13 +70,15 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     try:
         if format == "pt2":
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic)
-            torch.export.save(program, path, extra_files={DATA: facts})
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer, extra_files={DATA: facts})
         else:
             onnx = {"dynamo": True, "dynamic_shapes": dynamic, "verbose": False}
-            written = torch.onnx.export(model, args, kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
-            assert written is not None
+            written: Any = torch.onnx.export(model, args, kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
             written.model.metadata_props["distpro"] = facts
-            written.save(str(path), external_data=True)
+            outputs = written.model.graph.outputs
+            if len(outputs) == 1 and getattr(task, "targets", "classes") in ("classes", "maps"):
+                outputs[0].name = "logits"
     except ImportError as error:
         raise _package_missing(format, error) from None
     except Exception as error:  # a model may do what cannot be written down
@@ -84,6 +86,11 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
         raise UserError(
             f"{folder}: '{config.student.model}' cannot be exported to {format}: {type(error).__name__}: {reason[0]}"
         ) from error
+    if format == "pt2":
+        write_atomically(buffer.getvalue(), path)
+    else:
+        with naming(path):
+            written.save(str(path), external_data=True)
     return path
 
 
@@ -97,6 +104,7 @@ def _write_folder(model: Any, data: Any, path: Path) -> Path:
     if not hasattr(model, "save_pretrained"):
         raise UserError(f"{type(model).__name__} is no model of transformers: export safetensors")
     model.save_pretrained(path)
+    _as_umask_says(path)
     tokenizer = getattr(data, "tokenizer", None)
     if tokenizer is not None:
         tokenizer.fast.save_pretrained(path)
@@ -106,7 +114,7 @@ def _write_folder(model: Any, data: Any, path: Path) -> Path:
 def _write_safetensors(state: Mapping[str, Tensor], path: Path, facts: str) -> Path:
     """Weights by name; what is shared is written once for each name, for the format has no other way, and said."""
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise _package_missing("safetensors", error) from None
     for names in _tied(state):
@@ -114,8 +122,18 @@ def _write_safetensors(state: Mapping[str, Tensor], path: Path, facts: str) -> P
             f"{path}: {' and '.join(names)} are one tensor in the student, and two in the file: tie them when you load it"
         )
     whole = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    save_file(whole, path, metadata={"format": "pt", "distpro": facts})
+    write_atomically(save(whole, metadata={"format": "pt", "distpro": facts}), path)
     return path
+
+
+def _as_umask_says(folder: Path) -> None:
+    """Weights of safetensors' own making can be read by nobody else."""
+    probe = folder / ".umask"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
@@ -128,4 +146,4 @@ def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _package_missing(format: str, error: ImportError) -> UserError:
-    return UserError(f"export to {format} needs a package more: pip install 'distpro[export]' ({error})")
+    return UserError(f"export to {format} needs a package more: {pip_install('export')} ({error})")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,8 +47,9 @@ def open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | 
             raise UserError("resume needs the run's folder")
         return None
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, a run needs a folder")
+    above = next(path for path in (folder, *folder.parents) if path.exists())  # "." and "/" do
+    if not above.is_dir():
+        raise UserError(f"{above}: is a file, a run needs a folder{'' if above == folder else f' ({folder})'}")
     written = folder / "config.yaml"
     if not distributed.is_main():  # rank 0 looks, and writes at once
         return folder
@@ -59,7 +62,9 @@ def open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | 
         if differing:
             raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
         return folder
-    if written.exists():
+    if not written.exists():
+        _check_writable(folder, above)
+    else:
         way = (
             "continue it with --resume"
             if config.stages or (folder / "checkpoint.pt").is_file() or (folder / "trials").is_dir()
@@ -67,6 +72,31 @@ def open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | 
         )
         raise UserError(f"{folder}: holds a run already; {way} or choose another --out")
     return folder
+
+
+def student_of(folder: Path) -> Path:
+    """The file of a finished run's student. Raises UserError where there is none, with what to do."""
+    path = folder / "student.pt"
+    if path.is_file():
+        return path
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run")
+    if (folder / "alpha.pt").is_file():
+        raise UserError(
+            f"{folder}: is a search, which leaves a schedule and no student: distpro retrain --schedule "
+            f"{shlex.quote(str(folder / 'alpha.pt'))} trains one"
+        )
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: is no run's folder: no student.pt and no config.yaml")
+    raise UserError(f"{folder}: no student.pt; has the training ended?")
+
+
+def _check_writable(folder: Path, above: Path) -> None:
+    """Before anything is computed. ``above``: what there is of the folder's path."""
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({above}: {error.strerror})") from None
 
 
 def recorded_estimator(folder: Path) -> Any:

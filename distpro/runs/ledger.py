@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distpro.config.schema import Config
+from distpro.console import pip_install
 from distpro.runs.candidates import Candidate
 from pathways.registry import UserError
 
@@ -257,6 +258,6 @@ def require_optuna() -> Any:
     try:
         optuna = importlib.import_module("optuna")
     except ImportError:
-        raise UserError("tune needs optuna: pip install 'distpro[tune]'") from None
+        raise UserError(f"tune needs optuna: {pip_install('tune')}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -15,30 +15,57 @@ import torch
 from torch import Tensor
 
 from distpro.batch import Batch
+from distpro.config.schema import Config
 from distpro.data import Loader
 from distpro.objective import Objective
 from distpro.task import ask
+from distpro.tasks import Classification
 from distpro.train.tracking import read_metrics
 from distpro.train.trainer import Trainer
 from pathways.probing import untouched
+from pathways.registry import UserError
 
 SAMPLES = 512
 
 
-def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None) -> list[str]:
-    """Of a teacher that knows nothing of the data, and of a student with more classes than the data."""
+def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None, config: Config) -> list[str]:
+    """Of settings that are without effect, of a teacher that knows nothing of the data, and of a student with more classes than
+    the data."""
     objective, notes = trainer.objective, []
+    samples, size = (facts or {}).get("train"), config.training.batch_size
+    if isinstance(samples, int) and size > samples:
+        notes.append(f"training.batch_size is {size}, there are {samples} training samples: each epoch is one step")
+    if config.data.workers and isinstance(trainer.train_loader, Loader) and not trainer.train_loader.streamed:
+        notes.append(f"data.workers is {config.data.workers}, but the images are in memory: no worker is started")
     if trainer.task.headline != "accuracy":
-        return []
+        return notes
     if objective.teacher is not None:
         said = _guesses(trainer, _teacher(objective))
         cure = "other weights, images of another normalisation (teacher.input), or classes in another order?"
         notes += [f"the teacher {said}: {cure}"] if said else []
-    response = _student(objective)(next(_few(trainer.test_loader)))
-    answers, classes = 0 if response is None or response.dim() != 2 else response.shape[1], (facts or {}).get("classes")
-    if isinstance(classes, int) and answers > classes:
+    answers, classes = _classes(trainer, facts)
+    if answers > classes > 0:
         notes.append(f"the student answers with {answers} classes, the data have {classes}")
     return notes
+
+
+def check_classes(trainer: Trainer, facts: Mapping[str, Any] | None) -> None:
+    """Raise UserError, in every process, for a student with fewer classes than the data: the first label without one would
+    end its training."""
+    if type(trainer.task) is not Classification:
+        return
+    answers, classes = _classes(trainer, facts)
+    if 0 < answers < classes:
+        raise UserError(
+            f"the student answers with {answers} classes, the data have {classes}: student.params.num_classes?"
+        )
+
+
+def _classes(trainer: Trainer, facts: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Of the student's answers and of the data; 0 where there are none."""
+    response, classes = _student(trainer.objective)(next(_few(trainer.test_loader))), (facts or {}).get("classes")
+    answers = 0 if response is None or response.dim() != 2 else response.shape[1]
+    return answers, classes if isinstance(classes, int) else 0
 
 
 def at_the_end(trainer: Trainer) -> list[str]:

@@ -15,7 +15,7 @@ from distpro.files import save_atomically, write_atomically
 from distpro.objective import Objective, Term
 from distpro.report.plots import heatmap_figure, scalars_figure, schedule_figure
 from distpro.runs.folder import as_yaml, check_data, flat, record
-from distpro.runs.notes import at_the_end, at_the_start
+from distpro.runs.notes import at_the_end, at_the_start, check_classes
 from distpro.search.searcher import Searcher
 from distpro.train import distributed
 from distpro.train.tracking import Tracker
@@ -64,8 +64,10 @@ def run_training(
         note(f"a resumed run will not come to the same numbers: {trainer.why_not}")
     if trainer.objective.cache is not None:
         note(trainer.objective.cache.describe())
+    if not resume:
+        check_classes(trainer, facts)
     if not resume and distributed.is_main():
-        for said in at_the_start(trainer, facts):
+        for said in at_the_start(trainer, facts, config):
             warn(said)
     if trainer.folder is None or not distributed.is_main():
         return conclude(_fit(trainer))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch
+from distpro.console import pip_install
 from pathways.call import Call
 from pathways.registry import UserError, nearest
 
@@ -200,7 +201,7 @@ def _coco_metric() -> Any:
         from torchmetrics.detection import MeanAveragePrecision as Metric
     except ImportError:
         raise UserError(
-            "detection: mean average precision needs torchmetrics and faster-coco-eval: pip install 'distpro[detection]'"
+            f"detection: mean average precision needs torchmetrics and faster-coco-eval: {pip_install('detection')}"
         ) from None
     metric = Metric(
         iou_type="bbox",

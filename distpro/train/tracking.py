@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distpro.files import write_atomically
+from distpro.files import naming, write_atomically
 from pathways.registry import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class Tracker:
         fetched together, one transfer per device."""
         numbers = _floats(values)
         self._step = step
-        self._file.write(_line({"step": step, "epoch": epoch, **numbers}))
+        with naming(self.folder / METRICS):
+            self._file.write(_line({"step": step, "epoch": epoch, **numbers}))
         if self._writer:
             for tag, value in numbers.items():
                 self._writer.add_scalar(tag, value, step)

@@ -120,10 +120,10 @@ def test_a_bad_override_is_named(override, part):
     [
         ("seed: 1\ntraining: {epochs: 3\n", "line 3: not valid YAML"),
         ("seed: 1\nteacher: !!python/object/apply:os.getcwd []\n", "line 2: not valid YAML"),
-        ("seed: 1\nstudent: {model: resnet8}\nseed: 2\n", "line 3: 'seed' is said twice"),
+        ("seed: 1\nstudent: {model: resnet8}\nseed: 2\n", "line 3: duplicate key 'seed'"),
         ("student: {model: resnet8}\nseed: 010\n", "line 2: YAML reads 010 as 8; write that, or put it in quotes"),
         ("student: {model: resnet8}\nseed: 1:30\n", "line 2: YAML reads 1:30 as 90"),
-        ("student:\n  model: resnet8\nterms:\n- {loss: kd,\n   loss: at}\n", "line 5: 'loss' is said twice"),
+        ("student:\n  model: resnet8\nterms:\n- {loss: kd,\n   loss: at}\n", "line 5: duplicate key 'loss'"),
         ("student: {model: resnet8, weight: 2}", "student.weight: only a teacher has one"),
         ("student: {model: resnet8, input: {mean: [0], std: [1]}}", "student.input: only a teacher has one"),
         ("seed: &a [*a]\n", "an alias leads back to itself"),
@@ -217,6 +217,47 @@ def test_merge_is_deep_for_mappings_and_whole_for_lists():
     below = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
     assert merge(below, {"a": {"y": [3]}, "b": {"c": 2}}) == {"a": {"x": 1, "y": [3]}, "b": {"c": 2}}
     assert below == {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+
+
+def test_an_empty_mapping_clears(write):
+    base = write("student: {model: wrn, params: {depth: 16, widen_factor: 1}}\n", "base.yaml")
+    assert read_config(base, ["student.params={}"]).student.params == {}
+    assert read_config(write("base: base.yaml\nstudent: {params: {}}\n")).student.params == {}
+    assert read_config(base, ["student.params={depth: 40}"]).student.params == {"depth": 40, "widen_factor": 1}
+
+
+def test_an_empty_section_leaves_a_schedule_and_a_space_what_they_say():
+    source = {"student": {"model": "resnet8"}, "training": {}, "search": {}}
+    below = {"training": {"distill_weight": 3.0}}
+    config = read_config(source, below=below, space={"terms": [{"loss": "kd"}], "search": {"horizon": 0.25}})
+    assert (config.training.distill_weight, config.search.horizon) == (3.0, 0.25)
+
+
+def test_a_preset_on_the_command_line_is_that_of_the_file(write):
+    base = write(STUDENT + "preset: default\ntraining: {epochs: 3}\n", "base.yaml")
+    said, written = read_config(base, ["preset=paper", "seed=2"]), STUDENT + "preset: paper\ntraining: {epochs: 3}\n"
+    assert said == read_config(write(written), ["seed=2"])
+    assert said.training.epochs == 3 and said.search.repeats and said.precision == "float32"
+    assert read_config(base, ["preset=null"]) == read_config(write(STUDENT + "training: {epochs: 3}\n"))
+    assert "did you mean 'paper'?" in message_of(base, "preset=papr")
+    assert "preset=paper would change nothing" in message_of(said.model_dump(), "preset=paper")
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("learning_rate=0.1", "'training.optimizer.lr'"),
+        ("training.learning_rate=0.1", "'training.optimizer.lr'"),
+        ("lr=0.1", "'training.optimizer.lr'"),
+        ("momentm=0.1", "'training.optimizer.momentum' or 'search.momentum'"),
+        ("epochs=3", "'training.epochs' or 'tune.epochs'"),
+        ("lambda=3", "'training.distill_weight'"),
+        ("data.batch_size=3", "'training.batch_size'"),
+    ],
+)
+def test_a_key_of_another_section_is_found(write, override, meant):
+    message = message_of(write(STUDENT), override)
+    assert f"did you mean {meant}?" in message and "\n" not in message
 
 
 def test_a_mapping_is_a_config_too_and_stays_as_it_is():

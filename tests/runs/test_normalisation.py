@@ -164,8 +164,14 @@ def test_an_exported_file_says_them(format, place, tmp_path):
     else:
         import onnx
 
-        found = {entry.key: entry.value for entry in onnx.load(path).metadata_props}["distpro"]
+        model = onnx.load(path)
+        found = {entry.key: entry.value for entry in model.metadata_props}["distpro"]
+        assert [output.name for output in model.graph.output] == ["logits"]
+        onnx.checker.check_model(model, full_check=True)
     assert json.loads(found) == facts
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # as the umask says
 
 
 class Tied(nn.Module):

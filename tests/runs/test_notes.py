@@ -81,7 +81,7 @@ def test_it_is_found_in_a_folder_sorted_by_class(tmp_path, capsys):
 def test_the_note_changes_no_number(tmp_path, monkeypatch):
     torch.save(build_model("resnet14", num_classes=10).state_dict(), tmp_path / "t.pt")
     with_note = distpro.search(settings(tmp_path / "t.pt"))
-    monkeypatch.setattr("distpro.runs.training.at_the_start", lambda trainer, facts: [])
+    monkeypatch.setattr("distpro.runs.training.at_the_start", lambda *given: [])
     without = distpro.search(settings(tmp_path / "t.pt"))
     assert torch.equal(with_note.alpha_tilde, without.alpha_tilde)
 

@@ -337,7 +337,7 @@ def test_evaluate(runs):
         (lambda runs: distpro.retrain(), "needs a config, a schedule, or both"),
         (lambda runs: distpro.retrain(searching(runs)), "retrain.weights is 'searched', which needs a schedule"),
         (lambda runs: distpro.retrain(schedule=runs / "retrain" / "student.pt"), "not a distpro schedule"),
-        (lambda runs: distpro.evaluate(runs / "search"), "no student.pt; has the training ended"),
+        (lambda runs: distpro.evaluate(runs / "search"), "is a search, which leaves a schedule and no student"),
         (lambda runs: distpro.evaluate(runs / "retrain" / "student.pt"), "give --config CFG"),
         (lambda runs: distpro.search(searching(runs), out=runs / "search"), "holds a run already"),
     ],

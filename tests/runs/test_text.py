@@ -222,6 +222,9 @@ def test_a_folder_of_transformers_is_written_and_evaluated(student, made, tmp_pa
     logits, batch, plain = answers(student)
     folder = export(student, "transformers", tmp_path / "folder")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
+    assert {file.stat().st_mode for file in folder.iterdir() if file.is_file()} == {
+        (folder / "config.json").stat().st_mode
+    }
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
     sentence = tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)

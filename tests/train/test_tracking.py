@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,16 @@ def test_row_is_on_disk_before_close(tmp_path):
     with Tracker(tmp_path, tensorboard=False) as tracker:
         tracker.scalars({"lr": 1.0}, step=0, epoch=0.0)
         assert len(read_metrics(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_said_of_the_file(tmp_path):
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        own, tracker._file = tracker._file, open("/dev/full", "a", buffering=1)
+        with pytest.raises(OSError) as caught:
+            tracker.scalars({"loss": 1.0}, step=0, epoch=0.0)
+        tracker._file = own
+    assert caught.value.filename == str(tmp_path / METRICS) and "space" in caught.value.strerror
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 9, "lr": 0.', '{"step": 3, "epoch": 0, "lr": 3.0}', "\0\0\0"])
