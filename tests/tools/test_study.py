@@ -157,7 +157,7 @@ def test_a_search_may_be_a_tuning_whose_best_is_retrained(example):
     assert example.command("three weights", 1)[:3] == ["distpro", "retrain", "runs/example/optuna-1/best.yaml"]
     assert "--schedule" not in example.command("three weights", 1)
     plain = study.cost(example, "equal")
-    assert study.cost(example, "optuna") == pytest.approx(4 * 0.5 * plain, rel=0.05)  # half of 300 images judge
+    assert study.cost(example, "optuna") == pytest.approx(4 * 36 / 60 * plain, rel=0.05)  # half of the images judge
 
 
 def test_the_table_of_horizons_leaves_out_the_first_steps():
