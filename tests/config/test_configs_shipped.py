@@ -80,8 +80,9 @@ def facts(path):
 
 
 def config_of(path):
-    space = None if path.stem.endswith("_teacher") else default_space
-    return read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])], space=space)
+    said = [*facts(path), *LIGHTER.get(path.stem, [])]
+    plain = read_config(path, said)
+    return read_config(path, said, space=default_space) if plain.has_teacher else plain
 
 
 @functools.cache
