@@ -140,7 +140,7 @@ def test_one_search_step_of_each_estimator(architecture):
     make = pair_of(architecture)
     truth = estimate(make, "unrolled")
     assert torch.isfinite(truth).all() and (truth != 0).all()
-    others = (("forward_mode", {}, 1e-6), ("finite_difference", {"epsilon": 1e-4}, 1e-2), ("sweep", {"steps": 1}, 1e-6))
+    others = (("forward_mode", {}, 1e-6), ("finite_difference", {"epsilon": 1e-6}, 1e-2), ("sweep", {"steps": 1}, 1e-6))
     for name, params, tolerance in others:
         found = estimate(make, name, **params)
         assert ((found - truth).norm() / truth.norm()).item() < tolerance, name
