@@ -33,16 +33,12 @@ def waits(step: Callable[[], None], steps: int) -> Counter[str]:
         ours = [f for f in traceback.extract_stack() if "/distpro/" in f.filename or "/pathways/" in f.filename]
         found[f"{'/'.join(ours[-1].filename.split('/')[-3:])}:{ours[-1].lineno} {ours[-1].line}" if ours else "?"] += 1
 
-    before, warnings.showwarning = warnings.showwarning, note
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = note
-            torch.cuda.set_sync_debug_mode("warn")
-            repeated(step, steps)()
-    finally:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        repeated(step, steps)()
         torch.cuda.set_sync_debug_mode("default")
-        warnings.showwarning = before
     return found
 
 

@@ -170,9 +170,7 @@ def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
     tunes = Search(study, label).tunes
     searching = label in study.searches
-    given = ROOT / study.config(label), study.overrides(label, 0)
-    config = read_config(*given)
-    config = read_config(*given, space=default_space) if config.has_teacher else config
+    config = read_config(ROOT / study.config(label), study.overrides(label, 0), space=default_space)
     description = describe(config if searching else for_retrain(config), searching)
     if not tunes:
         return (description.steps or 0) * description.step_macs

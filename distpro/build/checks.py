@@ -14,7 +14,8 @@ from distpro.models import MODELS
 from distpro.objective import Objective
 from distpro.process import Clock, learned_of, reduction_of
 from distpro.schedule import TASK
-from distpro.search.estimators.base import ESTIMATORS
+from distpro.search.estimators import ESTIMATORS
+from distpro.search.searcher import check_learned
 from distpro.search.weighting import WEIGHTINGS
 from distpro.tasks import METRICS, TASKS
 from pathways import DISTANCES, TRANSFORMS
@@ -81,16 +82,10 @@ def check_search(config: Config) -> None:
 
 def check_learns(config: Config, objective: Objective) -> None:
     """Raise UserError where a search has nothing to learn, or a number beside the weights that it cannot learn."""
-    if all(constant is not None for constant in objective.constants_at(0)):
-        raise UserError("search: there is no term whose weight is to be learned")
-    scalars, horizon = learned_scalars(config, objective), config.search.horizon
     name, _ = parse_spec(config.search.estimator, "search.estimator")
-    if scalars and (horizon == 1 or name == "unrolled"):
-        which = name if name != "auto" else "a horizon of 1"
-        raise UserError(
-            f"search: {', '.join(scalars)} can be learned by a search over a horizon alone (search.horizon: several steps, "
-            f"search.estimator: sweep); this one has {which}"
-        )
+    if name == "auto":
+        name = "forward_mode" if config.search.horizon == 1 else "sweep"
+    check_learned(objective, ESTIMATORS[name], learned_scalars(config, objective))  # type: ignore[arg-type]
 
 
 def check_accumulate(config: Config, batches: int) -> None:

@@ -74,7 +74,9 @@ def _override(text: str) -> tuple[str, Any]:
 
 def default_space(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a search takes whose config says nothing of pathways and terms: the preset ``default_TASK`` of its task, where there
-    is one, else ``default``."""
+    is one, else ``default``; nothing where it has no teacher."""
+    if not (content.get("teacher") or content.get("teachers")):
+        return {}
     task = content.get("task", "")
     name = (
         task if isinstance(task, str) else str(task.get("name", next(iter(task), ""))) if isinstance(task, dict) else ""

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from PIL import Image
 
 from distpro.data.datasets import DATASETS, Source, locate
 from distpro.data.files import THREADS, ImageFiles, Store, open_store
-from distpro.data.segmentation import _size as checked_size
 from distpro.data.splits import Split
+from distpro.data.trees import size_of, split_names, stated_size, trees_of
 from pathways.registry import UserError, nearest
 
 PARTS = {"train": "train", "validation": None, "test": "test"}
@@ -51,7 +50,7 @@ def depth(
     Raises UserError for what is missing or damaged, for sizes that differ, and for a depth map without a measurement.
     """
     what = "dataset 'depth'"
-    parts = _split_names(what, splits)
+    parts = split_names(what, splits, PARTS)
     for name, value in (("scale", scale), ("most", most)):
         if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise UserError(f"{what}: {name} must be a number of metres above 0, got {value!r}")
@@ -66,7 +65,7 @@ def depth(
         for part, name in parts.items()
         if name is not None
     }
-    size = checked_size(what, image_size) or _size_of(tree.store, pairs["train"][0][0])
+    size = stated_size(what, image_size) or size_of(tree.store, pairs["train"][0][0])
     reader = _Reader(tree.store, size, image_size is not None, float(scale), most)
     read = {part: reader.read(found) for part, found in pairs.items()}
     return Source(read["train"], read["test"], [], validation=read.get("validation"))
@@ -96,33 +95,12 @@ def nyuv2(
     return depth(place, *patterns, splits=names, image_size=image_size)
 
 
-def _split_names(what: str, splits: Any) -> dict[str, str | None]:
-    if splits is not None and not isinstance(splits, Mapping):
-        raise UserError(f"{what}: splits must be a mapping such as {{train: train, test: test}}, got {splits!r}")
-    for part, name in (splits or {}).items():
-        if part not in PARTS:
-            raise UserError(f"{what}: splits has no part '{part}'{nearest(part, PARTS)} (allowed: {', '.join(PARTS)})")
-        if not isinstance(name, str) and not (name is None and part == "validation"):
-            raise UserError(f"{what}: splits.{part} must be a name, got {name!r}")
-    return {**PARTS, **(splits or {})}
-
-
-def _size_of(store: Store, image: str) -> tuple[int, int]:
-    width, height = ImageFiles(store, [image], (0, 0), None).open(0).size
-    return height, width
-
-
 class _Tree:
     """Where the files of each part lie."""
 
     def __init__(self, store: Store):
         self.store = store
-        files = {PurePosixPath(name): name for name in store.names()}
-        files = {f: n for f, n in files.items() if not any(part.startswith((".", "__MACOSX")) for part in f.parts)}
-        whole = {file.as_posix(): name for file, name in files.items()}
-        inner = {PurePosixPath(*file.parts[1:]).as_posix(): name for file, name in files.items()}
-        in_one_folder = len({file.parts[0] for file in files}) == 1
-        self.trees = (whole, inner) if in_one_folder else (whole,)
+        self.trees = [{file.as_posix(): name for file, name in tree.items()} for tree in trees_of(store)]
 
     def matching(self, images: str, depths: str, split: str) -> list[tuple[str, str]]:
         """(image, depth map) files of a part, sorted."""

@@ -23,6 +23,7 @@ from distpro.data.counter import make_generator
 from distpro.data.datasets import DATASETS, locate
 from distpro.data.files import ImageFiles, Store, open_store
 from distpro.data.foreign import ForeignDataset
+from distpro.data.trees import split_names
 from pathways.registry import UserError, nearest
 
 COLUMNS = ("file", "width", "height", "class", "xmin", "ymin", "xmax", "ymax")
@@ -177,16 +178,13 @@ def coco(
     missing or damaged.
     """
     what = "dataset 'coco'"
-    if splits is not None and (not isinstance(splits, Mapping) or set(splits) - set(COCO_SPLITS)):
-        raise UserError(f"{what}: splits must be a mapping with keys of {', '.join(COCO_SPLITS)}, got {splits!r}")
+    named = split_names(what, splits, COCO_SPLITS)
     store = open_store(locate(what, root))
     parts: dict[str, list[Described]] = {}
     categories: dict[int, str] = {}
-    for part, split in {**COCO_SPLITS, **(splits or {})}.items():
-        if split is None and part == "validation":
+    for part, split in named.items():
+        if split is None:
             continue
-        if not isinstance(split, str):
-            raise UserError(f"{what}: splits.{part} must be a name, got {split!r}")
         table = _only(store, annotations.format(split=split))
         content = _json(store, table)
         own = _categories(f"{store.path}: {table}", content)

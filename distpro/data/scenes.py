@@ -10,7 +10,8 @@ import numpy as np
 from distpro.data.augment import VOID
 from distpro.data.datasets import DATASETS, Source, locate
 from distpro.data.files import Store, open_store
-from distpro.data.segmentation import read_parts, segmentation, trees_of
+from distpro.data.segmentation import read_parts, segmentation
+from distpro.data.trees import trees_of
 from pathways.registry import UserError
 
 CITYSCAPES = (

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,8 @@ from distpro.data.augment import VOID, whole_number
 from distpro.data.datasets import DATASETS, Source, locate
 from distpro.data.files import SUFFIXES, THREADS, ImageFiles, Store, open_store
 from distpro.data.splits import Split
-from pathways.registry import UserError, nearest
+from distpro.data.trees import memory, size_of, split_names, stated_size, trees_of
+from pathways.registry import UserError
 
 CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()
 GREY = (124, 116, 104)
@@ -60,7 +59,7 @@ def segmentation(
         raise UserError(f"{what}: ignore must be null or a whole number from 0 to {VOID}, got {ignore!r}")
     if lists is None and "{split}" not in images:
         raise UserError(f"{what}: with lists null, images needs '{{split}}' to tell the parts apart, got {images!r}")
-    parts = _split_names(what, splits)
+    parts = split_names(what, splits, SPLITS)
     tree = _Tree(open_store(locate(what, root)), images, annotations, lists)
     pairs = {part: tree.pairs(name) for part, name in parts.items() if name is not None}
     label = np.full(VOID + 1, -1, np.int16)
@@ -89,11 +88,8 @@ def read_parts(
     value of an annotation. ``image_size``, ``fit``: as of `segmentation`."""
     if fit not in ("stretch", "pad") or (fit == "pad" and image_size is None):
         raise UserError(f"{what}: fit must be stretch, or pad with an image_size, got {fit!r}")
-    size = _size(what, image_size) or _first_size(store, pairs["train"][0][0])
-    needed, there = (
-        4 * prod(size) * sum(map(len, pairs.values())),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    size = stated_size(what, image_size) or size_of(store, pairs["train"][0][0])
+    needed, there = 4 * prod(size) * sum(map(len, pairs.values())), memory()
     if needed > there:
         raise UserError(
             f"{what}: {needed / 1e9:.0f} GB of {size[0]}x{size[1]} images do not fit into {there / 1e9:.0f} GB of memory: "
@@ -102,43 +98,6 @@ def read_parts(
     reader = _Reader(store, size, "as is" if image_size is None else fit, label)
     read = {part: reader.read(found) for part, found in pairs.items()}
     return Source(read["train"], read["test"], list(names), validation=read.get("validation"))
-
-
-def trees_of(store: Store) -> list[dict[PurePosixPath, str]]:
-    """A store's files by path, from its top, and from the one folder that holds all of them, and so on."""
-    files = {PurePosixPath(name): name for name in store.names()}
-    files = {f: n for f, n in files.items() if not any(part.startswith((".", "__MACOSX")) for part in f.parts)}
-    trees = [files]
-    while len({f.parts[0] for f in trees[-1]}) == 1 and all(len(f.parts) > 1 for f in trees[-1]):
-        trees.append({PurePosixPath(*f.parts[1:]): name for f, name in trees[-1].items()})
-    return trees
-
-
-def _split_names(what: str, splits: Mapping[str, str | None] | None) -> dict[str, str | None]:
-    if splits is not None and not isinstance(splits, Mapping):
-        raise UserError(f"{what}: splits must be a mapping such as {SPLITS}, got {splits!r}")
-    for part, name in (splits or {}).items():
-        if part not in SPLITS:
-            raise UserError(
-                f"{what}: splits has no part '{part}'{nearest(part, SPLITS)} (allowed: {', '.join(SPLITS)})"
-            )
-        if not isinstance(name, str) and not (name is None and part == "validation"):
-            raise UserError(f"{what}: splits.{part} must be a name, got {name!r}")
-    return {**SPLITS, **(splits or {})}
-
-
-def _size(what: str, image_size: Any) -> tuple[int, int] | None:
-    if image_size is None:
-        return None
-    sides = [image_size] * 2 if isinstance(image_size, int) else image_size
-    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(whole_number(side, 1) for side in sides):
-        raise UserError(f"{what}: image_size must be a side or [height, width] of at least 1, got {image_size!r}")
-    return sides[0], sides[1]
-
-
-def _first_size(store: Store, image: str) -> tuple[int, int]:
-    width, height = ImageFiles(store, [image], (0, 0), None).open(0).size
-    return height, width
 
 
 @dataclass

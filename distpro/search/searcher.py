@@ -87,14 +87,8 @@ class Searcher:
         shows_last_update: bool = False,
         scalars: Sequence[str] = (),
     ):
+        check_learned(objective, estimator, scalars)
         learned = [n for n, constant in enumerate(objective.constants_at(0)) if constant is None]
-        if not learned:
-            raise UserError("search: there is no term whose weight is to be learned")
-        if scalars and not estimator.learns_scalars:
-            raise UserError(
-                f"search: {', '.join(scalars)} can be learned by a search over a horizon alone (search.horizon: several steps, "
-                f"search.estimator: sweep); this one has {estimator.name}"
-            )
         self.objective, self.estimator, self.weighting = objective, estimator, weighting
         self.beside = LearnedScalars(objective, scalars, total_steps)
         estimator.scalars = self.beside if scalars else None
@@ -287,3 +281,14 @@ class Searcher:
         self.validation_steps = state["validation_steps"]
         self.estimator.validation_loss = state["validation_loss"].to(self.history.device)
         self.validation = self._validation_from(self.validation_steps)
+
+
+def check_learned(objective: Objective, estimator: Estimator | type[Estimator], scalars: Sequence[str]) -> None:
+    """Raise UserError where there is nothing to learn, and for numbers beside the weights that an estimator does not see."""
+    if all(constant is not None for constant in objective.constants_at(0)):
+        raise UserError("search: there is no term whose weight is to be learned")
+    if scalars and not estimator.learns_scalars:
+        raise UserError(
+            f"search: {', '.join(scalars)} can be learned by a search over a horizon alone (search.horizon: several steps, "
+            f"search.estimator: sweep); this one has {estimator.name}"
+        )

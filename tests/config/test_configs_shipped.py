@@ -80,9 +80,7 @@ def facts(path):
 
 
 def config_of(path):
-    said = [*facts(path), *LIGHTER.get(path.stem, [])]
-    plain = read_config(path, said)
-    return read_config(path, said, space=default_space) if plain.has_teacher else plain
+    return read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])], space=default_space)
 
 
 @functools.cache

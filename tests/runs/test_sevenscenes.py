@@ -44,12 +44,6 @@ def found(data_folder, monkeypatch):
     monkeypatch.setenv("DISTPRO_DATA", str(data_folder))
 
 
-@pytest.fixture(scope="module")
-def made():
-    """What the tests of this module leave to one another."""
-    return {}
-
-
 @pytest.fixture
 def teacher(made, tmp_path_factory):
     """The teacher's config, trained for two steps."""

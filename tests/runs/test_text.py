@@ -50,12 +50,6 @@ def short(tmp_path_factory):
     SMALL.pop()
 
 
-@pytest.fixture(scope="module")
-def made():
-    """What the tests of this module leave to one another."""
-    return {}
-
-
 def teacher_of(made, tmp_path_factory, set):
     """The teacher's config, trained for two steps."""
     if set not in made:

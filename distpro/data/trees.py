@@ -1,0 +1,61 @@
+"""What data sets of pairs of files share: where the files lie, what the parts are called, and how large their images are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from distpro.data.augment import whole_number
+from distpro.data.files import ImageFiles, Store
+from pathways.registry import UserError, nearest
+
+
+def trees_of(store: Store) -> list[dict[PurePosixPath, str]]:
+    """A store's files by path, from its top, and from the one folder that holds all of them, and so on."""
+    files = {PurePosixPath(name): name for name in store.names()}
+    files = {f: n for f, n in files.items() if not any(part.startswith((".", "__MACOSX")) for part in f.parts)}
+    trees = [files]
+    while len({f.parts[0] for f in trees[-1]}) == 1 and all(len(f.parts) > 1 for f in trees[-1]):
+        trees.append({PurePosixPath(*f.parts[1:]): name for f, name in trees[-1].items()})
+    return trees
+
+
+def split_names(what: str, splits: Any, defaults: Mapping[str, str | None]) -> dict[str, str | None]:
+    """What the parts are called: ``defaults`` with what a config says, {part: name}; null for a validation part: there is none.
+    Raises UserError, which begins with ``what``, for another part or a name that is none."""
+    if splits is not None and not isinstance(splits, Mapping):
+        raise UserError(f"{what}: splits must be a mapping such as {dict(defaults)}, got {splits!r}")
+    for part, name in (splits or {}).items():
+        if part not in defaults:
+            raise UserError(
+                f"{what}: splits has no part '{part}'{nearest(part, defaults)} (allowed: {', '.join(defaults)})"
+            )
+        if not isinstance(name, str) and not (name is None and part == "validation"):
+            raise UserError(f"{what}: splits.{part} must be a name, got {name!r}")
+    return {**defaults, **(splits or {})}
+
+
+def stated_size(what: str, image_size: Any) -> tuple[int, int] | None:
+    """(height, width) of a config's ``image_size``, a side or [height, width]; None where it says nothing. Raises UserError."""
+    if image_size is None:
+        return None
+    sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(whole_number(side, 1) for side in sides):
+        raise UserError(f"{what}: image_size must be a side or [height, width] of at least 1, got {image_size!r}")
+    return sides[0], sides[1]
+
+
+def size_of(store: Store, image: str) -> tuple[int, int]:
+    """(height, width) of an image file."""
+    width, height = ImageFiles(store, [image], (0, 0), None).open(0).size
+    return height, width
+
+
+def memory() -> float:
+    """Bytes of the machine's memory; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
