@@ -80,7 +80,10 @@ def facts(path):
 
 
 def config_of(path):
-    return read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])], space=default_space)
+    space = (
+        None if path.stem.endswith("_teacher") else default_space
+    )  # those train, whatever their base says of a teacher
+    return read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])], space=space)
 
 
 @functools.cache
