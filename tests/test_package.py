@@ -198,7 +198,7 @@ def test_the_wheel_works_without_the_repository(unpacked, tmp_path):
     (facts,) = unpacked.glob("*.dist-info")
     assert distpro_says("--version") == f"distpro {facts.name.split('-')[1].removesuffix('.dist')}\n"
     assert "Relational" in distpro_says("list", "losses")
-    assert distpro_says("list", "presets").split() == ["default", "paper", "paper_imagenet"]
+    assert distpro_says("list", "presets").split() == ["default", "default_depth", "paper", "paper_imagenet"]
     assert "wrote digits.yaml" in distpro_says("init", "digits")
     where = "import distpro, pathways; print(distpro.__file__, pathways.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}

@@ -343,7 +343,9 @@ def test_without_optuna_it_says_how_to_get_it(teacher, tmp_path, monkeypatch, ca
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tuning(teacher)))
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["tune", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err == "distpro: tune needs optuna: pip install 'distpro[tune]'\n"
+    assert capsys.readouterr().err == (
+        "distpro: tune needs optuna: pip install 'distpro[tune]' (in a clone: pip install -e '.[tune]')\n"
+    )
 
 
 def test_a_default_method_that_cannot_be_built_is_left_out(teacher, tmp_path, monkeypatch, capsys):
