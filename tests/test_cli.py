@@ -271,6 +271,7 @@ def test_export_safetensors_holds_the_student_s_weights(here, tmp_path, capsys):
     assert all(torch.equal(written[name], trained[name]) for name in trained)
 
 
+@pytest.mark.slow
 def test_export_pt2_computes_what_the_student_computes(here, tmp_path):
     path = tmp_path / "s.pt2"
     assert main(["export", "retrain", "--format", "pt2", "--out", str(path)]) == 0
@@ -305,6 +306,7 @@ def test_resume_of_a_finished_run_gives_its_result_again(here):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_seeds_are_runs_of_their_own(here, tmp_path, capsys):
     """Each as it is alone, and their spread; an interrupted series goes on."""
     out = tmp_path / "many"
@@ -336,6 +338,7 @@ def test_resume_with_another_config_is_refused_with_the_keys_that_differ(here, c
 # Code that a schedule names
 
 
+@pytest.mark.slow
 def test_a_schedule_file_runs_no_code_by_itself(here, tmp_path, monkeypatch, capsys):
     """…:make is imported only when the command line repeats it."""
     learned = Schedule.load("search/alpha.pt")
@@ -360,6 +363,7 @@ def test_a_schedule_file_runs_no_code_by_itself(here, tmp_path, monkeypatch, cap
     assert (tmp_path / "imported").exists() and (tmp_path / "r" / "student.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_schedule_may_lie_under_any_path(here, tmp_path, monkeypatch, capsys):
     place = tmp_path / "my 🎓 runs: é"
     place.mkdir()

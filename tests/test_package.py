@@ -50,6 +50,7 @@ def test_the_blocker_blocks(tmp_path):
         run_blocked("import yaml", ["yaml"], tmp_path)
 
 
+@pytest.mark.slow
 def test_pathways_need_torch_alone(tmp_path):
     code = """
 import pkgutil, pathways, torch
@@ -78,6 +79,7 @@ def test_import_and_help_and_version_need_nothing(tmp_path):
         assert said in run_blocked(f"import distpro.cli; distpro.cli.main({arguments})", blocked, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_the_package_offers_needs_no_extras(tmp_path):
     code = "import distpro\nfor name in distpro.__all__: getattr(distpro, name)\nprint(distpro.available_losses()[0])"
     assert run_blocked(code, OPTIONAL, tmp_path) == f"{distpro.available_losses()[0]}\n"

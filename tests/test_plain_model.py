@@ -234,6 +234,7 @@ def check(model, changes, names, training):
 PLAIN = [*LAYERS, "again"]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     deadline=None,
@@ -257,6 +258,7 @@ def test_an_objective_runs_the_model(kind, parts, changes, data, training):
     check(model, changes, names, training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", ["plain", "torchvision", "zoo"])
 def test_a_traced_model_is_changed(kind, change):

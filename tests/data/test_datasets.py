@@ -299,6 +299,7 @@ def read_mosaics(path):
     return np.concatenate(images), np.array(labels), [names[k] for k in sorted(names)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "cifar10" / "test.zip").exists(), reason="needs the CIFAR-10 pack in $DISTPRO_DATA")
 def test_real_cifar_images(tmp_path):
     x, y, names = read_mosaics(DATA / "cifar10" / "test.zip")

@@ -118,6 +118,7 @@ def test_batches_are_lists_and_come_again(table):
     assert torch.equal(evaluated.inputs[0], data.test[0][0])
 
 
+@pytest.mark.slow
 def test_boxes_move_with_their_pixels():
     """A bright rectangle is its box, whatever is done to the image."""
     transform = build_box_augment([{"flip": {"p": 0.5}}, {"crop": {"min_scale": 0.5}}, {"zoom_out": {"p": 0.5}}])

@@ -275,6 +275,7 @@ def test_batches_that_cannot_be_read(sample, message):
         next(foreign([sample] * 6).epoch(0))
 
 
+@pytest.mark.slow
 def test_to_batch_reads_what_nothing_else_can():
     part = TensorDataset(torch.rand(6, 2), torch.arange(6), torch.arange(6))
 

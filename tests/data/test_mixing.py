@@ -113,6 +113,7 @@ def test_mistakes(augment, message):
         build_augment(augment)
 
 
+@pytest.mark.slow
 def test_what_does_not_go_together(tmp_path):
     for options, message in (({"expand": "rotations"}, "rotations"), ({"num_classes": None}, "number of classes")):
         with pytest.raises(UserError, match=message):

@@ -40,6 +40,7 @@ def load(root, **options):
     return load_data("segmentation", root, **{"names": NAMES, "ignore": 7, **options})
 
 
+@pytest.mark.slow
 def test_camvid(data_folder, monkeypatch):
     monkeypatch.setenv("DISTPRO_DATA", str(data_folder))
     data = load_data("camvid", "camvid/camvid_160x120.zip")

@@ -191,6 +191,7 @@ def test_longer_texts_are_cut_which_is_said(table, capsys):
     assert len(ids) == 6 and ids[-1] == data.tokenizer.fast.sep_token_id
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_the_same_in_every_process(table):
     """The trainer's own numbers follow a hash table that is seeded anew in each."""
     code = (

@@ -103,6 +103,7 @@ def test_it_conforms(name, test, pefd, monkeypatch):
         test("pefd", *[given] * (given is not None))
 
 
+@pytest.mark.slow
 def test_its_config_trains(pefd, trained, monkeypatch):  # noqa: F811
     monkeypatch.setitem(METHODS, "pefd", pefd)
     (training,) = trained("pefd")
@@ -118,6 +119,7 @@ def test_every_attribute_of_the_table_exists_and_none_is_missing():
     assert listed == {n for n in base.__annotations__ if not n.startswith("_")}
 
 
+@pytest.mark.slow
 def test_a_package_of_one_s_own(package, teacher, capsys):  # noqa: F811
     """By its path, without registering; but not out of a schedule file."""
     (package / "pefd.yaml").write_text(IN_A_PACKAGE)

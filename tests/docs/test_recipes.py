@@ -20,6 +20,7 @@ BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 PAIR = {"student": {"model": "resnet20"}, "teacher": {"model": "resnet56"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", BLOCKS)
 def test_a_block_is_a_config_whose_terms_can_be_built(text):
     """The models' checkpoints and the data aside, which nobody has here."""

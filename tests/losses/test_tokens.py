@@ -102,6 +102,7 @@ def test_padding_has_no_influence_on_value_or_gradient(name):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 @names
 def test_the_gradient_under_a_mask_is_the_derivative_and_has_one_itself(name):
     loss, (student, teacher) = built(name), inputs(name)

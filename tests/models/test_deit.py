@@ -33,6 +33,7 @@ def images(count=6, side=16):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "params"),
     [

@@ -56,6 +56,7 @@ def test_a_backbone_s_weights(tmp_path):
     assert torch.equal(model.backbone.body.layer4[1].conv2.weight, classifier.layer4[1].conv2.weight)
 
 
+@pytest.mark.slow
 def test_what_is_no_pyramid_is_refused():
     for name, params, message in (
         ("fcos_fpn", {"channels": 48}, "channels must be a multiple of 32"),

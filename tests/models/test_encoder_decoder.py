@@ -120,6 +120,7 @@ def test_a_student_of_it_says_what_the_data_need():
     assert build_model("encoder_decoder", num_classes=11, width=16).head.out_channels == 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params, message",
     [

@@ -43,6 +43,7 @@ def test_parameters(name):
         assert [list(p.shape) for p in parameters] == record["parameter_shapes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDS)
 def test_features_and_logits(name):
     """The record was made in float32 and is compared with a float64 run. What float32 costs, with weights that make

@@ -191,6 +191,7 @@ def test_code_of_a_folder_does_not_run(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_damaged_folders(folder, tmp_path):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()

@@ -176,6 +176,7 @@ def test_parallel_model_keeps_its_prefix(tmp_path):
     assert same(source, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [  # ours → the name in RepDistiller's checkpoints
@@ -242,6 +243,7 @@ def cifar10_test_images(per_class):
     return (torch.cat(images) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "cifar10" / "test.zip").is_file(), reason=f"no CIFAR-10 in {DATA} (set DISTPRO_DATA)")
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
 def test_loaded_weights_classify():

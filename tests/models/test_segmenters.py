@@ -15,6 +15,7 @@ from pathways.taps import response_of
 SMALL = {"encoder_name": "resnet18"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PSPNet", "Unet", "DeepLabV3Plus", "FPN"])
 def test_a_model_of_segmentation_models_pytorch(name):
     smp = pytest.importorskip("segmentation_models_pytorch")

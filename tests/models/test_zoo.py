@@ -62,6 +62,7 @@ def test_traces_alike_in_training_and_evaluation(name):
     assert fx.symbolic_trace(model.train()).code == fx.symbolic_trace(model.eval()).code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_stage_taps(name):
     """The stated taps are read by traced code, the head turns the embedding into the logits, and where a stage ends in

@@ -64,6 +64,7 @@ def test_a_segmenter_is_traced_and_gives_the_same_to_the_last_bit(segmenter):
     assert type(found[0][0][0]) is OrderedDict and list(found[0][0][0]) == ["out"]
 
 
+@pytest.mark.slow
 def test_a_frozen_segmenter_is_fused(segmenter):
     model, taps, x = segmenter
     model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -122,6 +123,7 @@ def test_a_text_model_stops_at_its_last_tap():
     )
 
 
+@pytest.mark.slow
 def test_a_dict_in_and_out_compiles(compiler):
     class Net(nn.Module):
         def __init__(self):

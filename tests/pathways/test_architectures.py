@@ -67,6 +67,7 @@ def stages_of(layouts):
     return Stages(kind, [p.shape[1] for p in layouts], grids, prefix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", cases(QUICK, lambda a: a.stages is not None))
 def test_stages_and_taps(architecture):
     model, x = architecture.build().eval(), architecture.inputs()
@@ -140,6 +141,7 @@ def pair_of(architecture):
 ROUNDING = {"timm-ghostnet_050": 1e-5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", cases({"torchvision-vit"}, lambda a: str(a) in SEARCHED))
 def test_one_search_step_of_each_estimator(architecture):
     make = pair_of(architecture)

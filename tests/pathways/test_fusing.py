@@ -52,6 +52,7 @@ def error(found, exact):
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("taps", ["pre", "post"])
 @pytest.mark.parametrize("name", ZOO)
@@ -226,6 +227,7 @@ def test_relus_in_place_change_nothing(training):
         assert torch.equal(p.grad, q[1].grad), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_training_the_zoo(name):
     model = trained(name).train().requires_grad_(True)

@@ -79,6 +79,7 @@ def check_only_what_is_needed_runs(model, names, x):
     return tapped, called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", ["stem", "pre", "post"])
 @pytest.mark.parametrize(
     "name",
@@ -298,6 +299,7 @@ def test_a_pass_that_ends_early_keeps_nothing():
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, traced, x", [(resnet, True, images()), (Branching, False, rows())])
 def test_compiled_without_output(compiler, kind, traced, x):
     model = kind().eval()

@@ -258,6 +258,7 @@ def test_forward_mode_tangents_equal_finite_differences(traced):
 COMPILED = ["bn1", "layer1", "layer2.0.relu:input", "layer4:pre_relu", "logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, traced", [("eager", True), ("aot_eager", True), ("eager", False)])
 def test_compiled(compiler, backend, traced):
     model = resnet()
@@ -275,6 +276,7 @@ def test_compiled(compiler, backend, traced):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
+@pytest.mark.slow
 def test_hooks_registered_before_compilation_read_the_compiled_model(compiler):
     model, names = resnet(), ["layer1", "layer3:pre_relu", "layer2.0.relu:input"]
     with tap(model, names) as taps:

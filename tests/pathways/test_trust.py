@@ -30,6 +30,7 @@ class Mixed(nn.Sequential):
         return super().forward(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [

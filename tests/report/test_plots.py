@@ -53,6 +53,7 @@ def case(request):
     return CASES[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "alpha_tilde"])
 def test_each_term_is_one_line_in_the_panel_of_its_teacher_level(case, what):
     axes = schedule_figure(case, what).axes

@@ -56,6 +56,7 @@ def test_a_replay_takes_the_last_weights(teacher, whole, tmp_path):
     assert read_config(tmp_path / "run" / "config.yaml").retrain.start == 1
 
 
+@pytest.mark.slow
 def test_a_search_that_is_stopped_in_a_window_ends_in_the_same_bytes(teacher, whole, tmp_path, monkeypatch):
     """It stops after the window's sweep; a kill inside one goes back to the checkpoint before it."""
     stop_after(monkeypatch, [4], signal.SIGTERM)
@@ -67,6 +68,7 @@ def test_a_search_that_is_stopped_in_a_window_ends_in_the_same_bytes(teacher, wh
     assert apart(whole, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_horizon_that_does_not_fit_is_shortened(teacher, capsys):
     schedule = distpro.search(horizon(teacher, memory=0.002))
     said = capsys.readouterr().out
@@ -83,6 +85,7 @@ def test_a_compiled_search_sweeps_uncompiled(teacher, whole):
     assert (found[3] - eager[3]).abs().max() < 1e-2 * moved
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_moves_nothing(teacher, monkeypatch, capsys):
     call = Sweep.__call__
 
@@ -96,6 +99,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(teacher, monkeypatch, capsy
     assert "search: step 6: the gradient is not finite, the weights stay as they are" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["crd", "sskd"])
 def test_losses_that_ask_for_more_than_images(teacher, loss):
     """For the samples' numbers and a memory of them, or for rotated images."""

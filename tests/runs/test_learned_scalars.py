@@ -75,6 +75,7 @@ def test_they_start_where_the_config_says_and_move_with_the_weights(whole):
     assert logged[-1] == pytest.approx(schedule.scalars["kd.temperature"][-1].item())
 
 
+@pytest.mark.slow
 def test_a_retrain_plays_them(teacher, whole, tmp_path):
     """The last ones at every step; all of them with ``retrain.start`` 0."""
     schedule, seen = Schedule.load(whole / "alpha.pt"), []
@@ -117,6 +118,7 @@ def test_they_are_said_and_drawn(whole, tmp_path):
     assert titles == ["weight of the task", *NAMES[1:]]
 
 
+@pytest.mark.slow
 def test_a_search_that_is_stopped_ends_in_the_same_bytes(teacher, whole, tmp_path, monkeypatch):
     stop_after(monkeypatch, [4], signal.SIGTERM)
     with pytest.raises(Interrupted):
@@ -126,6 +128,7 @@ def test_a_search_that_is_stopped_ends_in_the_same_bytes(teacher, whole, tmp_pat
     assert apart(whole, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_trials_have_the_numbers_reached(teacher, tmp_path, monkeypatch):
     """Before the pass those that it starts from, after it those that it has come to; a stopped trial changes nothing."""
     judged, judge = [], Trials.judge
@@ -217,6 +220,7 @@ def test_a_loss_that_cuts_the_derivative_is_refused_by_name(teacher, tmp_path, m
     )
 
 
+@pytest.mark.slow
 def test_items_of_a_list_may_be_learned_one_by_one(teacher):
     temperatures = [2, {"learned": {"initial": 5}}, {"linear": {"initial": 6, "final": 3}}]
     terms = [{"loss": "mlkd", "params": {"temperatures": temperatures}}, {"loss": "sp"}]

@@ -244,6 +244,7 @@ def test_objects_through_every_command(kind, own, tmp_path, monkeypatch):
     assert trained.metrics["step"] == 12 and (tmp_path / "alone" / "student.pt").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parts", "loaders"])
 def test_objects_through_a_search_over_a_horizon(kind, own, tmp_path, monkeypatch):
     """Each trial begins from the student's weights as they were handed over; judged by the headline, there is no loss."""

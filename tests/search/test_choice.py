@@ -251,12 +251,14 @@ def recorded(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())["search"]["estimator"]
 
 
+@pytest.mark.slow
 def test_auto_takes_forward_mode_and_says_nothing(tmp_path, capsys):
     schedule = searched(tmp_path / "auto", build_model("resnet8", num_classes=10))
     assert "estimator" not in capsys.readouterr().out
     assert recorded(tmp_path / "auto") == schedule.meta["config"]["search"]["estimator"] == "forward_mode"
 
 
+@pytest.mark.slow
 def test_auto_takes_finite_differences_where_it_must_and_keeps_to_them(tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     student = quantised()

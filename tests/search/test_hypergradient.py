@@ -158,12 +158,14 @@ def test_adam_with_its_default_eps_is_exact():
     assert relative(case.estimate("forward_mode"), case.estimate("unrolled")) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nesterov, clipped", "nesterov, clipped by module"])
 def test_unrolled_over_several_steps_is_exact(name):
     case = Case(*OPTIMIZERS[name])
     assert relative(case.estimate("unrolled", steps=3), case.differences(steps=3)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epsilon", "bound"), [(1e-2, 0.15), (1e-3, 0.03)])
 def test_finite_difference_error_is_that_of_relu_kinks(epsilon, bound):
     """Eq. 5 on a ReLU network: percents, as documented; on a smooth one it converges like ε²."""

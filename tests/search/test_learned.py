@@ -93,6 +93,7 @@ class Learning(Horizon):
             return torch.stack(torch.autograd.grad(loss, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over_reverse", [True, False], ids=["forward over reverse", "double backward"])
 @pytest.mark.parametrize("name", ["nesterov", "nesterov, clipped by module", "adamw"])
 def test_the_gradient_of_every_step_is_exact(name, over_reverse):

@@ -42,12 +42,14 @@ class Horizon(Case):
         return estimator, estimator(step, [self.validation])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_gradient_over_twelve_steps_is_exact(name):
     case = Horizon(name)
     assert relative(case.estimate_all("sweep")[1], case.estimate_all("unrolled")[1]) < 1e-8
 
 
+@pytest.mark.slow
 def test_dropout_draws_its_masks_again():
     case = Horizon("nesterov", dropout=0.5)
     assert relative(case.estimate_all("sweep")[1], case.estimate_all("unrolled")[1]) < 1e-8
@@ -87,6 +89,7 @@ def test_one_step_is_the_one_step_search(name):
     assert relative(forward(step, [case.validation]), h) < 1e-8
 
 
+@pytest.mark.slow
 def test_several_validation_batches_count_by_their_samples():
     case = Horizon("nesterov")
     case.batches = case.batches[:2]

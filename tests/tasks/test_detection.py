@@ -116,6 +116,7 @@ def by_coco(found, wanted):
     return {name: 100 * evaluation.stats[n] for n, name in enumerate(("map", "map50", "map75"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_the_numbers_are_coco_s(seed):
     found, wanted = noisy(seed)

@@ -149,6 +149,7 @@ def test_level_shares_leave_out_terms_without_a_level():
     assert figures._share(learned, 2) == pytest.approx([0.5, 0.25])
 
 
+@pytest.mark.slow
 def test_a_search_may_be_a_tuning_whose_best_is_retrained(example):
     example.searches["optuna"] = {"tune": {"families": ["static"], "trials": 4}}
     example.runs["three weights"] = {"search": "optuna"}

@@ -133,6 +133,7 @@ def test_steps_and_epochs_are_counted_in_steps(tmp_path):
     assert [(row["step"], row["epoch"]) for row in rows] == [(3, 0.6), (5, 1.0), (6, 1.2), (9, 1.8), (10, 2.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [[1], [5], [2, 7]])
 def test_resume_is_exact(steps, tmp_path, monkeypatch):
     distpro.train(config(), out=tmp_path / "whole")

@@ -335,6 +335,7 @@ def test_what_is_written_needs_no_room_again(tmp_path, monkeypatch):
         open_cache(tmp_path / "c", taps, index=index)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_an_error_and_leaves_no_row(tmp_path):
     """Bounded here by the largest file that a process may write."""
     code = (
@@ -389,6 +390,7 @@ def write_forever(folder, seed, begun):
         begun.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writers", [1, 2])
 def test_rows_are_right_after_kill_9(tmp_path, writers):
     context = multiprocessing.get_context("fork")
@@ -421,6 +423,7 @@ def make(folder, seed, start, results):
         results.put(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(1, 1, 1), (1, 2, 3)])
 def test_only_one_of_several_makes_the_folder(tmp_path, seeds):
     context = multiprocessing.get_context("fork")

@@ -224,6 +224,7 @@ TWICE = [
 ]
 
 
+@pytest.mark.slow
 def test_a_second_backward_pass():
     found = in_two(twice_in_part)["twice_in_part"]
     for n, (kind, shape, options) in enumerate(TWICE):

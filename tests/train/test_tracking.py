@@ -175,6 +175,7 @@ def test_without_tensorboard_nothing_else_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
 
 
+@pytest.mark.slow
 def test_slow_libraries_are_imported_when_needed():
     code = (
         "import sys, distpro.train.tracking, distpro.report.plots, distpro.report.words\n"
