@@ -10,7 +10,7 @@ from distpro.build.given import Given
 from distpro.build.models import build_pair
 from distpro.build.objective import PRECISIONS, build_deployed, build_objective, compose
 from distpro.build.optimizer import OPTIMIZERS, build_optimizer
-from distpro.build.runs import build_retrain, build_search, calibrates
+from distpro.build.runs import build_retrain, build_search, calibrates, fitting
 from distpro.build.task import build_task, metrics_of
 from distpro.build.terms import build_terms
 
@@ -36,6 +36,7 @@ __all__ = [
     "check_names",
     "check_search",
     "compose",
+    "fitting",
     "metrics_of",
     "versions_of",
 ]

@@ -27,7 +27,7 @@ from distpro.objective import Objective
 from distpro.process import Clock, learned_of
 from distpro.schedule import TASK, Said, Schedule, warmed_up
 from distpro.search.derivatives import obstacles
-from distpro.search.estimators import ESTIMATORS, bytes_per_step, obstacle, second_obstacle
+from distpro.search.estimators import ESTIMATORS, Room, obstacle, second_obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
@@ -108,8 +108,8 @@ def build_search(config: Config, data: Any, folder: Path | None = None, given: G
     objective = build_objective(config, data, train_part, clock, given=given)
     optimizer = build_optimizer(config, objective.trainable_parameters())
     example = example_of(config, data)
-    horizon = _fitting(search, search.steps_back(total), objective, config.training.batch_size, example)
-    estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon, train)
+    horizon, stretch, _ = fitting(config, total, objective, example)
+    estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon, stretch, train)
     clip_norm, clip_by = config.training.clip_norm, config.training.clip_by
     estimator = ESTIMATORS.build(estimator_name, objective, optimizer, clip_norm, clip_by, **estimator_params)
     estimator.calibrated = calibrates(search, objective.task)
@@ -172,16 +172,20 @@ def calibrates(search: SearchConfig, task: Task) -> bool:
     return search.criterion == "calibrated" and able
 
 
-def _fitting(search: SearchConfig, horizon: int, objective: Objective, batch_size: int, example: Batch) -> int:
-    """The horizon, or as much of it as `search.memory` can keep the steps of."""
-    each = bytes_per_step(objective, batch_size, example) if horizon > 1 else 1
-    fits = max(1, int(search.memory * 1e9 / each))
-    if horizon > fits and distributed.is_main():
+def fitting(config: Config, total: int, objective: Objective, example: Batch) -> tuple[int, int, int]:
+    """What of the horizon `search.memory` holds in a training of ``total`` steps: its steps, the stretch of those of which the
+    first alone is kept whole, and the bytes that they take."""
+    horizon = config.search.steps_back(total)
+    if horizon == 1:
+        return 1, 1, 0
+    room = Room.of(objective, config.training.batch_size, example)
+    steps, stretch = room.fit(horizon, config.search.memory * 1e9)
+    if steps < horizon and distributed.is_main():
         note(
-            f"search.horizon: {horizon} steps of {each / 1e6:.1f} MB do not fit into search.memory, {search.memory:g} GB; "
-            f"{fits} are taken"
+            f"search.horizon: {horizon} steps do not fit into search.memory, {config.search.memory:g} GB, one takes "
+            f"{room.takes(1, 1) / 1e6:.1f} MB; {steps} are taken"
         )
-    return min(horizon, fits)
+    return steps, stretch, room.takes(steps, stretch)
 
 
 def _learning_rate(search: SearchConfig, updates: int) -> float:
@@ -198,7 +202,7 @@ def _validation_batches(config: Config, validation: Any, horizon: int) -> int:
 
 
 def _choose_estimator(
-    config: Config, objective: Objective, example: Batch, horizon: int, train: Any
+    config: Config, objective: Objective, example: Batch, horizon: int, stretch: int, train: Any
 ) -> tuple[str, dict[str, Any]]:
     """Name and parameters of the hypergradient estimator; in the place of ``auto`` the sweep where the horizon is more
     than one step, else forward_mode, or finite_difference where that cannot be. Raises UserError where the config asks
@@ -215,7 +219,9 @@ def _choose_estimator(
                 f"search.horizon: {without} has no second derivative in PyTorch, which a horizon of several steps needs; "
                 "use search.horizon=1, or leave out what uses it"
             )
-        return "sweep" if name == "auto" else name, {"steps": horizon, **params}
+        if name in ("auto", "sweep"):
+            return "sweep", {"steps": horizon, "stretch": stretch, **params}
+        return name, {"steps": horizon, **params}
     if name not in ("auto", "forward_mode"):
         return name, params
     if several and config.sync_batch_norm:

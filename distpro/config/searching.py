@@ -29,7 +29,12 @@ class SearchConfig(Section):
     learning_rate: float | None = Field(
         None, gt=0, description="γ; null: 0.05, of relative steps 4 divided by their number, after trials 2"
     )
-    memory: float = Field(4.0, gt=0, description="GB that the steps of a horizon may take; it is shortened to fit")
+    memory: float = Field(
+        4.0,
+        gt=0,
+        description="GB that the steps of a horizon may take; where all do not fit, some are kept and the others trained again, and "
+        "where that does not fit either it is shortened",
+    )
     betas: tuple[float, float] = (0.5, 0.999)
     momentum: float | None = Field(None, ge=0, lt=1)
     per_rate: bool = Field(False, description="divide h by the learning rate's factor, to which it is proportional")

@@ -34,7 +34,8 @@ TRAINING = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
 class Description:
     """Facts of a run before it starts. ``unmasked``: terms that see positions that do not count (void pixels, padding), for
     their losses take no mask. ``problems``: why a model's stages were not found, where no term needs them. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
-    counts only the parts of the models that a loss depends on. ``trials``: plain trainings that a search may add."""
+    counts only the parts of the models that a loss depends on. ``trials``: plain trainings that a search may add. ``horizon``: of a
+    search over several steps, how many, the stretch of those of which the first is kept whole, and bytes of all that is kept."""
 
     teacher: str
     student: str
@@ -53,6 +54,7 @@ class Description:
     batch_size: int
     cache_bytes: int | None = None
     trials: int = 0
+    horizon: tuple[int, int, int] | None = None
     unmasked: Sequence[str] = ()
     problems: Sequence[str] = ()
 
@@ -111,6 +113,9 @@ def describe(config: Config, searching: bool) -> Description:
         batch = size * config.training.accumulate
         steps = config.training.epochs * (count // batch if config.training.drop_last else -(-count // batch))
         steps = min(steps, config.training.max_steps or steps)
+    horizon = None
+    if searching and steps and config.search.horizon != 1:
+        horizon = build.fitting(config, steps, objective, pair.example)
     return Description(
         teacher=teacher_name(config) if pair.teacher is not None else "none",
         student=config.student.model,
@@ -127,10 +132,11 @@ def describe(config: Config, searching: bool) -> Description:
             "student": _macs(objective.student, pair),
         },
         term_macs=sum(cost for *_, cost in terms),
-        passes=_passes(config, searching),
+        passes=_passes(config, searching, horizon),
         steps=steps,
         batch_size=config.training.batch_size,
         trials=config.search.trials or 0 if searching else 0,
+        horizon=horizon,
         unmasked=_unmasked(pair, objective),
         problems=[r.problem for r in (*pair.teachers.values(), pair.student_reading) if r is not None and r.problem],
         cache_bytes=_cache_bytes(config, objective, pair, samples) if config.cache and samples else None,
@@ -168,7 +174,7 @@ def teacher_name(config: Config) -> str:
     return " + ".join(member.model for member in ([config.teacher] if config.teacher else config.teachers.values()))
 
 
-def _passes(config: Config, searching: bool) -> dict[str, float]:
+def _passes(config: Config, searching: bool, horizon: tuple[int, int, int] | None) -> dict[str, float]:
     """Forward passes' worth of computation per step; a backward pass counts two, a forward-mode pass three."""
     passes = dict(TRAINING)
     if searching:
@@ -188,6 +194,8 @@ def _passes(config: Config, searching: bool) -> dict[str, float]:
         ):  # in every step: forward and backward again with tangents; 2.34 trainings (tools/bench_horizon.py)
             passes["student"] += 7.0
             passes["terms"] += 7.0
+            if horizon is not None and horizon[1] > 1:  # and the training of the steps between those that are kept
+                passes = {part: count + TRAINING[part] for part, count in passes.items()}
         if config.search.repeats:
             passes = {
                 part: count + (1 if part == "teacher" else 3) / config.search.every for part, count in passes.items()
@@ -260,6 +268,10 @@ def as_text(d: Description) -> str:
         lines.append(f"masks    void or padded positions are seen by {', '.join(d.unmasked)}: no mask is taken there")
     if d.steps is not None:
         lines.append(f"run      {d.steps:,} steps = {_macs_text(d.steps * d.step_macs)}")
+    if d.horizon is not None:
+        steps, stretch, size = d.horizon
+        between = f", of every {stretch} the first whole; the others are trained again" if stretch > 1 else ""
+        lines.append(f"horizon  {steps:,} steps at a time, {size / 1e9:.3g} GB kept of them{between}")
     if d.steps is not None and d.trials:
         ratio = d.trials + d.step_macs / d.trial_macs
         lines.append(

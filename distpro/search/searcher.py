@@ -119,6 +119,7 @@ class Searcher:
         self._current: TrainingStep | None = None
         self._known_constants: tuple[list[float], Tensor] = ([], torch.empty(0))
         self._weights = self._constants(0)
+        self._weighted: Tensor | list[float] = self._weights
 
     # What the trainer asks
 
@@ -139,7 +140,8 @@ class Searcher:
         constants = self._constants(step)
         self._weights = constants.index_copy(0, self.learned, weights)
         effective = constants.index_copy(0, self.learned, self.scale(step) * self.scales * weights)
-        return effective.tolist() if dropping else effective
+        self._weighted = effective.tolist() if dropping else effective
+        return self._weighted
 
     def measure(self) -> None:
         """Make the terms alike in size, where that is not done yet."""
@@ -191,7 +193,7 @@ class Searcher:
         theta = {p: p.detach().clone() for p in self.objective.trainable_parameters()}
         scale = torch.ones_like(self._weights).index_copy_(0, self.learned, self.scale(step) * self.scales)
         scalars = self.beside.values() if len(self.beside) else None
-        self._current = TrainingStep(batch, self._weights, scale, theta, state, done, step, scalars)
+        self._current = TrainingStep(batch, self._weights, scale, theta, state, done, step, scalars, self._weighted)
         self.estimator.before_step(self._current)
 
     def after_update(self, step: int) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
 import torch
+import yaml
 
 import distpro
+from distpro.cli import main
 from distpro.config.reading import read_config
 from distpro.schedule import Schedule
 from distpro.search.estimators.sweep import Sweep
@@ -72,8 +75,28 @@ def test_a_search_that_is_stopped_in_a_window_ends_in_the_same_bytes(teacher, wh
 def test_a_horizon_that_does_not_fit_is_shortened(teacher, capsys):
     schedule = distpro.search(horizon(teacher, memory=0.002))
     said = capsys.readouterr().out
-    assert "search.horizon: 3 steps of" in said and "search.memory" in said
+    assert "search.horizon: 3 steps do not fit" in said and "search.memory" in said
     assert len(schedule.weights.unique(dim=0)) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [None, "crd", "sskd"])
+def test_steps_that_are_done_again_lead_to_the_same_bytes(teacher, loss, tmp_path):
+    """Of a whole horizon every third step is kept; the others are done again, augmentation, teacher and all."""
+    space = {} if loss is None else {"pathways": None, "terms": [{"loss": "kd"}, {"loss": loss}]}
+    for name, search in (("kept", {}), ("again", {"estimator": {"sweep": {"stretch": 3}}})):
+        distpro.search({**horizon(teacher, horizon="whole", **search), **space}, out=tmp_path / name)
+    assert {path.rsplit(".", 1)[-1] for path in apart(tmp_path / "kept", tmp_path / "again")} == {"estimator"}
+
+
+@pytest.mark.slow
+def test_a_horizon_that_does_not_fit_is_done_in_stretches(teacher, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(horizon(teacher, horizon="whole", memory=0.017)))
+    assert main(["search", str(tmp_path / "c.yaml"), "--dry-run"]) == 0
+    said = re.search(
+        r"(\d+) steps at a time, (0.01\d*) GB kept of them, of every (\d+) the first", capsys.readouterr().out
+    )
+    assert int(said[1]) == 12 and float(said[2]) <= 0.017 and int(said[3]) > 1
 
 
 @pytest.mark.slow

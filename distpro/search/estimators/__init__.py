@@ -16,18 +16,19 @@ from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.choice import obstacle, second_obstacle
 from distpro.search.estimators.finite_difference import FiniteDifference
 from distpro.search.estimators.forward_mode import ForwardMode
+from distpro.search.estimators.replay import Room
 from distpro.search.estimators.step import StepDerivative
-from distpro.search.estimators.sweep import Sweep, bytes_per_step
+from distpro.search.estimators.sweep import Sweep
 
 __all__ = [
     "ESTIMATORS",
+    "Room",
     "Estimator",
     "FiniteDifference",
     "ForwardMode",
     "StepDerivative",
     "Sweep",
     "TrainingStep",
-    "bytes_per_step",
     "obstacle",
     "second_obstacle",
 ]

@@ -35,6 +35,7 @@ class TrainingStep:
         done: the forward pass, backward done.
         number: of the step in the training.
         scalars: the numbers beside the weights that are learned, (S,); None where there are none.
+        weighted: scale · w as the pass was given it, where that has dropped terms; None: the product.
     """
 
     batch: Batch
@@ -45,6 +46,7 @@ class TrainingStep:
     done: TrainingPass
     number: int = 0
     scalars: Tensor | None = None
+    weighted: Sequence[float] | Tensor | None = None
 
 
 class Estimator:

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -29,24 +28,12 @@ from distpro.objective import Objective
 from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.differentiable import State, clip, differentiable_step
 from distpro.search.estimators.formulas import Formulas
+from distpro.search.estimators.replay import Kept, Replay, Snapshot
 from distpro.search.estimators.swap import swapped
 from distpro.search.estimators.tangents import dual_numbers
 from distpro.train import distributed
 from distpro.train.state import no_trace, set_random_state
-from pathways.call import tensors_in
 from pathways.registry import UserError
-
-
-@dataclass
-class _Kept:
-    """A training step as the sweep repeats it: the step, its gradient before clipping, the optimiser's state and settings
-    before it, and the buffers."""
-
-    step: TrainingStep
-    gradients: list[Tensor | None]
-    states: list[State]
-    groups: list[dict[str, Any]]
-    buffers: list[Tensor]
 
 
 @ESTIMATORS.register("sweep")
@@ -59,11 +46,15 @@ class Sweep(Estimator):
 
     Per step it keeps the parameters, the gradient, the optimiser's state, the buffers, the batch and the teacher's
     tensors; everything else is computed again, uncompiled and without autocast whatever the training does, attention in
-    its plain form (the fused kernels have no second derivative). A run stops, and keeps checkpoints, between windows only.
+    its plain form (the fused kernels have no second derivative). With a ``stretch`` of k steps only the first of every k is kept
+    so, of the others the batch alone: the sweep does the k steps again, as the training did them, before it goes back
+    through them. That costs the window's training once more, and with k = √N keeps 2 √N steps in the place of N.
+    A run stops, and keeps checkpoints, between windows only.
 
     Args:
         objective, optimizer, max_norm, clip_by: as of any `Estimator`.
         steps: N, the window.
+        stretch: k; 1 keeps every step.
 
     Attributes:
         per_step: the last window's h of each step, (steps, N), with learned scalars (steps, N + S).
@@ -84,11 +75,14 @@ class Sweep(Estimator):
         max_norm: float | None = None,
         clip_by: str = "all",
         steps: int = 12,
+        stretch: int = 1,
     ):
         super().__init__(objective, optimizer, max_norm, clip_by)
-        if steps < 1:
-            raise UserError(f"sweep: steps must be at least 1, got {steps}")
-        self.window = steps
+        for name, value in (("steps", steps), ("stretch", stretch)):
+            if value < 1:
+                raise UserError(f"sweep: {name} must be at least 1, got {value}")
+        self.window, self.stretch = steps, stretch
+        self._replay = Replay(objective, optimizer, max_norm, clip_by)
         self.per_step = torch.zeros(0, 0)
         self._step_of = differentiable_step(optimizer)
         self._params = [(p, n) for n, group in enumerate(optimizer.param_groups) for p in group["params"]]
@@ -96,41 +90,47 @@ class Sweep(Estimator):
         self._clip_groups = [[place[p] for p in group] for group in objective.clip_groups(clip_by)]
         self._max_norm = max_norm
         self.over_reverse: bool | None = None
-        self._kept: list[_Kept] = []
-        self._buffers: list[Tensor] = []
+        self._kept: list[Kept] = []
+        self._before: Snapshot | None = None
 
     def before_pass(self) -> None:
         """Before the forward pass of a step that counts."""
-        self._buffers = [b.detach().clone() for b in self._all_buffers()]
+        self._before = self._replay.snapshot() if len(self._kept) % self.stretch == 0 else None
 
     def before_step(self, step: TrainingStep) -> None:
-        states: list[State] = []
-        for p, _ in self._params:
-            state = self.optimizer.state.get(p, {})
-            states.append({k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)})
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        gradients = [None if p.grad is None else p.grad.detach().clone() for p, _ in self._params]
-        lean = replace(step.done, loss=step.done.task, output=None, views=[])  # without the graph
-        self._kept.append(_Kept(replace(step, done=lean), gradients, states, groups, self._buffers))
+        lean = replace(step.done, loss=step.done.task, output=None, views=[], teacher={})  # without the graph
+        kept = Kept(replace(step, done=lean, theta={}), groups, self._before)
+        if self.stretch == 1:
+            kept.gradients, kept.teacher = self._replay.gradients(), step.done.teacher
+        self._kept.append(kept)
 
     def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
-        untraced = no_trace(self.objective.student, self.objective.terms)
-        with _plain(self.objective), untraced, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            v = self.validation_gradient(validation)
+        found: list[Tensor] = []
+        with no_trace(self.objective.student, self.objective.terms), torch.enable_grad():
+            with _plain(self.objective):
+                v = self.validation_gradient(validation)
             a = [v[p] if p in v else torch.zeros_like(p) for p, _ in self._params]
             b: list[State] = [{} for _ in a]
-            found = []
-            for kept in reversed(self._kept):
-                h, a, b = self._back(kept, a, b)
-                found.append(h)
+            with self._replay.put_back() as then:
+                while self._kept:
+                    start = (len(self._kept) - 1) // self.stretch * self.stretch
+                    stretch, self._kept = self._kept[start:], self._kept[:start]
+                    if self.stretch > 1:
+                        self._replay.fill(stretch, then)
+                        then = stretch[0].before.theta  # type: ignore[union-attr]
+                    with _plain(self.objective):
+                        while stretch:
+                            h, a, b = self._back(stretch.pop(), a, b)
+                            found.append(h)
         self.objective.at(step.number)
-        self._kept = []
         self.per_step = torch.stack(found[::-1])
         return self.per_step.sum(0)
 
-    def _back(self, kept: _Kept, a: list[Tensor], b: list[State]) -> tuple[Tensor, list[Tensor], list[State]]:
+    def _back(self, kept: Kept, a: list[Tensor], b: list[State]) -> tuple[Tensor, list[Tensor], list[State]]:
         """From the adjoints after a step to h of the step and the adjoints before it."""
-        theta = [kept.step.theta[p].detach() for p, _ in self._params]
+        assert kept.before is not None and kept.gradients is not None
+        theta = kept.before.theta
         u, a, b = self._through_step(kept, [t.clone() for t in theta], kept.gradients, a, b)
         if self.over_reverse is None:
             self.over_reverse = not distributed.any_of(not self._agree(kept, theta, u))
@@ -138,7 +138,7 @@ class Sweep(Estimator):
         averaged = distributed.average_where_any(product, theta)
         return h, [x if s is None else x + s for x, s in zip(a, averaged, strict=True)], b
 
-    def _agree(self, kept: _Kept, theta: list[Tensor], u: list[Tensor | None]) -> bool:
+    def _agree(self, kept: Kept, theta: list[Tensor], u: list[Tensor | None]) -> bool:
         """Whether both ways to the Hessian-vector product give the same for a step."""
         truth = _joined(*self._double_backward(kept, theta, u))
         try:
@@ -148,7 +148,7 @@ class Sweep(Estimator):
         return found.shape == truth.shape and bool((found - truth).norm() <= self.tolerance * truth.norm())
 
     def _double_backward(
-        self, kept: _Kept, theta: list[Tensor], u: list[Tensor | None]
+        self, kept: Kept, theta: list[Tensor], u: list[Tensor | None]
     ) -> tuple[list[Tensor | None], Tensor]:
         """∇²L u by parameter and h, as the derivative of ⟨∇L, u⟩."""
         leaves = [t.detach().requires_grad_() for t in theta]
@@ -161,7 +161,7 @@ class Sweep(Estimator):
         return found[:-1], _or_zero(found[-1], row)
 
     def _forward_over_reverse(
-        self, kept: _Kept, theta: list[Tensor], u: list[Tensor | None]
+        self, kept: Kept, theta: list[Tensor], u: list[Tensor | None]
     ) -> tuple[list[Tensor | None], Tensor]:
         """The same as the tangents, along u, of the gradients by θ and by the row (by w: of λ s ℓ)."""
         with dual_numbers():
@@ -175,23 +175,23 @@ class Sweep(Estimator):
             *product, h = [None if t is None else t.detach().clone() for t in tangents]
             return product, _or_zero(h, row)
 
-    def _loss(self, kept: _Kept, theta: list[Tensor], row: Tensor) -> Tensor:
+    def _loss(self, kept: Kept, theta: list[Tensor], row: Tensor) -> Tensor:
         """The step's loss with other tensors in the place of the parameters, w and scalars; the same random numbers and
         buffers."""
         step = kept.step
         weights, scalars = row[: len(step.weights)], row[len(step.weights) :]
         with torch.no_grad():
-            for buffer, before in zip(self._all_buffers(), kept.buffers, strict=True):
+            for buffer, before in zip(self._replay.buffers(), kept.before.buffers, strict=True):  # type: ignore[union-attr]
                 buffer.copy_(before)
         set_random_state(step.state)
         self.objective.at(step.number)
         held = nullcontext() if self.scalars is None else self.scalars.held(scalars.unbind())
         with held, swapped(self.objective, dict(zip([p for p, _ in self._params], theta, strict=True))):
-            taught = step.done.teacher or None
+            taught = kept.teacher or None
             return self.objective.training_pass(step.batch, step.scale * weights, teacher=taught).loss
 
     def _through_step(
-        self, kept: _Kept, theta: Sequence[Tensor], gradients: Sequence[Tensor | None], a: list[Tensor], b: list[State]
+        self, kept: Kept, theta: Sequence[Tensor], gradients: Sequence[Tensor | None], a: list[Tensor], b: list[State]
     ) -> tuple[list[Tensor | None], list[Tensor], list[State]]:
         """The transposed derivative of clipping and the optimiser's step: adjoints of the gradient, θ and the state."""
         leaves = [t.requires_grad_() for t in theta]
@@ -200,7 +200,8 @@ class Sweep(Estimator):
         inputs, outputs, adjoints = [], [], []
         states = []
         for n, (_, group) in enumerate(self._params):
-            state = {k: v if k == "step" else v.detach().requires_grad_() for k, v in kept.states[n].items()}
+            before = kept.before.states[n]  # type: ignore[union-attr]
+            state = {k: v if k == "step" else v.detach().requires_grad_() for k, v in before.items()}
             states.append(state)
             if g[n] is None:
                 continue
@@ -223,9 +224,6 @@ class Sweep(Estimator):
             b[n] = {k: _or_zero(next(found), v) for k, v in state.items() if k != "step"}
         return u, a, b
 
-    def _all_buffers(self) -> list[Tensor]:
-        return [*self.objective.student.buffers(), *self.objective.terms.buffers()]
-
 
 def _row(step: TrainingStep) -> Tensor:
     """What a step's loss is differentiated by beside the parameters, as a leaf: w, then the learned scalars."""
@@ -243,26 +241,12 @@ def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
 
 @contextmanager
 def _plain(objective: Objective) -> Iterator[None]:
-    """The objective without autocast, uncompiled (compiled code has neither second derivatives nor tangents), and with
-    formulas for operators that have none."""
+    """The objective without autocast, uncompiled (compiled code has neither second derivatives nor tangents), attention without
+    its fused kernels, and with formulas for operators that have no derivative."""
     precision, objective.precision = objective.precision, None
     uncompiled = nullcontext() if objective.backend is None else torch.compiler.set_stance("force_eager")
     try:
-        with uncompiled, Formulas():
+        with uncompiled, Formulas(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         objective.precision = precision
-
-
-def bytes_per_step(objective: Objective, batch_size: int, example: Batch) -> int:
-    """What a `Sweep` keeps of a training step, in bytes, at most: parameters with a gradient and two moments each, buffers,
-    batch, the teacher's tensors. ``example``: a batch of any number of samples."""
-    state = 4 * sum(map(_bytes, objective.trainable_parameters()))
-    state += sum(map(_bytes, (*objective.student.buffers(), *objective.terms.buffers())))
-    read = {id(t): t for t in (*tensors_in(example.inputs), *tensors_in(example.target))}
-    taught = objective.run_teacher(example).values()
-    return state + sum(map(_bytes, (*read.values(), *taught))) * batch_size // example.samples
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
