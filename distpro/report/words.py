@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distpro.schedule import Schedule
 from distpro.schedule_file import LOG
+from distpro.search.signal import is_signal
 
 PARTS = ("early", "middle", "late")
 CONSTANT = 0.01  # relative movement below which a process is called constant
@@ -28,12 +29,17 @@ def schedule_summary(schedule: Schedule) -> dict[str, Any]:
     threshold keeps; ``movement``: mean over steps of Σ_j |w_j(t) − w̄_j|, divided by Σ_j |w̄_j| (w̄: mean over time; 0 for
     constant weights).
 
+    ``updates`` and ``gradients``: how many updates a search made, and per term and learned scalar (key, mean gradient, spread,
+    share of updates with its sign, whether it is more than noise), largest first; 0 and nothing where the file does not say.
+    Gradients are those of the validation loss by α̃, which for ``log`` is what a relative change of the weight does.
+
     ``dropped`` lists the terms that the threshold drops at some step: ``key``, ``step`` and ``epoch`` at
     which they first are, and ``for_good``, whether they stay there from then on.
     """
     weights = schedule.weights.double()
     meta = schedule.meta
     below = schedule.dropped()
+    gradients = _gradients(meta.get("gradients"))
     return {
         "terms": len(schedule.keys),
         "steps": len(schedule),
@@ -47,6 +53,8 @@ def schedule_summary(schedule: Schedule) -> dict[str, Any]:
         "total": _at_moments(weights.sum(1)),
         "scalars": {name: _at_moments(values) for name, values in schedule.scalars.items()},
         "strongest": {part: _ranking(schedule.keys, rows) for part, rows in _thirds(weights).items()},
+        "updates": meta["gradients"]["updates"] if gradients else 0,
+        "gradients": gradients,
         "teacher_levels": _level_shares(schedule.levels[:, 0], weights),
         "dropped": _dropped(schedule, below),
         "computed": 1 - below.double().mean().item(),
@@ -57,7 +65,7 @@ def schedule_summary(schedule: Schedule) -> dict[str, Any]:
 def explain_schedule(schedule: Schedule) -> str:
     """Several short paragraphs for a person, plain text."""
     summary = schedule_summary(schedule)
-    paragraphs = (_size, _origin, _totals, _scalars, _strongest, _levels, _drops, _moves)
+    paragraphs = (_size, _origin, _totals, _scalars, _strongest, _signals, _levels, _drops, _moves)
     return "\n\n".join(filter(None, (paragraph(summary) for paragraph in paragraphs)))
 
 
@@ -85,6 +93,18 @@ def _shares(rows: Tensor) -> Tensor:
     """Each column's part of Σ|w|, (N,); zeros if all weights are zero."""
     size = rows.abs().mean(0)
     return size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def _gradients(found: Any) -> list[tuple[str, float, float, float, bool]]:
+    try:
+        updates = int(found["updates"])
+        rows = [(str(key), float(g["mean"]), float(g["spread"]), float(g["held"])) for key, g in found["of"].items()]
+    except (KeyError, TypeError, ValueError, AttributeError):  # a file of before, or not a search's
+        return []
+    return sorted(
+        ((key, mean, spread, held, is_signal(mean, spread, updates)) for key, mean, spread, held in rows),
+        key=lambda row: -abs(row[1]),
+    )
 
 
 def _level_shares(level: Tensor, weights: Tensor) -> dict[int, dict[str, float]]:
@@ -145,6 +165,27 @@ def _strongest(s: Mapping[str, Any]) -> str:
     for part, ranking in s["strongest"].items():
         for n, (key, weight, share) in enumerate(ranking[:SHOWN]):
             lines.append(f"  {part if n == 0 else '':<7} {key:<{width}} {weight:>9.4g} {share:>7.1%}")
+    return "\n".join(lines)
+
+
+def _signals(s: Mapping[str, Any]) -> str:
+    if s["updates"] < 2:
+        return ""
+    clear = [row for row in s["gradients"] if row[4]]
+    noise = [row[0] for row in s["gradients"] if not row[4]]
+    unit = "log w" if s["reading"] == LOG else "α̃"
+    lines = [
+        f"Gradient of the validation loss by {unit}, mean ± spread over {s['updates']:,} updates (negative: more of it helps):"
+    ]
+    lines += [
+        f"  {key}  {mean:+.2g} ± {spread:.2g}, its sign held in {held:.0%}"
+        for key, mean, spread, held, _ in clear[:SHOWN]
+    ]
+    if len(clear) > SHOWN:
+        lines.append(f"  and {len(clear) - SHOWN} more that are above their noise")
+    if noise:
+        shown = ", ".join(noise[:SHOWN]) + (", ..." if len(noise) > SHOWN else "")
+        lines.append(f"  no signal (within two standard errors of 0): {_count(len(noise), 'term')}: {shown}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from distpro.schedule import Schedule, drop
 from distpro.search.estimators.base import Estimator, TrainingStep
 from distpro.search.learned import Constants, LearnedScalars
 from distpro.search.relative import RelativeStep
+from distpro.search.signal import Signal
 from distpro.search.weighting import Weighting
 from distpro.train import distributed
 from pathways.registry import UserError
@@ -61,6 +62,7 @@ class Searcher:
 
     Attributes:
         beside: those numbers.
+        signal: what the gradients by α̃, and by the logarithms of those numbers, said so far.
 
     Raises UserError where there is nothing to learn, and for scalars with an estimator that does not see them.
     """
@@ -104,6 +106,7 @@ class Searcher:
         self._measure, self._rate = measure, rate
         self.scales = torch.ones(len(learned), device=device)
         count = len(learned)
+        self.signal = Signal(count + len(self.beside), device)
         self.validation_batches, self.shows_last_update = validation_batches, shows_last_update
         self.alpha_tilde = weighting.start(count).to(device).requires_grad_()
         moved = [self.alpha_tilde, self.beside.log] if scalars else [self.alpha_tilde]
@@ -214,6 +217,7 @@ class Searcher:
             return False
         self.alpha_tilde.grad = self.weighting.pull_back(self.alpha_tilde, h[self.learned])
         self.beside.log.grad = self.beside.pull_back(h[len(self._weights) :])
+        self.signal.add(torch.cat([self.alpha_tilde.grad, self.beside.log.grad]))
         self.optimizer.step()
         self.beside.moved()
         if self.shows_last_update and step + 1 == self.history.shape[1]:
@@ -238,6 +242,10 @@ class Searcher:
         """What has been learned so far; or ``constant`` values, of a search whose α̃ is log w. ``meaning``: what a replay
         makes of it, see `distpro.schedule_file.meaning_of`."""
         entries = self.entries
+        if self.signal.updates:
+            names = (*(e.key for e in entries), *self.beside.names)
+            gradients = dict(zip(names, self.signal.rows(), strict=True))
+            meta = {**meta, "gradients": {"updates": self.signal.updates, "of": gradients}}
         alpha_tilde, weights = self.history[:, : self.steps_done].cpu()
         beside = self.beside.history[: self.steps_done]
         if constant is not None:
@@ -265,6 +273,7 @@ class Searcher:
             "optimizer": self.optimizer.state_dict(),
             "scales": self.scales.clone(),
             "history": self.history[:, : self.steps_done].clone(),
+            "signal": self.signal.state_dict(),
             "validation_steps": self.validation_steps,
             "validation_loss": self.estimator.validation_loss,
         }
@@ -280,6 +289,8 @@ class Searcher:
         if len(self.beside):
             self.beside.load_state_dict(state["scalars"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if "signal" in state:  # not in checkpoints of before
+            self.signal.load_state_dict(state["signal"])
         self.validation_steps = state["validation_steps"]
         self.estimator.validation_loss = state["validation_loss"].to(self.history.device)
         self.validation = self._validation_from(self.validation_steps)

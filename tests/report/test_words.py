@@ -121,3 +121,22 @@ def test_explanation_survives_the_file(tmp_path):
     schedule = two_terms(meta=META)
     schedule.save(tmp_path / "alpha.pt")
     assert explain_schedule(Schedule.load(tmp_path / "alpha.pt")) == explain_schedule(schedule)
+
+
+def test_gradients_are_told_with_what_is_no_signal():
+    of = {
+        "a": {"mean": -0.02, "spread": 0.01, "held": 1.0},
+        "b": {"mean": 0.001, "spread": 0.01, "held": 0.5},
+    }
+    told = explain_schedule(two_terms(meta={"gradients": {"updates": 4, "of": of}}, reading="log"))
+    assert "Gradient of the validation loss by log w, mean ± spread over 4 updates" in told
+    assert "  a  -0.02 ± 0.01, its sign held in 100%" in told
+    assert "no signal (within two standard errors of 0): 1 term: b" in told
+
+
+@pytest.mark.parametrize(
+    "found", [None, 3, {}, {"updates": 4}, {"updates": "x", "of": {}}, {"updates": 2, "of": {"a": 1}}]
+)
+def test_a_file_that_says_nothing_of_gradients(found):
+    summary = schedule_summary(two_terms(meta={"gradients": found}))
+    assert (summary["updates"], summary["gradients"]) == (0, []) and "Gradient" not in explain_schedule(two_terms())
