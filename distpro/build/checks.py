@@ -79,13 +79,37 @@ def check_search(config: Config) -> None:
             f"search.estimator: {name} looks one step back; with a horizon of {config.search.horizon}: sweep or unrolled"
         )
 
+    _check_rounds(config, name)
+
+
+def _check_rounds(config: Config, estimator: str) -> None:
+    search = config.search
+    if not search.rounds:
+        return
+    asks = {
+        "search.weighting": (search.weighting in ("log", {"log": {}}, {"name": "log"}), "log"),
+        "search.estimator": (estimator in ("auto", "sweep"), "auto, sweep"),
+        "search.threshold": (search.threshold is None, "null"),
+        "search.repeats": (not search.repeats, "false"),
+    }
+    for key, (right, allowed) in asks.items():
+        if not right:
+            raise UserError(
+                f"{key}: with search.rounds, which move the weights of a whole training (allowed: {allowed})"
+            )
+
 
 def check_learns(config: Config, objective: Objective) -> None:
     """Raise UserError where a search has nothing to learn, or a number beside the weights that it cannot learn."""
     name, _ = parse_spec(config.search.estimator, "search.estimator")
     if name == "auto":
         name = "forward_mode" if config.search.horizon == 1 else "sweep"
-    check_learned(objective, ESTIMATORS[name], learned_scalars(config, objective))  # type: ignore[arg-type]
+    scalars = learned_scalars(config, objective)
+    if config.search.rounds and scalars:
+        raise UserError(
+            f"search.rounds: {', '.join(scalars)} can be learned by a search in one pass alone (search.rounds: 0)"
+        )
+    check_learned(objective, ESTIMATORS[name], scalars)  # type: ignore[arg-type]
 
 
 def check_accumulate(config: Config, batches: int) -> None:
@@ -98,6 +122,11 @@ def check_accumulate(config: Config, batches: int) -> None:
 
 
 def learned_scalars(config: Config, objective: Objective) -> list[str]:
-    """Names of the numbers beside the weights that are learned, as a schedule has them."""
+    """Names of the numbers beside the weights that a search learns, as a schedule has them. Raises UserError where it cannot."""
     task = [TASK] if learned_of(config.task_weight) is not None else []
-    return task + [f"{term.key}.{path}" for term in objective.terms for path in getattr(term, "learned", ())]
+    found = task + [f"{term.key}.{path}" for term in objective.terms for path in getattr(term, "learned", ())]
+    if found and config.search.rounds:
+        raise UserError(
+            f"search.rounds: {', '.join(found)} can be learned by a search in one pass alone (search.rounds: 0)"
+        )
+    return found

@@ -95,12 +95,19 @@ def _trainer(
     )
 
 
-def build_search(config: Config, data: Any, folder: Path | None = None, given: Given | None = None) -> Trainer:
-    """A trainer whose weights are searched (Algorithm 1, lines 1-7). Its `weights` is the `Searcher`."""
+def build_search(
+    config: Config,
+    data: Any,
+    folder: Path | None = None,
+    given: Given | None = None,
+    parts: tuple[Any, Any] | None = None,
+) -> Trainer:
+    """A trainer whose weights are searched (Algorithm 1, lines 1-7). Its `weights` is the `Searcher`. ``parts``: (validation,
+    training) in the place of the config's."""
     check_search(config)
     search = config.search
     assert search.weighting is not None and search.optimizer is not None and search.momentum is not None
-    validation_part, train_part = search_parts(config, data)
+    validation_part, train_part = parts or search_parts(config, data)
     train = build_loader(config, data, train_part, training=True)
     validation = build_loader(config, data, validation_part, training=True, batch_size=search.validation_batch_size)
     clock = clock_of(config, train)

@@ -271,7 +271,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _start_by_horizon(self) -> Config:
         if self.retrain.start is None:
-            self.retrain.start = START if self.search.horizon == 1 else 1.0
+            self.retrain.start = 0.0 if self.search.rounds else START if self.search.horizon == 1 else 1.0
             self.retrain.model_fields_set.discard("start")  # nobody has stated it
         return self
 

@@ -19,6 +19,15 @@ class SearchConfig(Section):
         description="training steps that a gradient looks back: 1 (the paper, Section 3.2 and 3.3), a number of them, or a "
         "fraction of the training, whole: all of it",
     )
+    rounds: int = Field(
+        0,
+        ge=0,
+        description="in the place of one pass: whole trainings, each with a seed of its own and a gradient of all of it (the horizon is "
+        "whole then), after which the weights move; what is worse is taken back",
+    )
+    knots: int = Field(
+        1, ge=1, description="of rounds: moments between which log w is linear in time; 1: constant weights"
+    )
     estimator: Spec = Field(
         "auto",
         description="auto: sweep with a horizon of several steps, else forward_mode, or finite_difference where the student "
@@ -82,6 +91,8 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _by_horizon(self) -> SearchConfig:
+        if self.rounds:
+            self.horizon = "whole"
         for name, (one, more) in _BY_HORIZON.items():
             if getattr(self, name) is None:
                 setattr(self, name, one if self.horizon == 1 else more)
@@ -95,6 +106,13 @@ class SearchConfig(Section):
                 f"trials need search.weighting log, which has a strength to choose; it is {self.weighting}"
             )
         return self
+
+    @property
+    def most_trials(self) -> int:
+        """Trainings beside the passes, at most: for the start, and for what comes out."""
+        if self.rounds:
+            return max(0, (self.trials or 0) - AFTER) + JUDGED_BY * (self.rounds + 1)
+        return self.trials or 0
 
     def fraction_of(self, samples: int) -> float:
         """The validation part of so many training samples."""
@@ -111,6 +129,12 @@ class SearchConfig(Section):
 
 
 TRIALS = 9  # of a search over a longer horizon
+AFTER = 4
+"""Of the trials of a search in one pass, those that are kept for what it has learned."""
+
+JUDGED_BY = 2
+"""Trainings, with seeds of their own, by which the weights that a round has led to are judged."""
+
 _BY_HORIZON: dict[str, tuple[Any, Any]] = {
     "weighting": ("biased_softmax", "log"),
     "optimizer": ("adam", "relative"),

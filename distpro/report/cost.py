@@ -35,7 +35,8 @@ class Description:
     """Facts of a run before it starts. ``unmasked``: terms that see positions that do not count (void pixels, padding), for
     their losses take no mask. ``problems``: why a model's stages were not found, where no term needs them. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
     counts only the parts of the models that a loss depends on. ``trials``: plain trainings that a search may add. ``horizon``: of a
-    search over several steps, how many, the stretch of those of which the first is kept whole, and bytes of all that is kept."""
+    search over several steps, how many, the stretch of those of which the first is kept whole, and bytes of all that is kept.
+    ``rounds``: times that a search trains like this."""
 
     teacher: str
     student: str
@@ -55,6 +56,7 @@ class Description:
     cache_bytes: int | None = None
     trials: int = 0
     horizon: tuple[int, int, int] | None = None
+    rounds: int = 0
     unmasked: Sequence[str] = ()
     problems: Sequence[str] = ()
 
@@ -135,8 +137,9 @@ def describe(config: Config, searching: bool) -> Description:
         passes=_passes(config, searching, horizon),
         steps=steps,
         batch_size=config.training.batch_size,
-        trials=config.search.trials or 0 if searching else 0,
+        trials=config.search.most_trials if searching else 0,
         horizon=horizon,
+        rounds=config.search.rounds if searching else 0,
         unmasked=_unmasked(pair, objective),
         problems=[r.problem for r in (*pair.teachers.values(), pair.student_reading) if r is not None and r.problem],
         cache_bytes=_cache_bytes(config, objective, pair, samples) if config.cache and samples else None,
@@ -272,8 +275,10 @@ def as_text(d: Description) -> str:
         steps, stretch, size = d.horizon
         between = f", of every {stretch} the first whole; the others are trained again" if stretch > 1 else ""
         lines.append(f"horizon  {steps:,} steps at a time, {size / 1e9:.3g} GB kept of them{between}")
+    if d.rounds:
+        lines.append(f"rounds   {d.rounds} of these at most")
     if d.steps is not None and d.trials:
-        ratio = d.trials + d.step_macs / d.trial_macs
+        ratio = d.trials + max(1, d.rounds) * d.step_macs / d.trial_macs
         lines.append(
             f"trials   {d.trials} trainings of as many steps at most = {_macs_text(d.trials * d.steps * d.trial_macs)}; "
             f"in all {ratio:.1f} trainings"

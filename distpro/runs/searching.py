@@ -9,14 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from distpro import build
+from distpro.build.data import search_parts
 from distpro.build.given import Given
+from distpro.build.runs import REACH_FROM_TRIALS
 from distpro.config.schema import Config
+from distpro.config.searching import AFTER, JUDGED_BY
 from distpro.objective import Objective
 from distpro.report.cost import teacher_name
 from distpro.runs.folder import environment, open_folder, record, recorded_estimator
+from distpro.runs.rounds import Rounds
 from distpro.runs.training import run_training
 from distpro.runs.trials import Trials
 from distpro.schedule import Schedule
@@ -26,13 +30,11 @@ from distpro.search.searcher import Searcher
 from distpro.search.strength import Strength
 from distpro.train import distributed
 from distpro.train.state import random_state, set_random_state
+from distpro.train.trainer import Trainer
 from pathways.space import parse_spec
 
-AFTER = 4
-"""Of the trials of a search, those that are kept for what it has learned."""
-
 BELOW = 0.1
-"""The pass starts from this part of the best strength of equal weights."""
+"""One pass starts from this part of the best strength of equal weights; rounds, which are judged each, from all of it."""
 
 
 def run_search(checked: Config, out: str | Path | None, resume: bool, given: Given) -> Schedule:
@@ -41,7 +43,8 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
         checked = _with_estimator(checked, distributed.gather(recorded_estimator(Path(out)))[0])
     folder = open_folder(out, checked, resume)
     data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
-    trials = Trials(checked, data, given, None if folder is None else folder / "trials", checked.search.trials or 0)
+    before, rounds = checked.search.trials or 0, checked.search.rounds
+    trials = Trials(checked, data, given, None if folder is None else folder / "trials", checked.search.most_trials)
     trainer = build.build_search(checked, data, folder, given)
     searcher = trainer.weights
     assert isinstance(searcher, Searcher)
@@ -49,8 +52,8 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
     meta = schedule_meta(checked, data, trainer.objective)
     meaning = meaning_of(meta["config"])
 
-    def learned(values: Constants | None = None) -> Schedule:
-        return searcher.schedule(trainer.steps_per_epoch, meta, values, **meaning)
+    def learned(values: Constants | None = None, process: Tensor | None = None) -> Schedule:
+        return searcher.schedule(trainer.steps_per_epoch, meta, values, process, **meaning)
 
     def write() -> None:
         if folder is not None:
@@ -58,24 +61,83 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
 
     trainer.on_checkpoint = write
     begun = folder is not None and resume and (folder / "checkpoint.pt").is_file()
-    around = _Around(trials, searcher, learned)
-    if trials.most:
+    around = _Around(trials, searcher, learned, max(1, before - AFTER), 1.0 if rounds else BELOW)
+    if before:
         if folder is not None and not resume and distributed.is_main():
             record(checked, folder, data.facts)  # a run that is killed in a trial can be gone on with
         state = random_state(trainer.objective.student)
         around.choose_start()
         set_random_state(state)
 
+    outer = (
+        _rounds(checked, data, trainer, trials, folder, lambda process: learned(process=process)) if rounds else None
+    )
+
     def conclude(metrics: dict[str, float]) -> dict[str, float]:
         if not trials.most:
             return metrics
-        around.choose_end()
+        if outer is None:
+            around.choose_end()
+        else:
+            searcher.play(outer.run())
+            searcher.signal = outer.signal
         if distributed.is_main():
             write()
         return {**metrics, "trials": len(trials.rows), "seconds": metrics["seconds"] + trials.seconds}
 
     run_training(trainer, checked, begun, searcher, facts=data.facts, conclude=conclude)
     return learned()
+
+
+def _rounds(
+    config: Config,
+    data: Any,
+    first: Trainer,
+    trials: Trials,
+    folder: Path | None,
+    schedule: Callable[[Tensor], Schedule],
+) -> Rounds:
+    """The rounds of a search, of which the run's own training, ``first``, is the first. Its weights are set to their start.
+
+    Args:
+        schedule: of a process log w (T, N).
+    """
+    searcher, search, parts = first.weights, config.search, search_parts(config, data)
+    assert isinstance(searcher, Searcher)
+
+    def gradient(number: int, process: Tensor) -> Tensor:
+        trainer, of = first, searcher
+        if number > 1:
+            seeded = config.model_copy(update={"seed": config.seed + number - 1})
+            trainer = build.build_search(seeded, data, None, trials.given.copied(), parts)
+            trainer.name = f"round {number}"
+            of = trainer.weights  # type: ignore[assignment]
+            of.measured(searcher.scales)
+            of.path = process.to(of.history)
+            trainer.fit()
+        h = of.estimator.per_step.clone()  # type: ignore[attr-defined]
+        distributed.average([h])
+        return h[:, of.learned]
+
+    def judge(number: int, process: Tensor) -> float:
+        played = schedule(process)
+        return (
+            sum(trials.judge(f"round {number}, seed {n}", played, config.seed + n) for n in range(JUDGED_BY))
+            / JUDGED_BY
+        )
+
+    outer = Rounds(
+        searcher.alpha_tilde.detach().double(),
+        first.total_steps,
+        search.knots,
+        search.rounds,
+        search.learning_rate or REACH_FROM_TRIALS / search.rounds,
+        gradient,
+        judge,
+        None if folder is None else folder / "rounds",
+    )
+    searcher.path = outer.process().to(searcher.history)
+    return outer
 
 
 class _Around:
@@ -88,19 +150,23 @@ class _Around:
 
     Args:
         schedule: of constant weights and scalars.
+        before: trials for the start, at most.
+        below: part of the best strength that the weights start from.
     """
 
-    def __init__(self, trials: Trials, searcher: Searcher, schedule: Callable[[Constants], Schedule]):
-        self.trials, self.searcher, self.schedule = trials, searcher, schedule
+    def __init__(
+        self, trials: Trials, searcher: Searcher, schedule: Callable[[Constants], Schedule], before: int, below: float
+    ):
+        self.trials, self.searcher, self.schedule, self.before, self.below = trials, searcher, schedule, before, below
         self.equal, self._of_equal = searcher.last(), math.inf
 
     def choose_start(self) -> None:
         """Find the strength, and let the pass start below it."""
         self.searcher.measure()
-        strength = Strength(self._judge("equal weights", self.equal), max(1, self.trials.most - AFTER))
+        strength = Strength(self._judge("equal weights", self.equal), self.before)
         self.equal = self.equal.times(strength.best())
         self._of_equal = min(strength.judged.values())
-        self.searcher.start_from(self.equal.weights * BELOW)
+        self.searcher.start_from(self.equal.weights * self.below)
 
     def choose_end(self) -> None:
         """Let the schedule end with the best weights that were found; with what was learned, where no trial is left."""

@@ -51,9 +51,9 @@ class Trials:
         self.rows: list[dict[str, Any]] = []
         self.given = self.given.copied()  # before a search trains it
 
-    def judge(self, name: str, schedule: Schedule) -> float:
-        """What is to be small of the training that plays ``schedule``, see `judged`."""
-        metrics = self.run(name, schedule, title=f"trial {len(self.rows) + 1}")
+    def judge(self, name: str, schedule: Schedule, seed: int | None = None) -> float:
+        """What is to be small of the training that plays ``schedule``, see `judged`; with the config's seed, or another."""
+        metrics = self.run(name, schedule, title=f"trial {len(self.rows) + 1}", seed=seed)
         value = judged(metrics, build.build_task(self.config, self.given))
         self.rows.append({"name": name, "judged": value, **metrics})
         if distributed.is_main():
@@ -74,6 +74,7 @@ class Trials:
         watch: Callable[[dict[str, float]], None] | None = None,
         every: int | None = None,
         title: str = "",
+        seed: int | None = None,
     ) -> dict[str, float]:
         """Metrics of a training at its end, with its ``step`` and ``seconds``; these two alone where it has diverged.
 
@@ -81,6 +82,7 @@ class Trials:
             config: another training; it says itself how ``schedule`` is played, which is played as it is else.
             watch: called with the metrics after ``every`` so many epochs; it may raise `Pruned` to end the training there.
             title: what the progress line says; by default the name.
+            seed: of the training, by default the config's; the parts of the data stay.
         """
         folder = None if self.folder is None else self.folder / re.sub(r"[^\w.+-]+", "_", name)
         done = None if folder is None or not (folder / "result.json").is_file() else folder / "result.json"
@@ -100,7 +102,8 @@ class Trials:
                 }
                 config = config.model_copy(update={"retrain": config.retrain.model_copy(update=replayed)})
         evaluated = {"evaluate_every": every or config.training.epochs}
-        checked = config.model_copy(update={"tracking": config.tracking.model_copy(update=evaluated)})
+        seeded = {} if seed is None else {"seed": seed}
+        checked = config.model_copy(update={"tracking": config.tracking.model_copy(update=evaluated), **seeded})
         given = self.given.copied()
         validation, train = search_parts(self.config, self.data)
         trainer = build.build_retrain(checked, self.data, schedule, folder, given=given, parts=(train, validation))

@@ -62,6 +62,7 @@ class Searcher:
 
     Attributes:
         beside: those numbers.
+        path: α̃ per step, (T, N), in the place of one that moves, of a search whose rounds move it; set it before the first step.
         signal: what the gradients by α̃, and by the logarithms of those numbers, said so far.
 
     Raises UserError where there is nothing to learn, and for scalars with an estimator that does not see them.
@@ -123,6 +124,7 @@ class Searcher:
         self._known_constants: tuple[list[float], Tensor] = ([], torch.empty(0))
         self._weights = self._constants(0)
         self._weighted: Tensor | list[float] = self._weights
+        self.path: Tensor | None = None
 
     # What the trainer asks
 
@@ -132,14 +134,15 @@ class Searcher:
         if self.watches(step):
             self.estimator.before_pass()
         self.measure()
-        weights = self.weighting(self.alpha_tilde)
-        self.history[0, step], self.history[1, step] = self.alpha_tilde, weights
+        alpha_tilde = self.alpha_tilde if self.path is None else self.path[step]
+        weights = self.weighting(alpha_tilde)
+        self.history[0, step], self.history[1, step] = alpha_tilde, weights
         self.beside.record(step)
         self.steps_done = step + 1
         updates = step // self.every
         dropping = self.threshold is not None and not (self.revive_every and updates % self.revive_every == 0)
         if dropping:
-            weights = drop(weights, self.alpha_tilde, self.threshold)
+            weights = drop(weights, alpha_tilde, self.threshold)
         constants = self._constants(step)
         self._weights = constants.index_copy(0, self.learned, weights)
         effective = constants.index_copy(0, self.learned, self.scale(step) * self.scales * weights)
@@ -151,6 +154,10 @@ class Searcher:
         if self._measure is not None:
             self.scales = self._measure()[self.learned].to(self.scales)
             self._measure = None
+
+    def measured(self, scales: Tensor) -> None:
+        """Take the terms' sizes, (N,), as another search has measured them."""
+        self.scales, self._measure = scales.clone(), None
 
     @torch.no_grad()
     def last(self) -> Constants:
@@ -164,6 +171,10 @@ class Searcher:
     def start_from(self, weights: Tensor) -> None:
         """Begin with other weights, (N,), of a search whose α̃ is log w."""
         self.alpha_tilde.copy_(weights.log())
+
+    def play(self, process: Tensor) -> None:
+        """Let log w, (T, N), be the history, of a search whose α̃ is log w."""
+        self.history[:] = torch.stack([process, process.exp()])
 
     @torch.no_grad()
     def end_with(self, values: Constants) -> None:
@@ -209,6 +220,8 @@ class Searcher:
         self._current = None
         h = h / (self._rate() or 1.0)
         distributed.average([h, self.estimator.validation_loss])
+        if self.path is not None:
+            return False
         if (
             self.estimator.window > 1 and not h.isfinite().all()
         ):  # one step back, that would be a look at every step's numbers
@@ -237,10 +250,15 @@ class Searcher:
     # State
 
     def schedule(
-        self, steps_per_epoch: float, meta: dict[str, Any], constant: Constants | None = None, **meaning: Any
+        self,
+        steps_per_epoch: float,
+        meta: dict[str, Any],
+        constant: Constants | None = None,
+        process: Tensor | None = None,
+        **meaning: Any,
     ) -> Schedule:
-        """What has been learned so far; or ``constant`` values, of a search whose α̃ is log w. ``meaning``: what a replay
-        makes of it, see `distpro.schedule_file.meaning_of`."""
+        """What has been learned so far; or ``constant`` values, or a ``process`` log w (T, N), of a search whose α̃ is log w.
+        ``meaning``: what a replay makes of it, see `distpro.schedule_file.meaning_of`."""
         entries = self.entries
         if self.signal.updates:
             names = (*(e.key for e in entries), *self.beside.names)
@@ -251,6 +269,8 @@ class Searcher:
         if constant is not None:
             alpha_tilde, weights = constant.weights[None].log().cpu(), constant.weights[None].cpu()
             beside = constant.scalars[None]
+        if process is not None:
+            alpha_tilde, weights = process.cpu(), process.exp().cpu()
         return Schedule(
             keys=tuple(e.key for e in entries),
             levels=torch.tensor([e.level or (0, 0, 0) for e in entries], dtype=torch.int64),
@@ -267,8 +287,10 @@ class Searcher:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed search needs to go on to the same numbers."""
         beside = {"scalars": self.beside.state_dict(self.steps_done)} if len(self.beside) else {}
+        swept = {} if self.path is None else {"per_step": self.estimator.per_step}  # type: ignore[attr-defined]
         return {
             **beside,
+            **swept,
             "alpha_tilde": self.alpha_tilde.detach().clone(),
             "optimizer": self.optimizer.state_dict(),
             "scales": self.scales.clone(),
@@ -289,6 +311,8 @@ class Searcher:
         if len(self.beside):
             self.beside.load_state_dict(state["scalars"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if "per_step" in state:
+            self.estimator.per_step = state["per_step"].to(self.history.device)  # type: ignore[attr-defined]
         if "signal" in state:  # not in checkpoints of before
             self.signal.load_state_dict(state["signal"])
         self.validation_steps = state["validation_steps"]
