@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -84,7 +84,8 @@ def _failed(message: str, status: int = 2) -> int:
     return status
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and those of its commands by name. Needs no package but this one."""
     parser = _Parser(
         prog="distpro",
         description="Learn when a student should listen to which part of its teacher.",
@@ -147,9 +148,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     init = add("init", _init, "write a config to begin with, and its teacher's")
     init.add_argument("name", metavar="EXAMPLE", help="digits")
     init.add_argument("--out", metavar="FILE", help="default: EXAMPLE.yaml here; the teacher's goes beside it")
+    return parser, commands.choices
 
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
-        raise _wrong(f"unknown command '{arguments[0]}'", arguments[0], list(commands.choices))
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser, commands = build_parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        raise _wrong(f"unknown command '{arguments[0]}'", arguments[0], list(commands))
     options, rest = parser.parse_known_args(arguments)
     takes_overrides = options.command in ("search", "retrain", "tune", "train", "evaluate", "inspect")
     unknown = [r for r in rest if not takes_overrides or r.startswith("-") or "=" not in r]
@@ -158,7 +163,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if options.command in ("search", "tune", "train"):
             raise _wrong(f"{options.command}: the config file is missing")
     if unknown:
-        near = _meant(unknown[0], commands.choices[options.command])
+        near = _meant(unknown[0], commands[options.command])
         raise _wrong(f"{options.command}: what is '{unknown[0]}'?{near} (overrides are key=value, for instance seed=1)")
     options.overrides = rest
     if getattr(options, "device", None):

@@ -18,19 +18,27 @@ from pathways.space import Spec
 class DataConfig(Section):
     """Where the samples come from and how a batch is made."""
 
-    name: str = "digits"
-    root: str | None = None
+    name: str = Field("digits", description="`distpro list datasets`, or package.module:name of your own")
+    root: str | None = Field(
+        None, description="folder or file; a relative path is looked for here, then in $DISTPRO_DATA"
+    )
     samples: int | None = Field(None, gt=0, description="training images kept, stratified and seeded")
     seed: int | None = Field(None, ge=0, description="draws the samples; null: the run's seed")
-    classes: int | list[str] | None = None
-    augment: list[Any] = []
+    classes: int | list[str] | None = Field(
+        None, description="those kept: the first so many, or a list of names; null: all"
+    )
+    augment: list[Any] = Field(
+        [], description="in order: names (`distpro list augmentations`), or {name: {parameter: value}}"
+    )
     augment_epochs: int | None = Field(
         None, gt=0, description="epochs after which the same augmentations come again; null: never"
     )
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    workers: int = Field(0, ge=0)
-    params: Params = {}
+    mean: list[float] | None = Field(
+        None, description="per channel, for images in 0-1; null: the data set's own, or that of the training part"
+    )
+    std: list[float] | None = Field(None, description="likewise")
+    workers: int = Field(0, ge=0, description="processes that load a streamed set; 0: none")
+    params: Params = Field({}, description="options of the data set, or of a function of your own")
     num_classes: int | None = Field(None, gt=0, description="for a dry run where the data are not there")
     image_shape: tuple[int, int, int] | None = Field(None, description="likewise, (C, H, W)")
 
@@ -39,7 +47,7 @@ class InputConfig(Section):
     """How a teacher wants its images, where that is not how the student gets them."""
 
     mean: list[float] = Field(description="per channel, for images in 0-1")
-    std: list[float]
+    std: list[float] = Field(description="per channel, for images in 0-1")
     size: int | tuple[int, int] | None = Field(None, description="height and width")
 
     @model_validator(mode="after")
@@ -53,9 +61,11 @@ class InputConfig(Section):
 class ModelConfig(Section):
     """A model and where its features are read."""
 
-    model: str
-    params: Params = {}
-    checkpoint: str | None = None
+    model: str = Field(
+        description="`distpro list models`, torchvision:, timm:, smp:, hf:NAME, or package.module:callable"
+    )
+    params: Params = Field({}, description="arguments of the model")
+    checkpoint: str | None = Field(None, description="file of its weights; null: those that the model begins with")
     weights: Literal["model", "ema"] | None = Field(
         None, description="of a checkpoint that holds both: those trained, or their moving average; null: the former"
     )
@@ -72,9 +82,13 @@ class ModelConfig(Section):
 class PathwayConfig(Section):
     """The search space of pathways."""
 
-    connect: str | list[list[str]] = "all"
-    transforms: list[Spec] = ["conv1x1", "conv3x3", "attention"]
-    distance: Spec = "hcl"
+    connect: str | list[list[str]] = Field(
+        "all", description="all, same, matched, review, or a list of [teacher tap, student tap]"
+    )
+    transforms: list[Spec] = Field(
+        ["conv1x1", "conv3x3", "attention"], description="of a student's feature; one pathway for each"
+    )
+    distance: Spec = Field("hcl", description="between the transformed feature and the teacher's")
     weight: float | None = Field(None, description="constant weight of every pathway")
     teacher: str | None = Field(None, description="which of several teachers is read")
 
@@ -82,8 +96,8 @@ class PathwayConfig(Section):
 class TermConfig(Section):
     """A distillation loss as a term of the objective."""
 
-    loss: str
-    key: str | None = None
+    loss: str = Field(description="`distpro list losses`, or package.module:name of your own")
+    key: str | None = Field(None, description="the term's name in logs and schedules; null: the loss's")
     params: Params = Field(
         {},
         description="of the loss; its scalars also as processes, and as learned, or {learned: {initial: 4}}: by a search over a "
@@ -96,8 +110,8 @@ class TermConfig(Section):
     )
     pretrain: bool = Field(False, description="the loss of the recipe's first stage in place of the loss")
     teacher: str | None = Field(None, description="which of several teachers is read")
-    student_taps: list[str] | None = None
-    teacher_taps: list[str] | None = None
+    student_taps: list[str] | None = Field(None, description="what it reads of the student; null: the loss's default")
+    teacher_taps: list[str] | None = Field(None, description="likewise, of the teacher")
     connect: str | list[list[str]] | None = Field(None, description="one term per connection of the taps")
 
     @field_validator("weight")
@@ -111,35 +125,37 @@ class OptimizerConfig(Section):
 
     name: str = Field("sgd", description="sgd, adam, adamw, or package.module:name")
     params: Params = Field({}, description="of an optimiser of one's own; it gets lr and these")
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = True
-    dampening: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    lr: float = Field(0.1, gt=0, description="the learning rate at its largest")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(True, description="of sgd")
+    dampening: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(5e-4, ge=0, description="of all parameters; decoupled in adamw")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of adam and adamw")
+    eps: float = Field(1e-8, gt=0, description="of adam and adamw")
 
 
 class LearningRateConfig(Section):
     """How the learning rate moves, see `distpro.train.rates.LearningRate`."""
 
-    name: Literal["constant", "cosine", "step", "poly", "linear"] = "step"
-    milestones: list[float] = [0.625, 0.75, 0.875]
-    gamma: float = Field(0.1, gt=0)
-    warmup_epochs: float = Field(0.0, ge=0)
+    name: Literal["constant", "cosine", "step", "poly", "linear"] = Field("step", description="its shape")
+    milestones: list[float] = Field(
+        [0.625, 0.75, 0.875], description="of step: fractions of the training if all are below 1, else epochs"
+    )
+    gamma: float = Field(0.1, gt=0, description="of step: the factor at each milestone")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs over which it grows from near 0, whatever the shape")
     power: float = Field(0.9, gt=0, description="of poly: (1 - progress)^power")
 
 
 class TrainingConfig(Section):
     """The training itself."""
 
-    epochs: int = Field(240, gt=0)
-    max_steps: int | None = Field(None, gt=0)
-    batch_size: int = Field(128, gt=0)
+    epochs: int = Field(240, gt=0, description="passes over the training part")
+    max_steps: int | None = Field(None, gt=0, description="the training ends after so many steps, if that is earlier")
+    batch_size: int = Field(128, gt=0, description="samples of a batch, of all processes together")
     accumulate: int = Field(
         1, gt=0, description="batches whose mean gradient makes one step; an epoch's last step takes those left"
     )
-    drop_last: bool = False
+    drop_last: bool = Field(False, description="leave out an epoch's last batch if it is smaller")
     optimizer: OptimizerConfig = OptimizerConfig()
     learning_rate: LearningRateConfig = LearningRateConfig()
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient")
@@ -194,35 +210,35 @@ class TuneConfig(Section):
 class CacheConfig(Section):
     """The teacher's outputs, kept on disk."""
 
-    folder: str
+    folder: str = Field(description="where they are kept, and read by later runs")
 
 
 class TrackingConfig(Section):
     """Logs and checkpoints."""
 
-    tensorboard: bool = True
-    log_every: int = Field(50, gt=0, description="steps")
-    evaluate_every: int = Field(1, gt=0, description="epochs")
-    checkpoint_every: int = Field(1, gt=0, description="epochs")
+    tensorboard: bool = Field(True, description="write logs for TensorBoard into the run's folder")
+    log_every: int = Field(50, gt=0, description="steps between two log entries")
+    evaluate_every: int = Field(1, gt=0, description="epochs between two evaluations")
+    checkpoint_every: int = Field(1, gt=0, description="epochs between two checkpoints")
 
 
 class Config(Section):
     """A whole run."""
 
-    name: str | None = None
-    seed: int = Field(0, ge=0)
-    device: str = "auto"
+    name: str | None = Field(None, description="of the run, in its logs")
+    seed: int = Field(0, ge=0, description="of weights, data order, augmentation and splits")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU if there is one")
     precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "auto", description="auto: the fastest that the device has, see distpro.build.device.fastest_precision"
     )
-    channels_last: bool = True
+    channels_last: bool = Field(True, description="memory format of images and convolutions; the numbers mean the same")
     sync_batch_norm: bool = Field(False, description="with several processes: the student's batch statistics over all")
     compile: Literal["inductor", "reduce-overhead", "aot_eager", "eager", "cudagraphs"] | None = Field(
         None,
         description="torch.compile's backend for teacher, student and pathways; reduce-overhead: inductor with CUDA graphs",
     )
-    threads: int | None = Field(None, gt=0)
-    task: Spec = "classification"
+    threads: int | None = Field(None, gt=0, description="CPU threads of PyTorch; null: as PyTorch has it")
+    task: Spec = Field("classification", description="`distpro list tasks`, or package.module:name of your own")
     metrics: list[Spec] = Field([], description="beside those of the task: names, or package.module:name")
     data: DataConfig = DataConfig()
     teacher: ModelConfig | None = None
@@ -241,7 +257,7 @@ class Config(Section):
     cache: CacheConfig | None = None
     teacher_training: bool = Field(False, description="run the teacher in training mode (a fault of ReviewKD's code)")
     pathways: PathwayConfig | None = None
-    terms: list[TermConfig] = []
+    terms: list[TermConfig] = Field([], description="losses beside the pathways, each with its weight")
     training: TrainingConfig = TrainingConfig()
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()

@@ -12,7 +12,7 @@ from pathways.space import Spec
 
 
 class SearchConfig(Section):
-    """How the weights are learned. What is null takes the value that goes with the horizon, see `_BY_HORIZON`."""
+    """How the weights are learned. What is null takes the value that goes with the horizon."""
 
     horizon: int | float | Literal["whole"] = Field(
         1,
@@ -33,8 +33,13 @@ class SearchConfig(Section):
         description="auto: sweep with a horizon of several steps, else forward_mode, or finite_difference where the student "
         "has an operator without its rule",
     )
-    weighting: Spec | None = None
-    optimizer: Literal["adam", "sgd", "relative"] | None = Field(None, description="of α̃")
+    weighting: Spec | None = Field(
+        None,
+        description="how weights are made of α̃ (`distpro list weightings`); null: biased_softmax, with a longer horizon log",
+    )
+    optimizer: Literal["adam", "sgd", "relative"] | None = Field(
+        None, description="of α̃; null: adam, with a longer horizon relative"
+    )
     learning_rate: float | None = Field(
         None, gt=0, description="γ; null: 0.05, of relative steps 4 divided by their number, after trials 2"
     )
@@ -44,8 +49,10 @@ class SearchConfig(Section):
         description="GB that the steps of a horizon may take; where all do not fit, some are kept and the others trained again, and "
         "where that does not fit either it is shortened",
     )
-    betas: tuple[float, float] = (0.5, 0.999)
-    momentum: float | None = Field(None, ge=0, lt=1)
+    betas: tuple[float, float] = Field((0.5, 0.999), description="of adam on α̃")
+    momentum: float | None = Field(
+        None, ge=0, lt=1, description="of sgd and relative on α̃; null: 0, with a longer horizon 0.5"
+    )
     per_rate: bool = Field(False, description="divide h by the learning rate's factor, to which it is proportional")
     every: int = Field(1, ge=1, description="steps between two updates of α; at least the horizon")
     trials: int | None = Field(
@@ -72,7 +79,7 @@ class SearchConfig(Section):
         description="make terms alike in size, see distpro.search.scales; null: by gradient, unless all are pathways",
     )
     normalise_batches: int = Field(4, gt=0, description="training batches to measure the terms' size on")
-    validation_batch_size: int | None = Field(None, gt=0)
+    validation_batch_size: int | None = Field(None, gt=0, description="samples; null: training.batch_size")
     validation_batches: int | None = Field(
         None,
         gt=0,
@@ -161,5 +168,7 @@ class RetrainConfig(Section):
     )
     schedule: str | None = Field(None, description="an alpha.pt, if the command line gives none")
     threshold: float | None = Field(THRESHOLD, description="τ; null drops nothing")
-    mapping: dict[str, str] = {}
+    mapping: dict[str, str] = Field(
+        {}, description="{term key: key in the schedule}, where they do not match by themselves"
+    )
     training: dict[str, Any] = Field({}, description="what of `training` is different in a retrain")
