@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "tasks" / "detection.md").read_text(encoding="utf-8")
 SEARCH, REPLACED = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
-(TABLE,) = re.findall(r"```csv\n(.*?)```", PAGE, re.DOTALL)
+(TABLE,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
 SHORT = {"threads": 1, "training": {"max_steps": 1, "batch_size": 2}, "tracking": {"tensorboard": False}}
 
 

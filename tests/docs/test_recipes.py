@@ -1,4 +1,4 @@
-"""The YAML of docs/recipes.md is what a config may say."""
+"""The YAML of docs/recipes.md and docs/method.md is what a config may say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from distpro.process import PROCESSES
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE + METHOD, re.DOTALL)
 PAIR = {"student": {"model": "resnet20"}, "teacher": {"model": "resnet56"}}
 
 
