@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -19,19 +20,8 @@ from typing import Any, NoReturn
 import distpro
 
 KINDS = (
-    "losses",
-    "transforms",
-    "distances",
-    "models",
-    "datasets",
-    "tasks",
-    "metrics",
-    "weightings",
-    "processes",
-    "estimators",
-    "augmentations",
-    "optimizers",
-    "presets",
+    *("losses", "transforms", "distances", "models", "datasets", "tasks", "metrics", "weightings", "processes"),
+    *("estimators", "augmentations", "optimizers", "presets"),
 )
 
 BOARD = 20  # trials of a leaderboard that are printed
@@ -113,6 +103,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     search = add("search", _search, "learn a distillation schedule and write alpha.pt")
     search.add_argument("config", metavar="CFG")
     add_run_options(search)
+    add_seeds(search)
     retrain = add("retrain", _retrain, "train a student with a schedule or one of its controls")
     retrain.add_argument("config", metavar="CFG", nargs="?")
     retrain.add_argument("--schedule", metavar="alpha.pt")
@@ -153,6 +144,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser, commands = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         raise _wrong(f"unknown command '{arguments[0]}'", arguments[0], list(commands))
     options, rest = parser.parse_known_args(arguments)
@@ -164,7 +159,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             raise _wrong(f"{options.command}: the config file is missing")
     if unknown:
         near = _meant(unknown[0], commands[options.command])
-        raise _wrong(f"{options.command}: what is '{unknown[0]}'?{near} (overrides are key=value, for instance seed=1)")
+        raise _wrong(
+            f"{options.command}: unknown argument '{unknown[0]}'{near} (overrides are key=value, for instance seed=1)"
+        )
     options.overrides = rest
     if getattr(options, "device", None):
         options.overrides.append(f"device={options.device}")
@@ -179,8 +176,7 @@ def _meant(word: str, command: argparse.ArgumentParser) -> str:
     name = word.partition("=")[0]
     near = nearest(name, command._option_string_actions) if name.startswith("-") else ""
     keys = [f"{key}=" for key in keys_called(name.strip("-").replace("-", "_"))[:2]]
-    near = near or (f"; did you mean {' or '.join(keys)}?" if keys else "")
-    return near.replace("; did", " Did")
+    return near or (f"; did you mean {' or '.join(keys)}?" if keys else "")
 
 
 def _out(options: argparse.Namespace, name: str) -> Path:
@@ -193,33 +189,15 @@ def _finish(metrics: dict[str, float], folder: Path) -> None:
     table(str(folder), ["metric", "value"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
 
 
-def _run_seeds(options: argparse.Namespace, run: Any, folder: Path, first: int) -> None:
-    """One run, or one per seed in a folder of its own, with mean and standard deviation. Each is what it is alone."""
-    from statistics import mean, stdev
-
-    from distpro.console import table
-    from distpro.files import write_atomically
+def _run(options: argparse.Namespace, run: Any, folder: Path, first: int) -> None:
+    """One training, or one for each seed."""
+    from distpro.runs.seeds import run_seeds
 
     if options.seeds is None:
         _finish(run(folder, options.overrides, options.resume).metrics, folder)
         return
-    if options.seeds < 1:
-        raise _wrong(f"--seeds {options.seeds}: expected 1 or more")
-    found = {}
-    for seed in range(first, first + options.seeds):
-        inner = folder / f"seed{seed}"
-        resume = options.resume and inner.exists()
-        found[seed] = run(inner, [*options.overrides, f"seed={seed}"], resume).metrics
-    if not (folder / f"seed{first}" / "result.json").is_file():
-        return  # not the process that writes
-    rows = []
-    for name in found[first]:
-        values = [metrics[name] for metrics in found.values()]
-        spread = f"{stdev(values):.3g}" if len(values) > 1 else "-"
-        rows.append([name, f"{mean(values):.6g}", spread, *(f"{value:.6g}" for value in values)])
-    table(str(folder), ["metric", "mean", "deviation", *(f"seed {seed}" for seed in found)], rows)
-    write_atomically(
-        json.dumps({str(seed): metrics for seed, metrics in found.items()}, indent=1) + "\n", folder / "result.json"
+    run_seeds(
+        lambda *given: run(*given).metrics, folder, options.overrides, options.resume, first, options.seeds, "metric"
     )
 
 
@@ -235,11 +213,20 @@ def _search(options: argparse.Namespace) -> None:
     from distpro.config.reading import default_space, read_config
     from distpro.report.words import explain_schedule
     from distpro.runs.commands import search
+    from distpro.runs.seeds import last_weights, run_seeds
 
     if options.dry_run:
         _dry_run(read_config(options.config, options.overrides, space=default_space), searching=True)
         return
     folder = _out(options, Path(options.config).stem)
+    if options.seeds is not None:
+        first = read_config(options.config, options.overrides, space=default_space).seed
+
+        def run(*given: Any) -> dict[str, float]:
+            return last_weights(search(options.config, *given))
+
+        run_seeds(run, folder, options.overrides, options.resume, first, options.seeds, "last weight")
+        return
     schedule = search(options.config, folder, options.overrides, options.resume)
     print(explain_schedule(schedule))
     path = folder / "alpha.pt"
@@ -257,7 +244,7 @@ def _retrain(options: argparse.Namespace) -> None:
         return
     name = Path(options.config).stem if options.config else f"retrain_{config.retrain.weights}"
     run = partial(retrain, options.config, schedule)
-    _run_seeds(options, run, _out(options, name), config.seed)
+    _run(options, run, _out(options, name), config.seed)
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -294,7 +281,7 @@ def _train(options: argparse.Namespace) -> None:
         _dry_run(read_config(options.config, [*options.overrides, "retrain.weights=none"]), searching=False)
         return
     folder = _out(options, f"{Path(options.config).stem}_alone")
-    _run_seeds(options, partial(train, options.config), folder, read_config(options.config, options.overrides).seed)
+    _run(options, partial(train, options.config), folder, read_config(options.config, options.overrides).seed)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -209,7 +209,9 @@ def parse_process(spec: Any) -> Process:
     name = params.pop("name", None)
     if name is None:
         if len(params) != 1:
-            raise UserError(f"{spec!r} is no process (a number, or one of {', '.join(PROCESSES)} with its parameters)")
+            raise UserError(
+                f"{spec!r} is not a process (a number, or one of {', '.join(PROCESSES)} with its parameters)"
+            )
         ((name, inner),) = params.items()
         if name == "schedule" and isinstance(inner, str):
             allowed = ", ".join(REDUCTIONS)

@@ -132,7 +132,7 @@ def as_term(module: nn.Module) -> nn.Module:
     somebody's own module with ``key``, ``student_taps`` and ``teacher_taps``. Raises UserError for any other."""
     for name in ("key", "student_taps", "teacher_taps"):
         if not hasattr(module, name):
-            raise UserError(f"objective: {type(module).__name__} is no term, it has no '{name}'")
+            raise UserError(f"objective: {type(module).__name__} is not a term: it has no '{name}'")
     for name, default in _DEFAULTS.items():
         if not hasattr(module, name):
             setattr(module, name, default)

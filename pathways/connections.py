@@ -48,5 +48,5 @@ def connect(
 
 def _position(tap: str, taps: Sequence[str], side: str) -> int:
     if tap not in taps:
-        raise UserError(f"connect: '{tap}' is no {side} tap{nearest(tap, taps)} (allowed: {', '.join(taps)})")
+        raise UserError(f"connect: '{tap}' is not a {side} tap{nearest(tap, taps)} (allowed: {', '.join(taps)})")
     return list(taps).index(tap)

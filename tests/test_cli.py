@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it answers to mistakes, and a whole chain on scikit-learn's digits."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -71,13 +72,13 @@ def metrics_in(text):
         ("search seed=1", ("config file is missing",)),
         ("search serch.yaml", ("serch.yaml: no such config file; did you mean 'search.yaml'?",)),
         ("search search.yaml training.epoch=1", ("search.yaml: unknown key 'training.epoch'; did you mean 'epochs'?",)),
-        ("search search.yaml training.epochs", ("what is 'training.epochs'?", "key=value")),
-        ("search search.yaml --dry-rum", ("what is '--dry-rum'?",)),
+        ("search search.yaml training.epochs", ("unknown argument 'training.epochs'", "key=value")),
+        ("search search.yaml --dry-rum", ("unknown argument '--dry-rum'",)),
         ("search search.yaml student.model=resnet21", ("unknown model 'resnet21'; did you mean 'resnet", "allowed")),
         ("search search.yaml pathways.transforms=[conv3x4]", ("unknown transform 'conv3x4'; did you mean 'conv3x3'?",)),
         ("search search.yaml search.estimator=foward", ("estimator 'foward'; did you mean 'forward_mode'?",)),
         ("search search.yaml data.name=digts", ("unknown dataset 'digts'; did you mean 'digits'?",)),
-        ("search search.yaml device=gpu", ("device: 'gpu' is no device", "cuda")),
+        ("search search.yaml device=gpu", ("device: 'gpu' is not a device", "cuda")),
         ("search search.yaml precision=float16", ("precision", "float32 or bfloat16")),
         ("search search.yaml teacher.checkpoint=none.pt", ("checkpoint: nothing at none.pt",)),
         ("search search.yaml teacher.checkpoint=null", ("teacher.checkpoint is missing",)),
@@ -109,9 +110,9 @@ def metrics_in(text):
                 "search: is a search, which leaves a schedule and no student: distpro retrain --schedule search/alpha.pt",
             ),
         ),
-        ("evaluate .", (".: is no run's folder: no student.pt and no config.yaml",)),
+        ("evaluate .", (".: is not a run's folder: no student.pt and no config.yaml",)),
         ("export nowhere", ("nowhere: no such run",)),
-        ("search search.yaml --rezume", ("what is '--rezume'? Did you mean '--resume'?",)),
+        ("search search.yaml --rezume", ("unknown argument '--rezume'; did you mean '--resume'?",)),
         ("search search.yaml preset=papr", ("unknown preset 'papr'; did you mean 'paper'?",)),
         ("evaluate teacher.yaml", ("teacher has no checkpoint",)),
         ("inspect search.yml", ("search.yml: no such config file; did you mean 'search.yaml'?",)),
@@ -119,7 +120,7 @@ def metrics_in(text):
         ("plot teacher.yaml", ("teacher.yaml",)),
         ("plot search/alpha.pt --format gif", ("--format", "'gif'", "png")),
         ("plot search/alpha.pt --out teacher.yaml", ("teacher.yaml: File exists",)),
-        ("plot search/alpha.pt seed=1", ("what is 'seed=1'?",)),
+        ("plot search/alpha.pt seed=1", ("unknown argument 'seed=1'",)),
         (
             "export search",
             (
@@ -187,7 +188,7 @@ def test_doctor_says_what_there_is_in_one_screen(monkeypatch, capsys):
 def test_doctor_knows_every_extra():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
-    assert {*re.findall(r"^(\w+) = ", extras, re.MULTILINE)} == {*EXTRAS, "dev"}
+    assert {*re.findall(r"^(\w+) = ", extras, re.MULTILINE)} == {*EXTRAS, "docs", "dev"}
 
 
 def test_the_help_says_how_keys_are_given(capsys):
@@ -325,6 +326,28 @@ def test_seeds_are_runs_of_their_own(here, tmp_path, capsys):
     assert main(["train", "teacher.yaml", "--seeds", "3", "--out", str(out), "seed=3", "--resume"]) == 0
     assert json.loads((out / "result.json").read_text()).keys() == {"3", "4", "5"}
     assert main(["train", "teacher.yaml", "--seeds", "0"]) == 2
+
+
+@pytest.mark.slow
+def test_seeds_of_a_search_are_schedules_of_their_own(here, tmp_path, capsys):
+    out = tmp_path / "many"
+    assert main(["search", "search.yaml", "--seeds", "2", "--out", str(out), "seed=3"]) == 0
+    schedules = [Schedule.load(out / f"seed{seed}" / "alpha.pt") for seed in (3, 4)]
+    assert not torch.equal(schedules[0].weights, schedules[1].weights)
+    printed, result = capsys.readouterr().out, json.loads((out / "result.json").read_text())
+    assert "last weight" in printed and all(key in printed for key in schedules[0].keys)
+    for seed, schedule in zip("34", schedules, strict=True):
+        expected = [schedule.strength * s * w for s, w in zip(schedule.scales, schedule.weights[-1], strict=True)]
+        assert list(result[seed].values()) == pytest.approx([float(x) for x in expected], rel=1e-6)
+
+
+def test_a_shell_completes_commands_and_options(tmp_path):
+    pytest.importorskip("argcomplete")
+    for line, wanted in (("distpro retr", "retrain "), ("distpro search x.yaml --dr", "--dry-run ")):
+        asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "|"}
+        environment = {**os.environ, **asked, "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}
+        subprocess.run([sys.executable, "-m", "distpro"], env=environment, check=True, cwd=ROOT)
+        assert (tmp_path / "words").read_text() == wanted
 
 
 def test_resume_with_another_config_is_refused_with_the_keys_that_differ(here, capsys):

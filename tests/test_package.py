@@ -138,7 +138,9 @@ def test_init_overwrites_nothing_and_names_the_nearest(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     Path("digits_teacher.yaml").write_text("mine")
     assert main(["init", "digits"]) == 2
-    assert capsys.readouterr().err == "distpro: digits_teacher.yaml exists already; say --out FILE for another name\n"
+    assert (
+        capsys.readouterr().err == "distpro: digits_teacher.yaml already exists; choose another name with --out FILE\n"
+    )
     assert os.listdir() == ["digits_teacher.yaml"] and Path("digits_teacher.yaml").read_text() == "mine"
     assert main(["init", "digit"]) == 2
     message = "distpro: unknown example 'digit'; did you mean 'digits'? (allowed: digits)\n"

@@ -105,9 +105,9 @@ def test_a_schedule_without_that_column(alpha, spec, message):
         ({"cyclic": {"low": 0, "high": 1, "period": 1, "shape": "saw"}}, "shape is 'saw'"),
         ({"cosine": 3}, "needs its parameters as a mapping"),
         ({"schedule": "totl"}, "unknown reduction 'totl'"),
-        ({"linear": {}, "cosine": {}}, "is no process"),
-        ("fast", "is no process"),
-        (True, "is no process"),
+        ({"linear": {}, "cosine": {}}, "is not a process"),
+        ("fast", "is not a process"),
+        (True, "is not a process"),
     ],
 )
 def test_what_is_no_process(spec, message):

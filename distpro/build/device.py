@@ -20,7 +20,7 @@ def device_of(config: Config) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device: '{name}' is no device {allowed}") from None
+        raise UserError(f"device: '{name}' is not a device {allowed}") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device: '{name}' is a kind of device that runs are not made for {allowed}")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -155,7 +155,7 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _refuse_the_unmeant(root: yaml.Node | None, where: str) -> None:
-    """Keys that are said twice, of which YAML's parser would silently keep the last one (merge keys, ``<<``, are meant to
+    """Duplicate keys, of which YAML's parser would silently keep the last one (merge keys, ``<<``, are meant to
     repeat others), and numbers of YAML 1.1 that are read otherwise than they look: 010 is 8, 1:30 is 90."""
     pending, visited = [root], set()
     while pending:

@@ -124,7 +124,7 @@ class OptimizerConfig(Section):
     """Optimiser of the student and the terms."""
 
     name: str = Field("sgd", description="sgd, adam, adamw, or package.module:name")
-    params: Params = Field({}, description="of an optimiser of one's own; it gets lr and these")
+    params: Params = Field({}, description="of your own optimiser, which gets lr and these")
     lr: float = Field(0.1, gt=0, description="the learning rate at its largest")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     nesterov: bool = Field(True, description="of sgd")

@@ -31,7 +31,7 @@ def write_starter(name: str, out: str | Path | None = None) -> tuple[Path, Path]
     teacher = search.with_name(f"{search.stem}{TEACHER}{search.suffix}")
     for path in (search, teacher):
         if path.exists():
-            raise UserError(f"{path} exists already; say --out FILE for another name")
+            raise UserError(f"{path} already exists; choose another name with --out FILE")
     for path, source in ((search, f"{name}.yaml"), (teacher, f"{name}{TEACHER}.yaml")):
         write_atomically((_FOLDER / source).read_text(encoding="utf-8"), path)
     return search, teacher

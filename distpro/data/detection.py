@@ -219,7 +219,7 @@ def _categories(place: str, content: Mapping[str, Any]) -> dict[int, str]:
     wrong = next((key for key, _ in entries if not isinstance(key, int) or isinstance(key, bool)), None)
     if wrong is not None or not entries:
         raise UserError(
-            f"{place}: " + (f"the id {wrong!r} of a category is no whole number" if entries else "no categories")
+            f"{place}: " + (f"the id {wrong!r} of a category is not a whole number" if entries else "no categories")
         )
     for of, values in (("id", [key for key, _ in entries]), ("name", [name for _, name in entries])):
         twice = next((value for value in values if values.count(value) > 1), None)  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ def _instances(
     labels = {category: label for label, category in enumerate(categories, 1)}
     odd = next((image["id"] for image in content["images"] if not isinstance(image["id"], (int, str))), None)
     if odd is not None:
-        raise UserError(f"{place}: the id {odd!r} of an image is no number")
+        raise UserError(f"{place}: the id {odd!r} of an image is not a number")
     boxes: dict[Any, list[tuple[list[float], int, int]]] = {image["id"]: [] for image in content["images"]}
     for entry in content["annotations"]:
         where = f"{place}, annotation {entry.get('id') if isinstance(entry, Mapping) else entry!r}"

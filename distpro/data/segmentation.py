@@ -209,7 +209,7 @@ class _Reader:
         wrong = values[self.label[values] < 0]
         if wrong.size:
             raise UserError(
-                f"{place} holds the value {wrong[0]}, which is no class and not ignored (allowed: {_ranges(self.label >= 0)})"
+                f"{place} holds the value {wrong[0]}, which is neither a class nor ignored (allowed: {_ranges(self.label >= 0)})"
             )
         return annotation
 

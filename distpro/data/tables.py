@@ -96,7 +96,7 @@ def numbers_of(rows: Rows) -> list[float]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise UserError(f"{place}: the score '{label}' is no finite number")
+            raise UserError(f"{place}: the score '{label}' is not a finite number")
         found.append(value)
     return found
 

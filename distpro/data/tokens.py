@@ -145,7 +145,7 @@ def transformers(what: str) -> Any:
 
 def _of_folder(folder: Path, what: str) -> Tokenizer:
     if not folder.is_dir():
-        raise UserError(f"{what}: tokenizer: {folder} is no folder")
+        raise UserError(f"{what}: tokenizer: {folder} is not a folder")
     try:
         fast = transformers(what).AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_fast=True

@@ -71,7 +71,7 @@ def _read_config(what: str, file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{what}: {file} is not readable ({error})") from None
     if not isinstance(stated, dict) or not isinstance(stated.get("model_type"), str):
-        raise UserError(f"{what}: {file} is no config of transformers: it has no model_type")
+        raise UserError(f"{what}: {file} is not a config of transformers: it has no model_type")
     if stated.get("auto_map"):
         raise UserError(
             f"{what}: {file} wants code of its own (auto_map), which is not run: name an architecture of transformers"

@@ -21,6 +21,7 @@ EXTRAS = {
     "text": ("transformers",),
     "detection": ("torchmetrics", "faster_coco_eval"),
     "segmentation": ("segmentation_models_pytorch",),
+    "completion": ("argcomplete",),
 }
 """The modules of each of the package's optional extras."""
 

@@ -102,7 +102,7 @@ def _any_size(tensor: Tensor) -> dict[int, Any]:
 
 def _write_folder(model: Any, data: Any, path: Path) -> Path:
     if not hasattr(model, "save_pretrained"):
-        raise UserError(f"{type(model).__name__} is no model of transformers: export safetensors")
+        raise UserError(f"{type(model).__name__} is not a model of transformers: export safetensors")
     model.save_pretrained(path)
     _as_umask_says(path)
     tokenizer = getattr(data, "tokenizer", None)

@@ -87,7 +87,7 @@ def student_of(folder: Path) -> Path:
             f"{shlex.quote(str(folder / 'alpha.pt'))} trains one"
         )
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: is no run's folder: no student.pt and no config.yaml")
+        raise UserError(f"{folder}: is not a run's folder: no student.pt and no config.yaml")
     raise UserError(f"{folder}: no student.pt; has the training ended?")
 
 

@@ -93,8 +93,8 @@ def test_a_run_says_it_before_it_begins(precision, said, units, capsys):
         ("xpu:1", "device: 'xpu:1' is a kind of device"),
         ("meta", "device: 'meta' is a kind of device"),
         ("cpu:1", "device: 'cpu:1' asked for, but the machine has 1 of its kind, numbered from 0"),
-        ("nonsense", "device: 'nonsense' is no device (allowed: auto, cpu, cuda, cuda:N)"),
-        ("cuda:", "device: 'cuda:' is no device"),
+        ("nonsense", "device: 'nonsense' is not a device (allowed: auto, cpu, cuda, cuda:N)"),
+        ("cuda:", "device: 'cuda:' is not a device"),
     ],
 )
 def test_a_device_that_cannot_be_is_one_message(name, message, capsys, tmp_path):

@@ -133,7 +133,7 @@ def test_scores(tmp_path):
     assert data.regression and data.num_classes is None
     assert data.train.targets.tolist() == [5.0, 2.5, 0.0] and data.train.targets.dtype == torch.float32
     (tmp_path / "STS-B" / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\tmany\n")
-    with pytest.raises(UserError, match=r"dev.tsv, line 2: the score 'many' is no finite number"):
+    with pytest.raises(UserError, match=r"dev.tsv, line 2: the score 'many' is not a finite number"):
         load_data("glue", str(tmp_path), set="stsb", tokenizer=SMALL)
 
 
@@ -257,7 +257,7 @@ def test_it_is_bert_s_tokenizer(table):
         ({"max_length": 2}, "max_length must be null or a whole number from 4"),
         ({"bucket": -1}, "bucket must be a whole number from 0"),
         ({"format": "xml"}, "format must be tsv, csv, jsonl"),
-        ({"regression": True}, "line 2: the score 'bad' is no finite number"),
+        ({"regression": True}, "line 2: the score 'bad' is not a finite number"),
         ({"regression": True, "labels": ["a", "b"]}, "labels are of classes"),
         ({"validation": 1.5}, "between 0 and 1"),
         ({"validation": "x"}, "validation must be null or a fraction between 0 and 1, got 'x'"),

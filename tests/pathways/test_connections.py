@@ -34,8 +34,8 @@ def test_review_on_five_levels_has_the_fifteen_connections_of_imagenet():
     "rule, message",
     [
         ("revew", "unknown connection rule 'revew'; did you mean 'review'.*allowed: all, same, matched, review"),
-        ([["tt1", "s1"]], "'tt1' is no teacher tap; did you mean 't1'.*allowed: t1, t2, t3"),
-        ([["t1", "t1"]], "'t1' is no student tap"),
+        ([["tt1", "s1"]], "'tt1' is not a teacher tap; did you mean 't1'.*allowed: t1, t2, t3"),
+        ([["t1", "t1"]], "'t1' is not a student tap"),
         ([["t1", "s1"], ["t1", "s1"]], "listed twice"),
         (["t1", "s1"], r"each entry is \[teacher tap, student tap\], got 't1'"),
         ([["t1"]], r"each entry is \[teacher tap, student tap\]"),
