@@ -72,10 +72,12 @@ def test_schedules(arrays):
     assert run_page(DOCS / "howto/schedules.md", FEW, trials=["horizon.yaml"]) == 11
 
 
+@pytest.mark.slow
 def test_resume(arrays):
     assert run_page(DOCS / "howto/resume.md", SHORT) == 2
 
 
+@pytest.mark.slow
 def test_processes(arrays):
     run_page(DOCS / "howto/processes.md")
 
