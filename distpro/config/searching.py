@@ -61,6 +61,12 @@ class SearchConfig(Section):
         description="trainings on the search's part of the data, judged on its validation part: first for the strength of the "
         "equal weights that it starts from, then of what it has learned; null: 9 with a longer horizon, 0 with one of a step",
     )
+    budget: float | None = Field(
+        None,
+        gt=0,
+        description="trainings that a search over a longer horizon may cost in all, of which a pass is 4: trials, or rounds, are cut "
+        "down to it; null: as they say",
+    )
     criterion: Literal["task", "calibrated"] | None = Field(
         None,
         description="what of the validation part is to be small: the task loss (the paper), or the cross entropy at its best "
@@ -112,7 +118,26 @@ class SearchConfig(Section):
             raise ValueError(
                 f"trials need search.weighting log, which has a strength to choose; it is {self.weighting}"
             )
+        if self.budget is not None:
+            self._keep_to(self.budget)
         return self
+
+    def _keep_to(self, budget: float) -> None:
+        if self.horizon == 1:
+            raise ValueError("a budget is for a longer search.horizon; one step back costs two or three trainings")
+        assert self.trials is not None
+        if self.rounds:
+            before = max(1, self.trials - AFTER) if self.trials else 0
+            most = int((budget - before - JUDGED_BY) / (PASS + JUDGED_BY))
+            if most < 1:
+                raise ValueError(
+                    f"budget {budget:g}: a round and its judgement cost {PASS + JUDGED_BY} trainings, after {before + JUDGED_BY}"
+                )
+            self.rounds = min(self.rounds, most)
+        elif budget < PASS:
+            raise ValueError(f"budget {budget:g}: a pass alone costs {PASS} trainings")
+        else:
+            self.trials = min(self.trials, int(budget) - PASS)
 
     @property
     def most_trials(self) -> int:
@@ -136,6 +161,9 @@ class SearchConfig(Section):
 
 
 TRIALS = 9  # of a search over a longer horizon
+PASS = 4
+"""Trainings that the gradients of one are worth, rounded up (docs/performance.md)."""
+
 AFTER = 4
 """Of the trials of a search in one pass, those that are kept for what it has learned."""
 

@@ -334,6 +334,37 @@ def test_a_search_without_a_space_takes_the_default_one():
         assert [term.loss for term in config.terms] == ["l1", "at"] and config.search.horizon == 0.25
 
 
+@pytest.mark.parametrize(
+    ("search", "trials", "rounds"),
+    [
+        ({"budget": 30}, 9, 0),
+        ({"budget": 10.5}, 6, 0),
+        ({"budget": 4}, 0, 0),
+        ({"budget": 40, "rounds": 9}, 9, 5),  # 5 for the start, 2 to judge it, 6 for each round
+        ({"budget": 40, "rounds": 2}, 9, 2),
+    ],
+)
+def test_a_budget_cuts_trials_and_rounds_down(search, trials, rounds):
+    found = SearchConfig(**{"horizon": 0.25, **search})
+    assert (found.trials, found.rounds) == (trials, rounds)
+    assert SearchConfig(**found.model_dump()) == found
+    costs = found.most_trials + 4 * max(1, found.rounds)
+    assert costs <= found.budget
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"budget": 3}, "a pass alone costs 4"),
+        ({"budget": 12, "rounds": 3}, "a round and its judgement cost 6 trainings, after 7"),
+        ({"budget": 12, "horizon": 1}, "for a longer search.horizon"),
+    ],
+)
+def test_a_budget_that_is_too_small(search, said):
+    with pytest.raises(UserError, match=said):
+        read_config({"student": {"model": "resnet8"}, "search": {"horizon": 0.25, **search}})
+
+
 @pytest.mark.parametrize("horizon", [0, -3, 1.5, 0.0, "all"])
 def test_a_horizon_is_steps_a_fraction_or_whole(horizon):
     with pytest.raises(UserError, match="horizon"):
