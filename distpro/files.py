@@ -6,7 +6,9 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import secrets
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +30,9 @@ OLD_GUESTS = (
 """What files of PyTorch before 1.6 often hold beside weights."""
 
 
-def write_atomically(data: bytes | str, path: str | Path) -> None:
+def write_atomically(data: bytes | str, path: str | Path, kept_as: Path | None = None) -> None:
     """Write a file under a temporary name in the same folder, flush it to disk, and rename it into place. Who may read it is
-    left to the umask. Raises OSError that names the file."""
+    left to the umask. ``kept_as``: what the file that was there is called then. Raises OSError that names the file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +42,8 @@ def write_atomically(data: bytes | str, path: str | Path) -> None:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
+            if kept_as is not None:
+                _keep(path, kept_as)
             os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -58,11 +62,28 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def save_atomically(content: Any, path: str | Path) -> None:
-    """``torch.save`` to a file that is the old one or the new one, never half of each."""
+def save_atomically(content: Any, path: str | Path, kept_as: Path | None = None) -> None:
+    """``torch.save`` to a file that is the old one or the new one, never half of each; ``kept_as`` names the old one then."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(buffer.getvalue(), path)
+    write_atomically(buffer.getvalue(), path, kept_as)
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """Give the file a second name: ``path`` is there at every moment. Does nothing where there is none yet, or the file system
+    has no hard links."""
+    temporary = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        os.link(path, temporary)
+        os.replace(temporary, kept)
+    temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed, in a folder that nobody else is writing to."""
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 class Unread(list):
@@ -97,8 +118,9 @@ def load_safely(path: str | Path, weights: bool = False, wanted: str = "student.
         raise UserError(f"{path}: no such file, it is a folder{f': {there}' if there else f' without {wanted}'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file{f'; did you mean {there}' if there else ''}")
-    if path.suffix in (".yaml", ".yml", ".json", ".txt") and not zipfile.is_zipfile(path):
+    if path.suffix in (".yaml", ".yml", ".json", ".txt") and not _is_zip(path):
         raise UserError(f"{path}: is a text file, not one of torch.save{f'; did you mean {there}' if there else ''}")
+    _check_whole(path)
     advice = "; save it again where it was made: torch.save(model.state_dict(), FILE)" if weights else ""
     try:
         with safe_globals(_replaced(path) if weights else []):
@@ -112,9 +134,47 @@ def load_safely(path: str | Path, weights: bool = False, wanted: str = "student.
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason})") from None
 
 
+def _check_whole(path: Path) -> None:
+    """Raise UserError where a part of a zip file does not fit its checksum, which ``torch.load`` does not compare, or is packed,
+    which ``torch.save`` never does: a small file may then hold more than the memory. Files whose checksums are all of another
+    kind (``torch.serialization.set_crc32_options(False)``) are let through."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise UserError(f"{path}: is a packed archive, not a file of torch.save")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise UserError(f"{path}: damaged: its parts say that they are larger than the file")
+            fitting = [_fits(archive, entry) for entry in entries]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError, struct.error) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    wrong = [entry.filename for entry, fits in zip(entries, fitting, strict=True) if not fits]
+    if wrong and len(wrong) < len(entries):
+        raise UserError(f"{path}: damaged: {wrong[0][:100]} does not fit its checksum")
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
+def _fits(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(entry) as part:
+            while part.read(2**20):
+                pass
+    except zipfile.BadZipFile:  # a wrong checksum, or a wrong header
+        return False
+    return True
+
+
 def _replaced(path: Path) -> list[Any]:
     """(replacement, name) of the classes and functions that a file names and that ``torch.load`` would refuse."""
-    if not zipfile.is_zipfile(path):  # of PyTorch before 1.6, where they cannot be listed beforehand
+    if not _is_zip(path):  # of PyTorch before 1.6, where they cannot be listed beforehand
         names: tuple[str, ...] = OLD_GUESTS
     else:
         names = tuple(get_unsafe_globals_in_checkpoint(path))

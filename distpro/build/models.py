@@ -25,6 +25,7 @@ from distpro.models import accepted, build_model, load_checkpoint
 from distpro.models.ensemble import Ensemble, InputAdapter
 from distpro.task import Task, ask
 from distpro.train import distributed
+from distpro.train.state import seed_random
 from pathways.call import Call
 from pathways.layouts import Layout, probe_layouts
 from pathways.probing import untouched
@@ -140,7 +141,7 @@ def build_pair(
     Raises UserError if a teacher has no weights.
     """
     task, given = task or build_task(config), given or Given()
-    torch.manual_seed(config.seed)
+    seed_random(config.seed)
     student = given.student
     if student is None:  # not by its truth: a model may have a length
         student = build_network(config.student, task.model_arguments(data), load)

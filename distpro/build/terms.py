@@ -14,6 +14,7 @@ from distpro.config.schema import Config, TermConfig
 from distpro.losses import LOSSES, DistillationLoss, build_loss
 from distpro.objective import Term
 from distpro.process import Clock, is_process, learned_of, parse_process, reduction_of
+from distpro.train.state import seed_random
 from pathways import build_pathways, connect
 from pathways.registry import UserError
 
@@ -33,7 +34,7 @@ def build_terms(
     terms: list[nn.Module] = []
     if not needs_teacher(config):
         return terms
-    torch.manual_seed(config.seed + 1)
+    seed_random(config.seed + 1)
     if config.pathways is not None:
         if pair.teacher is None:
             raise UserError("pathways need a teacher")

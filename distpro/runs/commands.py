@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from distpro.files import load_safely
 from distpro.losses import LOSSES
 from distpro.models import LIBRARIES, load_checkpoint
 from distpro.objective import Objective
-from distpro.runs.folder import open_folder, student_of
+from distpro.runs.folder import begun, open_folder, student_of
 from distpro.runs.searching import run_search
 from distpro.runs.stages import retrain_stages
 from distpro.runs.training import Result, run_training, save_student
@@ -121,16 +122,16 @@ def _retrain(
     given: Given,
     facts: Mapping[str, Any],
 ) -> Result:
-    folder = open_folder(out, checked, resume)
-    if checked.stages:
-        return retrain_stages(checked, stages, learned, folder, resume, given, facts)
-    recorded = build.as_stored(checked, folder) if resume else checked
-    data = build.build_data(build.as_stored(recorded, None, facts), given)
-    trainer = build.build_retrain(checked, data, learned, folder, given=given)
-    metrics = run_training(trainer, checked, resume, None, facts=data.facts)
-    if folder is not None:
-        save_student(trainer.objective, folder)
-    return Result(metrics, folder)
+    with open_folder(out, checked, resume) as folder:
+        if checked.stages:
+            return retrain_stages(checked, stages, learned, folder, resume, given, facts)
+        going_on = begun(folder, resume)
+        recorded = build.as_stored(checked, folder) if going_on else checked
+        data = build.build_data(build.as_stored(recorded, None, facts), given)
+        trainer = build.build_retrain(checked, data, learned, folder, given=given)
+        ended = partial(save_student, trainer.objective)
+        metrics = run_training(trainer, checked, going_on, None, ended=ended, facts=data.facts)
+        return Result(metrics, folder)
 
 
 def tune(

@@ -8,7 +8,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ import yaml
 
 from distpro.config.schema import Config
 from distpro.data.statistics import DATA, stored_facts
-from distpro.files import write_atomically
+from distpro.files import remove_leftovers, write_atomically
+from distpro.runs.lock import locked
 from distpro.train import distributed
+from distpro.train.checkpoint import CHECKPOINT
 from pathways.registry import UserError
+
+CONFIG = "config.yaml"
 
 
 def record(config: Config, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -40,38 +45,65 @@ def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
         raise UserError(f"{folder}: the data have changed since the run began: {'; '.join(differing[:3])}")
 
 
-def open_folder(out: str | Path | None, config: Config, resume: bool) -> Path | None:
-    """The run's folder, if this run may write to it. Nothing is written before the run is built without an error."""
+@contextmanager
+def open_folder(out: str | Path | None, config: Config, resume: bool, shared: bool = False) -> Iterator[Path | None]:
+    """The run's folder, if this run may write to it; nobody else may before it is closed (but others that share it). Nothing is
+    written before the run is built without an error. Raises UserError."""
     if out is None:
         if resume:
             raise UserError("resume needs the run's folder")
-        return None
+        yield None
+        return
     folder = Path(out)
+    if not distributed.is_main():  # rank 0 looks, and writes at once
+        yield folder
+        return
+    _check_place(folder, resume)
+    with locked(folder, shared):
+        _check_run(folder, config, resume)
+        if resume and not shared:
+            remove_leftovers(folder)
+        yield folder
+
+
+def begun(folder: Path | None, resume: bool) -> bool:
+    """Whether a training is to be gone on with in a folder: one that was stopped before its first checkpoint starts anew."""
+    return resume and folder is not None and (folder / CHECKPOINT).is_file()
+
+
+def _check_place(folder: Path, resume: bool) -> None:
     above = next(path for path in (folder, *folder.parents) if path.exists())  # "." and "/" do
     if not above.is_dir():
         raise UserError(f"{above}: is a file, a run needs a folder{'' if above == folder else f' ({folder})'}")
-    written = folder / "config.yaml"
-    if not distributed.is_main():  # rank 0 looks, and writes at once
-        return folder
-    if resume:
-        parts = config.stages or (folder / "trials").is_dir()  # of which each has a checkpoint of its own
-        for needed in [written] if parts else [folder / "checkpoint.pt", written]:
-            if not needed.is_file():
-                raise UserError(f"{folder}: no {needed.name} to resume from")
-        differing = _differences(yaml.safe_load(written.read_text()), json.loads(config.model_dump_json()))
-        if differing:
-            raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
-        return folder
-    if not written.exists():
+    if resume and not (folder / CONFIG).is_file():
+        what = "checkpoint.pt" if not (folder / CHECKPOINT).is_file() else CONFIG
+        raise UserError(f"{folder}: no {what} to resume from")
+    if resume or not (folder / CONFIG).exists():
         _check_writable(folder, above)
-    else:
-        way = (
-            "continue it with --resume"
-            if config.stages or (folder / "checkpoint.pt").is_file() or (folder / "trials").is_dir()
-            else "remove it, it has no checkpoint,"
-        )
-        raise UserError(f"{folder}: holds a run already; {way} or choose another --out")
-    return folder
+
+
+def _check_run(folder: Path, config: Config, resume: bool) -> None:
+    if not resume:
+        if (folder / CONFIG).exists():
+            raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
+        return
+    differing = _differences(recorded(folder), json.loads(config.model_dump_json()))
+    if differing:
+        raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
+
+
+def recorded(folder: Path) -> Mapping[str, Any]:
+    """The config that a run's folder records; {} where there is none. Raises UserError for a damaged file."""
+    written = folder / CONFIG
+    if not written.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(written.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        content = None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{written}: damaged: no mapping of keys to values")
+    return content
 
 
 def student_of(folder: Path) -> Path:
@@ -101,9 +133,8 @@ def _check_writable(folder: Path, above: Path) -> None:
 
 def recorded_estimator(folder: Path) -> Any:
     """The ``search.estimator`` that a run's folder records; None where it says nothing."""
-    written = folder / "config.yaml"
-    recorded = yaml.safe_load(written.read_text(encoding="utf-8")) if written.is_file() else None
-    return recorded.get("search", {}).get("estimator") if isinstance(recorded, Mapping) else None
+    searching = recorded(folder).get("search")
+    return searching.get("estimator") if isinstance(searching, Mapping) else None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from distpro.config.schema import Config
 from distpro.config.searching import AFTER, JUDGED_BY
 from distpro.objective import Objective
 from distpro.report.cost import teacher_name
-from distpro.runs.folder import environment, open_folder, record, recorded_estimator
+from distpro.runs.folder import begun, environment, open_folder, record, recorded_estimator
 from distpro.runs.rounds import Rounds
 from distpro.runs.training import run_training
 from distpro.runs.trials import Trials
@@ -41,7 +41,11 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
     """Learn a schedule, write it to the folder, and return it."""
     if resume and out is not None:
         checked = _with_estimator(checked, distributed.gather(recorded_estimator(Path(out)))[0])
-    folder = open_folder(out, checked, resume)
+    with open_folder(out, checked, resume) as folder:
+        return _search(checked, folder, resume, given)
+
+
+def _search(checked: Config, folder: Path | None, resume: bool, given: Given) -> Schedule:
     data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
     before, rounds = checked.search.trials or 0, checked.search.rounds
     trials = Trials(checked, data, given, None if folder is None else folder / "trials", checked.search.most_trials)
@@ -60,7 +64,7 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
             learned().save(folder / "alpha.pt")
 
     trainer.on_checkpoint = write
-    begun = folder is not None and resume and (folder / "checkpoint.pt").is_file()
+    going_on = begun(folder, resume)
     around = _Around(trials, searcher, learned, max(1, before - AFTER), 1.0 if rounds else BELOW)
     if before:
         if folder is not None and not resume and distributed.is_main():
@@ -74,18 +78,18 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
     )
 
     def conclude(metrics: dict[str, float]) -> dict[str, float]:
-        if not trials.most:
-            return metrics
-        if outer is None:
-            around.choose_end()
-        else:
+        if outer is not None:
             searcher.play(outer.run())
             searcher.signal = outer.signal
+        elif trials.most:
+            around.choose_end()
         if distributed.is_main():
-            write()
+            write()  # also where the run was killed between its last checkpoint and this
+        if not trials.most:
+            return metrics
         return {**metrics, "trials": len(trials.rows), "seconds": metrics["seconds"] + trials.seconds}
 
-    run_training(trainer, checked, begun, searcher, facts=data.facts, conclude=conclude)
+    run_training(trainer, checked, going_on, searcher, facts=data.facts, conclude=conclude)
     return learned()
 
 

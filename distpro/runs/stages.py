@@ -15,7 +15,7 @@ from distpro.config.schema import Config
 from distpro.config.stages import Stage
 from distpro.data.statistics import DATA
 from distpro.files import load_safely, save_atomically, write_atomically
-from distpro.runs.folder import record
+from distpro.runs.folder import begun, record
 from distpro.runs.training import Result, run_training, save_student, term_states
 from distpro.schedule import Schedule
 from distpro.train import distributed
@@ -56,7 +56,7 @@ def retrain_stages(
             data = build.build_data(
                 build.as_stored(recorded, None, facts if settings.data == config.data else {}), given
             )
-        going_on = inner is not None and resume and (inner / "checkpoint.pt").is_file()
+        going_on = begun(inner, resume)
         first = Given(given.data, given.teacher, None if n else given.student, given.task)
         trainer = build.build_retrain(settings, data, schedule, inner, taken, first)
         metrics = run_training(

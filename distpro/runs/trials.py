@@ -15,11 +15,13 @@ from distpro.build.data import search_parts
 from distpro.build.given import Given
 from distpro.config.schema import Config
 from distpro.console import note
-from distpro.files import write_atomically
+from distpro.files import remove_leftovers, write_atomically
+from distpro.runs.folder import begun
 from distpro.schedule import Schedule
 from distpro.task import Task
 from distpro.tasks import CalibratedLoss, Together
 from distpro.train import distributed
+from distpro.train.checkpoint import CHECKPOINT, PREVIOUS
 from distpro.train.trainer import Diverged
 
 
@@ -112,7 +114,9 @@ class Trials:
         task, of_task = trainer.task, trainer.metrics or trainer.task.metrics
         if build.calibrates(self.config.search, task):
             trainer.metrics = lambda: Together([of_task(), CalibratedLoss(task.rows)])  # type: ignore[attr-defined]
-        if folder is not None and (folder / "checkpoint.pt").is_file():
+        if folder is not None and folder.is_dir():
+            remove_leftovers(folder)
+        if begun(folder, True):
             trainer.resume()
         try:
             metrics = trainer.fit()
@@ -123,7 +127,8 @@ class Trials:
         metrics = {k: v for k, v in metrics.items() if not k.startswith("best_")}
         if folder is not None and distributed.is_main():
             write_atomically(json.dumps(metrics, indent=1) + "\n", folder / "result.json")
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            for name in (CHECKPOINT, PREVIOUS):
+                (folder / name).unlink(missing_ok=True)
         return metrics
 
 

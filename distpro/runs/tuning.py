@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distpro import build
 from distpro.build.given import Given
 from distpro.config.schema import Config
@@ -26,7 +24,7 @@ from distpro.console import note
 from distpro.files import write_atomically
 from distpro.report.tuning import leaderboard, save_tuning_figure, values_text
 from distpro.runs.candidates import Candidate, buildable, candidates_of, identity_of, measured_space, training_part
-from distpro.runs.folder import as_yaml, check_data, open_folder, record
+from distpro.runs.folder import as_yaml, check_data, open_folder, record, recorded
 from distpro.runs.ledger import Ledger, Turn, require_optuna
 from distpro.runs.trials import Pruned, Trials, judged, words_of
 from distpro.runs.workers import run_workers
@@ -94,7 +92,8 @@ def run_tune(request: Request, out: str | Path | None, resume: bool, workers: in
             tuning = Tuning(request, Path(out), resume)
             tuning.run(workers)
             return replace(tuning.conclude(), folder=None)
-        open_folder(out, _with_budget_of(config, Path(out)) if resume else config, resume)
+        known = _with_budget_of(config, Path(out)) if resume else config
+        stack.enter_context(open_folder(out, known, resume, shared=True))
         tuning = Tuning(request, Path(out), resume)
         tuning.run(workers)
         return tuning.conclude()
@@ -296,7 +295,5 @@ def searched_seconds(folder: Path) -> float | None:
 
 def _with_budget_of(config: Config, folder: Path) -> Config:
     """The config with the budget that a run has begun with: it may go on with another."""
-    written = folder / "config.yaml"
-    recorded = yaml.safe_load(written.read_text(encoding="utf-8")) if written.is_file() else None
-    begun = (recorded or {}).get("tune", {}).get("trials", config.tune.trials)
+    begun = recorded(folder).get("tune", {}).get("trials", config.tune.trials)
     return config.model_copy(update={"tune": config.tune.model_copy(update={"trials": begun})})

@@ -33,6 +33,13 @@ def _numbers(module: nn.Module) -> dict[str, float | bool]:
     return {name: value for name, value in module.__dict__.items() if type(value) in (int, float, bool)}
 
 
+def seed_random(seed: int) -> None:
+    """Seed what a model may draw from: PyTorch's generators, Python's and NumPy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def random_state(module: nn.Module) -> dict[str, Tensor]:
     """State of the random generators that a pass of ``module`` may use."""
     device = next(module.parameters()).device

@@ -46,7 +46,7 @@ class Tracker:
         write_atomically("".join(map(_line, kept)), self.folder / METRICS)
         self._file = open(self.folder / METRICS, "a", encoding="utf-8", buffering=1)  # a line survives a crash
         self._writer = _summary_writer(self.folder, first) if tensorboard else None
-        self._step = first
+        self._step = max((int(row["step"]) for row in kept), default=0)
 
     def scalars(self, values: Mapping[str, Number], step: int, epoch: float) -> None:
         """Record numbers by tag (``train/loss``, ``term/<key>``, ``lr``, ...) at a step. Tensors of one element are
@@ -101,6 +101,12 @@ class Tracker:
             file_writer.add_summary(summary)
         for tag, value in final.items():
             self._writer.add_scalar(tag, value, self._step)
+
+    def flush(self) -> None:
+        """Hand everything that was recorded to the operating system, so that it outlives this process."""
+        self._file.flush()
+        if self._writer:
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush and close all files."""

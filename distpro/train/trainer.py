@@ -6,43 +6,34 @@ from __future__ import annotations
 import copy
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.features import TrainingPass
-from distpro.files import load_safely, save_atomically
+from distpro.files import save_atomically
 from distpro.objective import Objective
 from distpro.task import Metrics, Task
 from distpro.train import distributed
+from distpro.train.checkpoint import CHECKPOINT, PREVIOUS, VERSION, read_checkpoint
+from distpro.train.divergence import Diverged, check_student, divergence
 from distpro.train.evaluation import evaluate
 from distpro.train.progress import Progress
 from distpro.train.rates import LearningRate
 from distpro.train.state import random_state, set_random_state
+from distpro.train.stopping import Cut, Interrupted, Stop
 from distpro.train.tracking import Tracker
 from distpro.weights import Weights
 from pathways.registry import UserError
 
-
-class Interrupted(Exception):
-    """The run was told to stop, and has written a checkpoint first."""
-
-    def __init__(self, signal_number: int, step: int, total: int):
-        super().__init__(f"stopped at step {step} of {total}; --resume goes on from here")
-        self.signal_number = signal_number
-
-
-class Diverged(UserError):
-    """A loss is no finite number any more."""
+__all__ = ["Diverged", "Interrupted", "Trainer"]
 
 
 @dataclass
@@ -94,11 +85,13 @@ class Trainer:
         self.history: list[dict[str, float]] = []  # test metrics per evaluation
         self.seconds = 0.0
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._stop_signal: int | None = None
+        self._stop = Stop()
         self._stopping = False
         self._checkpoint_due = False
         device = next(self.objective.student.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
+        buffers = self.objective.student.model.named_buffers()
+        self.finite_buffers = {n for n, b in buffers if b.is_floating_point() and bool(b.isfinite().all())}
         self._start_row()
 
     @property
@@ -112,14 +105,18 @@ class Trainer:
     # The loop
 
     def fit(self) -> dict[str, float]:
-        """Train to the end, or raise Interrupted after SIGINT or SIGTERM, with a checkpoint written.
+        """Train to the end, or raise Interrupted after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written: after the step
+        that is running, or in the middle of an evaluation, which is begun anew when the run is resumed.
 
         Returns the last evaluation's metrics, and ``best_<headline>`` beside it.
         """
         start = time.perf_counter() - self.seconds
         if distributed.rank():  # or dropout would draw the same on every rank
             torch.manual_seed(torch.initial_seed() + distributed.rank())
-        with self._signals(), Progress(self.total_steps, self.name) as progress:
+        with self._stop.listening(), Progress(self.total_steps, self.name) as progress:
+            if self._evaluation_missing():
+                self._end_of_epoch(progress)
+                self._save_if_due()
             while self.step < self.total_steps:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 stops = False
@@ -137,14 +134,17 @@ class Trainer:
                     self.seconds = time.perf_counter() - start
                 self._save_if_due()
                 if stops and self.step < self.total_steps:
-                    self.save()
-                    raise Interrupted(self._stop_signal or signal.SIGTERM, self.step, self.total_steps)
+                    self._leave()
         return self.result()
+
+    def _leave(self) -> NoReturn:
+        self.save()
+        raise Interrupted(self._stop.number or signal.SIGTERM, self.step, self.total_steps)
 
     def _stops(self) -> bool:
         """Whether to stop after this step: all ranks at the same one, so they ask each other now and then."""
         if distributed.world_size() == 1 or self.step % 10 == 0:
-            self._stopping = distributed.any_of(self._stop_signal is not None)
+            self._stopping = distributed.any_of(self._stop.number is not None)
         return self._stopping and self.weights.resumable(self.step)
 
     def _save_if_due(self) -> None:
@@ -252,7 +252,7 @@ class Trainer:
         )
         self._start_row()
         if not math.isfinite(total):
-            raise self._divergence(losses.cpu())
+            raise divergence(self, losses.cpu())
 
     def _mean_parts(self) -> dict[str, float]:
         """The parts of the task loss, of a task that has them, as means over the passes since the last log row."""
@@ -261,16 +261,6 @@ class Trainer:
         distributed.average(means.values())
         return {f"train/{name}": mean.item() for name, mean in means.items()}
 
-    def _divergence(self, losses: Tensor) -> Diverged:
-        """What to say of the steps since the last log row, (steps, 1 + terms)."""
-        row, column = (~losses.isfinite()).nonzero()[0].tolist()
-        wrong = ["task", *self.objective.keys][column]
-        cure = "training.distill_weight" if wrong == "task" else "training.distill_weight, or leave that term out"
-        return Diverged(
-            f"training diverged: the {wrong} loss is {losses[row, column]:g} at step {self.step - len(losses) + row + 1} "
-            f"(lower the learning rate, {cure}?)"
-        )
-
     def _record(self, values: dict[str, Any]) -> None:
         if self.tracker is not None:
             self.tracker.scalars(values, self.step, self.step / self.steps_per_epoch)
@@ -278,8 +268,12 @@ class Trainer:
     def _end_of_epoch(self, progress: Progress) -> None:
         epoch, last = math.ceil(self.step / self.steps_per_epoch), self.step >= self.total_steps
         self._share_statistics()
-        if last or epoch % self.evaluate_every == 0:
-            metrics = self.test()
+        check_student(self)
+        if self._evaluates():
+            try:
+                metrics = self.test()
+            except Cut:
+                self._leave()
             if self.task.headline not in metrics:
                 known = ", ".join(metrics) or "there are none"
                 raise UserError(f"the task's headline '{self.task.headline}' is none of its metrics ({known})")
@@ -292,10 +286,22 @@ class Trainer:
         if last or epoch % self.checkpoint_every == 0:
             self._checkpoint_due = True
 
+    def _evaluates(self) -> bool:
+        """Whether an evaluation belongs to the end of the epoch that this step is."""
+        epoch = math.ceil(self.step / self.steps_per_epoch)
+        return self.step >= self.total_steps or epoch % self.evaluate_every == 0
+
+    def _evaluation_missing(self) -> bool:
+        """Of a run that was stopped in its evaluation, or before it."""
+        ended = self.step > 0 and (self.step % self.steps_per_epoch == 0 or self.step >= self.total_steps)
+        return ended and self._evaluates() and not (self.history and self.history[-1]["step"] == self.step)
+
     def test(self) -> dict[str, float]:
         """Metrics of the student on the test set, in evaluation mode."""
         metrics = self.task.metrics() if self.metrics is None else self.metrics()
-        return evaluate(self.objective, metrics, self.test_loader, self._show)
+        alone = distributed.world_size() == 1 and (self.step >= self.total_steps or self.weights.resumable(self.step))
+        cut = (lambda: self._stop.number is not None) if alone else (lambda: False)
+        return evaluate(self.objective, metrics, self.test_loader, self._show, cut)
 
     def _show(self, output: Any, batch: Batch) -> None:
         """Pictures of predictions, of a task that makes some."""
@@ -314,28 +320,9 @@ class Trainer:
 
     # Interruption and resume
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask the loop to stop after the running step; a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: Any) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     @property
     def checkpoint_path(self) -> Path | None:
-        return self.folder / "checkpoint.pt" if self.folder is not None else None
+        return self.folder / CHECKPOINT if self.folder is not None else None
 
     def save(self) -> None:
         """Write everything that a resumed run needs to go on to the same numbers."""
@@ -344,8 +331,10 @@ class Trainer:
         distributed.average(value for parts in self._parts for value in parts.values())
         if not distributed.is_main():
             return
+        if self.tracker is not None:
+            self.tracker.flush()  # or the curves would lack what was done before the checkpoint
         if self.checkpoint_path is not None:
-            save_atomically(self.state_dict(), self.checkpoint_path)
+            save_atomically(self.state_dict(), self.checkpoint_path, kept_as=self.checkpoint_path.with_name(PREVIOUS))
         self.on_checkpoint()
 
     def _share_statistics(self) -> None:
@@ -355,15 +344,17 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises UserError if there is none, or it is of another set-up."""
         assert self.checkpoint_path is not None
-        state = load_safely(self.checkpoint_path)
+        state = read_checkpoint(self.checkpoint_path)
         try:
             self.load_state_dict(state)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.checkpoint_path}: does not fit this run ({str(error).splitlines()[0]})") from None
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise UserError(f"{self.checkpoint_path}: does not fit this run ({reason})") from None
 
     def state_dict(self) -> dict[str, Any]:
         """The training's whole state: tensors, numbers, strings, lists and dicts only."""
         return {
+            "version": VERSION,
             "step": self.step,
             "student": self.objective.student.model.state_dict(),
             "terms": self.objective.terms.state_dict(),

@@ -163,9 +163,13 @@ def test_interrupted_and_resumed(stage, steps, teacher, whole, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("stage", ["search", "retrain"])
-def test_a_signal_in_the_last_step_finds_the_run_finished(stage, teacher, whole, tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_leaves_the_evaluation(stage, teacher, whole, tmp_path, monkeypatch):
+    """Which may take longer than whoever sent the signal waits."""
     stop_after(monkeypatch, [STEPS])
-    run(stage, teacher, whole, tmp_path)
+    with pytest.raises(Interrupted, match=f"stopped at step {STEPS} of {STEPS}"):
+        run(stage, teacher, whole, tmp_path)
+    assert load_safely(tmp_path / "checkpoint.pt")["step"] == STEPS and not (tmp_path / "result.json").exists()
+    run(stage, teacher, whole, tmp_path, resume=True)
     assert_same_run(tmp_path, whole / stage)
     run(stage, teacher, whole, tmp_path, resume=True)  # nothing is left to be done
     assert_same_run(tmp_path, whole / stage)
