@@ -18,6 +18,7 @@ from rich.text import Text
 
 import pathways
 
+LINE = 2000  # characters of a line of a message
 LOG_WIDTH = 1000  # of a table in a log file, where lines may be long but should not be broken
 
 
@@ -46,8 +47,19 @@ def warn(message: str) -> None:
 
 
 def fail(message: str) -> None:
-    """Print ``distpro: <message>`` to stderr."""
-    print(f"distpro: {message}", file=sys.stderr, flush=True)
+    """Print ``distpro: <message>`` to stderr; long lines are cut, and what is no text (a terminal's commands) is escaped."""
+    lines = [shortened(_printable(line), LINE) for line in message.split("\n")]
+    print("distpro: " + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text without its middle where it is longer than ``most``."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2 - 5) :]}"
+
+
+def _printable(line: str) -> str:
+    line = re.sub(r"<([\w.]+) object at 0x[0-9a-f]+>", r"<\1>", line)  # which tells nobody anything
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
 def raised(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import pickle
 import re
 import secrets
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,7 +124,8 @@ def load_safely(path: str | Path, weights: bool = False, wanted: str = "student.
     _check_whole(path)
     advice = "; save it again where it was made: torch.save(model.state_dict(), FILE)" if weights else ""
     try:
-        with safe_globals(_replaced(path) if weights else []):
+        with warnings.catch_warnings(), safe_globals(_replaced(path) if weights else []):
+            warnings.simplefilter("ignore")  # of a damaged file's pickle protocol
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(

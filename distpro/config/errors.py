@@ -8,6 +8,7 @@ from typing import Any
 
 from distpro.config.schema import Config
 from distpro.config.section import Section
+from distpro.console import shortened
 from pathways.registry import nearest
 
 MEANT = {
@@ -23,7 +24,11 @@ def explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> li
     lines: dict[str, str] = {}
     for error in errors:
         path, value = _follow(error["loc"], content)
-        key = ".".join(path) if error["type"] not in ("missing", "invalid_key") else ".".join(map(str, error["loc"]))
+        key = (
+            ".".join(shortened(part, 80) for part in path)
+            if error["type"] not in ("missing", "invalid_key")
+            else ".".join(map(str, error["loc"]))
+        )
         expected = error["msg"].partition(" or instance of")[0].replace("dictionary", "mapping")
         named = re.findall(r"'(.*?)'", expected) if error["type"] == "literal_error" else []
         if error["type"] == "extra_forbidden" or error["loc"][-1:] == ("[key]",):
@@ -41,7 +46,7 @@ def explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> li
             near = nearest(value, named)
             if isinstance(value, (int, float)) and _is_section(key):
                 near = _elsewhere(path[-1])
-            lines[key] = f"{where}: '{key}' is {value!r}: {expected[0].lower()}{expected[1:]}{near}"
+            lines[key] = f"{where}: '{key}' is {shortened(repr(value), 200)}: {expected[0].lower()}{expected[1:]}{near}"
     return [line for key, line in lines.items() if not any(deeper.startswith(f"{key}.") for deeper in lines)]
 
 

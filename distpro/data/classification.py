@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -9,10 +11,11 @@ import torch
 
 from distpro.console import pip_install
 from distpro.data.datasets import DATASETS, Source, locate
-from distpro.data.files import SUFFIXES, ImageFiles, Store, open_store
+from distpro.data.files import SUFFIXES, ImageFiles, Store, check_room, open_store
 from distpro.data.splits import Split, split
 from pathways.registry import UserError, nearest
 
+MOST_CLASSES = 1_000_000
 CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)  # of the field's CIFAR protocol, for CIFAR-10 and CIFAR-100
 CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
@@ -65,6 +68,8 @@ def npz(root: str | None = None, channels: int | None = None) -> Source:
     if channels != 1 and arrays["x_train"].shape[3] == 1:
         arrays |= {f"x_{part}": arrays[f"x_{part}"].repeat(3, axis=3) for part in ("train", "test")}
     count = 1 + max(int(arrays["y_train"].max()), int(arrays["y_test"].max()))
+    if count > MOST_CLASSES:
+        raise UserError(f"{path}: the labels go up to {count - 1}; they number classes (allowed: below {MOST_CLASSES})")
     names = [str(n) for n in arrays.get("names", range(count))]
     if len(names) < count:
         raise UserError(f"{path}: 'names' holds {len(names)} names, but the labels go up to {count - 1}")
@@ -74,10 +79,29 @@ def npz(root: str | None = None, channels: int | None = None) -> Source:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive}
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            check_room(str(path), sum(entry.file_size for entry in entries))
+            return {entry.filename.removesuffix(".npy"): _read_array(archive, entry) for entry in entries}
+    except UserError:
+        raise
     except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them trip over
         raise UserError(f"{path}: not a readable .npz of plain arrays ({error})") from None
+
+
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """An array of plain values, which has as many as its header says, before room is made for them."""
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(entry) as part:
+        version = np.lib.format.read_magic(part)
+        if version in read_header:  # later versions are for names of fields beyond latin-1
+            shape, _, dtype = read_header[version](part)
+            said, held = math.prod(shape) * dtype.itemsize, entry.file_size - part.tell()
+            if said != held and not dtype.hasobject:
+                raise ValueError(f"{entry.filename} says {dtype} {shape}, {said} bytes, and holds {held}")
+    with archive.open(entry) as part:
+        array: np.ndarray = np.lib.format.read_array(part, allow_pickle=False)
+        return array
 
 
 def _channels_last(what: str, x: np.ndarray) -> np.ndarray:

@@ -28,6 +28,17 @@ Box = Callable[[int, int], tuple[int, int, int, int]]
 """(width, height) of an image -> (left, top, right, bottom) of the part to be shown."""
 
 
+def check_room(what: str, size: int) -> None:
+    """Raise UserError for so many bytes that this machine could not hold them: a small archive may say, or unpack to, any
+    number."""
+    try:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not of this system
+        room = 2**36
+    if size > room:
+        raise UserError(f"{what}: would need {size / 1e9:,.0f} GB of memory, this machine has {room / 1e9:,.0f}")
+
+
 class Store(Protocol):
     """Files by their path below ``path``, with '/' between the parts."""
 
@@ -66,6 +77,7 @@ class ZipStore:
     def read(self, name: str) -> bytes:
         if self._process != os.getpid():  # a forked worker must not share the parent's file position
             self._open()
+        check_room(f"{self.path}: {name}", self._archive.getinfo(name).file_size)
         return self._archive.read(name)
 
     def __reduce__(self):
@@ -101,6 +113,7 @@ class PackedTarStore:
     def __post_init__(self) -> None:
         with tarfile.open(self.path, "r:*") as archive:
             members = [(member, archive.extractfile(member)) for member in archive if member.isreg()]
+            check_room(str(self.path), sum(member.size for member, _ in members))
             self._files = {member.name: file.read() for member, file in members if file is not None}
 
     def names(self) -> list[str]:

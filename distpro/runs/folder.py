@@ -61,7 +61,7 @@ def open_folder(out: str | Path | None, config: Config, resume: bool, shared: bo
     _check_place(folder, resume)
     with locked(folder, shared):
         _check_run(folder, config, resume)
-        if resume and not shared:
+        if not shared:
             remove_leftovers(folder)
         yield folder
 

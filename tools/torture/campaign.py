@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -181,7 +182,9 @@ def _content(path: Path) -> Any:
 
 def _untimed(content: Any) -> Any:
     if isinstance(content, dict):
-        return {k: _untimed(v) for k, v in content.items() if k not in ("seconds", "created", "search_seconds")}
+        return {
+            k: _untimed(v) for k, v in content.items() if k not in ("seconds", "created", "search_seconds", "revision")
+        }
     return [_untimed(v) for v in content] if isinstance(content, list) else content
 
 
@@ -246,4 +249,4 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     from distpro.config.reading import merge
 
-    return merge(below, above)
+    return merge(copy.deepcopy(dict(below)), copy.deepcopy(dict(above)))
