@@ -63,24 +63,22 @@ def prepare(place: Path) -> None:
 def attack(campaign: Campaign, most: int) -> None:
     """Kill runs at random moments, often several times each, go on, and compare."""
     prepare(campaign.place)
-    wholes: dict[str, float] = {}
     for case, draw in campaign.cases("kill", most):
         name = list(RUNS)[case % len(RUNS)]
-        if name not in wholes:
-            wholes[name] = _whole(name)
-        truth, out = _folder(name), f"{_folder(name)}_cut"
+        seconds = whole(name)
+        truth, out = folder_of(name), f"{folder_of(name)}_cut"
         shutil.rmtree(out, ignore_errors=True)
         log, kills = [], 0
         said = ""
         for attempt in range(draw.choice((1, 1, 2, 4))):
-            how, child = _once(name, out, draw, wholes[name])
+            how, child = _once(name, out, draw, seconds)
             log.append(f"{how}: {child.status}")
             said = child.said
             kills += child.status == -signal.SIGKILL
             if child.status not in (0, -signal.SIGKILL) or _wrong_end(how, child):
                 break
             del attempt
-        last = fork(command(*_arguments(name, out)))
+        last = fork(command(*arguments(name, out)))
         different = apart(Path(out), Path(truth)) if last.status == 0 else [last.said[-600:]]
         bad = last.status != 0 or bool(different)
         campaign.end("kill", case, name, not bad, log=log, count=len(log), kills=kills, different=different[:5])
@@ -95,24 +93,22 @@ def tell(campaign: Campaign, most: int) -> None:
     """Tell runs to stop, by SIGTERM, SIGINT or SIGUSR1, at random moments: the status names the signal, the checkpoint is of the
     step that was running, and the run goes on to the same bytes. A second signal ends it at once."""
     prepare(campaign.place)
-    wholes: dict[str, float] = {}
     names = ["train", "search", "search over a horizon", "retrain", "stages"]
     for case, draw in campaign.cases("tell", most):
         name, number = names[case % len(names)], draw.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-        if name not in wholes:
-            wholes[name] = _whole(name)
-        truth, out, twice = _folder(name), f"{_folder(name)}_told", draw.random() < 0.2
+        whole(name)
+        truth, out, twice = folder_of(name), f"{folder_of(name)}_told", draw.random() < 0.2
         shutil.rmtree(out, ignore_errors=True)
         at, where = draw.randrange(1, 14), draw.choice(("step", "evaluation"))
         child = fork(
-            command(*_arguments(name, out), before=lambda a=at, w=where, n=number, t=twice: _signal_at(w, a, n, t))
+            command(*arguments(name, out), before=lambda a=at, w=where, n=number, t=twice: _signal_at(w, a, n, t))
         )
         steps = [line for line in child.said.splitlines() if line.startswith("distpro: stopped")]
         told = child.status == (130 if twice else 128 + number) and len(steps) == 1
         finished = child.status == 0
         different: list[str] = []
         if told or finished:
-            last = fork(command(*_arguments(name, out)))
+            last = fork(command(*arguments(name, out)))
             different = apart(Path(out), Path(truth)) if last.status == 0 else [last.said[-600:]]
         ok = (told or finished) and not different
         facts = {"status": child.status, "said": steps[:1] if ok else child.said[-800:], "different": different[:5]}
@@ -122,37 +118,42 @@ def tell(campaign: Campaign, most: int) -> None:
 def _once(name: str, out: str, draw: random.Random, whole: float) -> tuple[str, Child]:
     if draw.random() < 0.4:
         after = draw.uniform(0, whole * 1.1)
-        return f"after {after:.2f} s", fork(command(*_arguments(name, out)), lambda pid: _kill_after(pid, after))
+        return f"after {after:.2f} s", fork(command(*arguments(name, out)), lambda pid: _kill_after(pid, after))
     moment, at = draw.choice(MOMENTS), draw.choice((1, 2, 3, draw.randrange(4, 40)))
     half = draw.random() < 0.5
     hook = lambda: _kill_at(moment, at, half)  # noqa: E731
-    return f"{'before' if half else 'after'} {moment} {at}", fork(command(*_arguments(name, out), before=hook))
+    return f"{'before' if half else 'after'} {moment} {at}", fork(command(*arguments(name, out), before=hook))
 
 
 def _wrong_end(how: str, child: Child) -> bool:
     return child.status is None
 
 
-def _arguments(name: str, out: str) -> list[str]:
+def arguments(name: str, out: str) -> list[str]:
     kind, changes = RUNS[name]
-    path = Path(f"{_folder(name)}.yaml")
+    path = Path(f"{folder_of(name)}.yaml")
     if not path.exists():
         path.write_text(yaml.safe_dump(merged(COMMON, changes)))
     begun = (Path(out) / "config.yaml").is_file()
     return [kind, str(path), "--out", out, *(["--resume"] if begun else [])]
 
 
-def _folder(name: str) -> str:
+def folder_of(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def _whole(name: str) -> float:
-    """Seconds of the run that nobody interrupts, made once."""
-    out = _folder(name)
-    shutil.rmtree(out, ignore_errors=True)
-    child = fork(command(*_arguments(name, out)))
-    assert child.status == 0, child.said
-    return child.seconds
+WHOLE: dict[str, float] = {}
+
+
+def whole(name: str) -> float:
+    """Seconds of the run that nobody interrupts, made once in this folder."""
+    key = str(Path(folder_of(name)).resolve())
+    if key not in WHOLE:
+        shutil.rmtree(key, ignore_errors=True)
+        child = fork(command(*arguments(name, folder_of(name))))
+        assert child.status == 0, child.said
+        WHOLE[key] = child.seconds
+    return WHOLE[key]
 
 
 def _kill_after(pid: int, seconds: float) -> None:

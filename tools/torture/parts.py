@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torture import garbage, kill
+from torture import disk, garbage, kill, strangers
 from torture.campaign import Campaign
 
 PARTS: dict[str, tuple[Callable[[Campaign, int], None], int]] = {
     "kill": (kill.attack, 400),
     "tell": (kill.tell, 200),
+    "damaged": (disk.damaged, 300),
+    "disk": (disk.full, 150),
+    "lock": (disk.lock, 40),
     "configs": (garbage.configs, 120),
+    "strangers": (strangers.attack, 200),
     "files": (garbage.files, 60),
 }
