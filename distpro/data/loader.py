@@ -77,7 +77,7 @@ class Loader(BatchLoader):
         }
         self._num_classes, self.expand = num_classes, expand
         self._check(split)
-        self._stored_index = split.index
+        self.split, self._stored_index = split, split.index
         self._images = split.images if isinstance(split.images, ImageFiles) else split.images.to(self.device)
         stored = split.labels if split.metres is None else split.labels.view(torch.int16)  # all devices can index it
         self._metres, self._labels, self._index = split.metres, stored.to(self.device), split.index.to(self.device)

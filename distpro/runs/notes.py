@@ -7,7 +7,8 @@ one label a sample, are looked at, on a few test batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -18,8 +19,12 @@ from distpro.batch import Batch
 from distpro.config.schema import Config
 from distpro.data import Loader
 from distpro.objective import Objective
+from distpro.runs.parts import said_of_parts
 from distpro.task import ask
 from distpro.tasks import Classification
+from distpro.term import entries_of
+from distpro.train import distributed
+from distpro.train.state import no_trace
 from distpro.train.tracking import read_metrics
 from distpro.train.trainer import Trainer
 from pathways.probing import untouched
@@ -31,7 +36,8 @@ SAMPLES = 512
 def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None, config: Config) -> list[str]:
     """Of settings that are without effect, of a teacher that knows nothing of the data, and of a student with more classes than
     the data."""
-    objective, notes = trainer.objective, []
+    objective, notes = trainer.objective, said_of_parts(trainer.train_loader, trainer.test_loader)
+    notes += [f"the term '{key}' has no gradient: it teaches the student nothing" for key in _without_gradient(trainer)]
     samples, size = (facts or {}).get("train"), config.training.batch_size
     if isinstance(samples, int) and size > samples:
         notes.append(f"training.batch_size is {size}, there are {samples} training samples: each epoch is one step")
@@ -47,6 +53,40 @@ def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None, config: Conf
     if answers > classes > 0:
         notes.append(f"the student answers with {answers} classes, the data have {classes}")
     return notes
+
+
+def _without_gradient(trainer: Trainer) -> list[str]:
+    """Keys of terms whose loss does not move with what they read of the student, on the first batch. Of images in one process."""
+    objective, loader = trainer.objective, trainer.train_loader
+    if not objective.entries or distributed.world_size() > 1 or objective.backend is not None:
+        return []
+    if not isinstance(loader, Loader) or loader.streamed or objective.precision is not None:
+        return []
+    batch = next(iter(loader.epoch(0)))
+    views: list[dict[str, Tensor]] = []
+    with no_trace(objective.student, objective.terms), torch.enable_grad():
+        teacher = objective.run_teacher(replace(batch, index=None))
+        losses = objective.term_losses(objective.run_student(batch)[1], teacher, batch, views=views)
+        groups = [
+            (entry.key, own) for term, own in zip(objective.terms, views, strict=True) for entry in entries_of(term)
+        ]
+        return [
+            key for (key, own), loss in zip(groups, losses, strict=True) if loss is not None and not _moves(loss, own)
+        ]
+
+
+def _moves(loss: Tensor, views: Mapping[str, Tensor]) -> bool:
+    read = [view for view in views.values() if view.requires_grad]
+    if not read or not loss.requires_grad:
+        return False
+    gradients = torch.autograd.grad(loss, read, retain_graph=True, allow_unused=True)
+    return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+
+
+def sums_of(trainer: Trainer) -> list[float]:
+    """Two sums of every parameter of the student that is trained, by which it is seen whether it has moved."""
+    trained = [p.detach().double() for p in trainer.objective.student.parameters() if p.requires_grad]
+    return torch.stack([s for p in trained for s in (p.sum(), p.abs().sum())]).tolist() if trained else []
 
 
 def check_classes(trainer: Trainer, facts: Mapping[str, Any] | None) -> None:
@@ -68,9 +108,13 @@ def _classes(trainer: Trainer, facts: Mapping[str, Any] | None) -> tuple[int, in
     return answers, classes if isinstance(classes, int) else 0
 
 
-def at_the_end(trainer: Trainer) -> list[str]:
-    """Of a student that has learnt nothing, or whose loss has risen."""
+def at_the_end(trainer: Trainer, before: Sequence[float] = ()) -> list[str]:
+    """Of a student that has not moved, has learnt nothing, or whose loss has risen. ``before``: its `sums_of` at the start."""
     notes = []
+    if before and all(
+        math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(before, sums_of(trainer), strict=True)
+    ):
+        notes.append("the student has not moved: training.optimizer.lr, or a loss without a gradient?")
     if trainer.task.headline == "accuracy":
         said = _guesses(trainer, _student(trainer.objective))
         notes += [f"the student {said}: training.optimizer.lr, or longer?"] if said else []

@@ -15,7 +15,7 @@ from distpro.files import save_atomically, write_atomically
 from distpro.objective import Objective, Term
 from distpro.report.plots import heatmap_figure, scalars_figure, schedule_figure
 from distpro.runs.folder import as_yaml, check_data, flat, record
-from distpro.runs.notes import at_the_end, at_the_start, check_classes
+from distpro.runs.notes import at_the_end, at_the_start, check_classes, sums_of
 from distpro.search.searcher import Searcher
 from distpro.train import distributed
 from distpro.train.tracking import Tracker
@@ -96,8 +96,9 @@ def run_training(
 
 
 def _fit(trainer: Trainer) -> dict[str, float]:
+    before = [] if trainer.step else sums_of(trainer)
     metrics = trainer.fit()
     if distributed.is_main():
-        for said in at_the_end(trainer):
+        for said in at_the_end(trainer, before):
             warn(said)
     return metrics

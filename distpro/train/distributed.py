@@ -11,6 +11,7 @@ Without ``torchrun`` there is one rank, and every function here does nothing.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -27,6 +28,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from pathways.registry import UserError
+
+LOST = r"(?i)gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe|store"
+"""What PyTorch says where another process does not answer."""
 
 
 def rank() -> int:
@@ -69,6 +73,14 @@ def started(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[Non
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_main() else nowhere):
             yield
+    except RuntimeError as error:
+        if not re.search(LOST, str(error)):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"rank {rank()}: lost the other processes ({reason}): one of them has ended, failed or hangs, what it says comes "
+            "first; --resume goes on from the last checkpoint"
+        ) from None
     finally:
         dist.destroy_process_group()
 
