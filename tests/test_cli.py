@@ -293,11 +293,20 @@ def test_a_folder_with_a_run_is_not_written_to(here, capsys):
     assert (here / "retrain" / "student.pt").read_bytes() == before
 
 
-def test_a_folder_of_a_run_without_checkpoint_is_said_to_have_none(here, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("seed: 1")
-    for more in ([], ["--resume"]):
-        assert main(["search", "search.yaml", "--out", str(tmp_path), *more]) == 2
-        assert re.search("no checkpoint", capsys.readouterr().err)
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(here, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes((here / "retrain" / "config.yaml").read_bytes())
+    again = ["retrain", "--schedule", "search/alpha.pt", "--out", str(tmp_path)]
+    assert main(again) == 2
+    assert "holds a run already; continue it with --resume" in capsys.readouterr().err
+    assert main([*again, "--resume"]) == 0
+    ours, theirs = (torch.load(f / "student.pt", weights_only=True) for f in (tmp_path, here / "retrain"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_damaged_record_of_the_config_is_named(tmp_path, here, capsys):
+    (tmp_path / "config.yaml").write_text("[seed")
+    assert main(["search", "search.yaml", "--out", str(tmp_path), "--resume"]) == 2
+    assert "config.yaml: damaged" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_gives_its_result_again(here):

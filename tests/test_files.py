@@ -4,12 +4,13 @@ import argparse
 import errno
 import os
 import stat
+import zipfile
 
 import pytest
 import torch
 
 from distpro import files as checkpoint
-from distpro.files import Unread, load_safely, save_atomically, write_atomically
+from distpro.files import Unread, load_safely, remove_leftovers, save_atomically, write_atomically
 from pathways import UserError
 
 CONTENT = {"weights": torch.arange(6.0).view(2, 3), "step": 3, "name": "a", "nested": [1.5, None, {"b": True}]}
@@ -167,3 +168,51 @@ def test_objects_beside_weights_are_refused_unless_only_weights_are_wanted(tmp_p
     assert torch.equal(found["weights"], torch.ones(2)) and type(found["beside"]) is Unread
     with pytest.raises(UserError, match="holds more than tensors"):  # what was let in once is not let in again
         load_safely(tmp_path / "x.pt")
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
+    """torch.load compares no checksums."""
+    path = tmp_path / "x.pt"
+    torch.save({"weight": torch.ones(1000)}, path)
+    whole = path.read_bytes()
+    at = whole.index(torch.ones(1000).numpy().tobytes()) + 2001
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert not torch.equal(torch.load(path, weights_only=True)["weight"], torch.ones(1000))
+    for weights in (False, True):
+        with pytest.raises(UserError, match="x.pt: damaged: .*data/0 does not fit its checksum"):
+            load_safely(path, weights=weights)
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(10)}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(load_safely(tmp_path / "x.pt")["weight"], torch.ones(10))
+
+
+def test_a_packed_archive_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(10**6))
+    with pytest.raises(UserError, match="x.pt: is a packed archive"):
+        load_safely(tmp_path / "x.pt")
+
+
+def test_the_file_before_is_kept(tmp_path):
+    path, before = tmp_path / "x.pt", tmp_path / "x.previous.pt"
+    for number in range(3):
+        save_atomically({"number": number}, path, kept_as=before)
+        assert load_safely(path)["number"] == number
+        assert before.exists() == (number > 0)
+    assert load_safely(before)["number"] == 1
+    assert files(tmp_path) == ["x.previous.pt", "x.pt"]
+
+
+def test_what_killed_writers_leave_is_removed(tmp_path):
+    (tmp_path / "trials").mkdir()
+    for name in (".checkpoint.pt.0123abcd", "trials/.alpha.pt.ffffffff", ".hidden", "kept.0123abcd"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", "kept.0123abcd"]

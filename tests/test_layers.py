@@ -47,6 +47,7 @@ FILES = {
     for name in [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")]
 }
 TOOLS = {path.stem: path for path in sorted((ROOT / "tools").glob("*.py"))}
+PARTS = sorted((ROOT / "tools").glob("*/*.py"))
 
 
 def place(module: str) -> str:
@@ -141,7 +142,9 @@ def _with_folders(name: str, others: set[str]) -> set[str]:
     return {folder for folder in others | above if not f"{name}.".startswith(f"{folder}.")}
 
 
-@pytest.mark.parametrize("path", [*FILES.values(), *TOOLS.values()], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*FILES.values(), *TOOLS.values(), *PARTS], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_a_file_is_one_thing(path):
     lines = path.read_text(encoding="utf-8").count("\n")
     assert lines <= LARGEST

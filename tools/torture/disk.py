@@ -22,8 +22,8 @@ from distpro.train.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint
 from distpro.train.trainer import Trainer
 from pathways.registry import UserError
 from torture.campaign import Campaign, Child, apart, command, fork
-from torture.garbage import mutate_bytes
 from torture.kill import arguments, folder_of, prepare, whole
+from torture.mutations import mutate_bytes
 
 FAULTS = {"fsync": (errno.ENOSPC, errno.EDQUOT, errno.EIO), "replace": (errno.EIO, errno.ESTALE, errno.EACCES), "open": (errno.EROFS, errno.EACCES, errno.EMFILE)}  # fmt: skip
 
@@ -51,8 +51,8 @@ def damaged(campaign: Campaign, most: int) -> None:
         else:
             state = torch.load(out / CHECKPOINT, weights_only=True)
             changed = {**state, "version": 99} if how == "version" else {"step": 3, "student": {}}
-            torch.save(changed, out / "x.pt")
-            new = (out / "x.pt").read_bytes()
+            torch.save(changed, "x.pt")
+            new = Path("x.pt").read_bytes()
         (out / CHECKPOINT).write_bytes(new)
         child = fork(command(*arguments(name, str(out))))
         lines = [line for line in child.said.splitlines() if line.startswith("distpro: ") and "note:" not in line]
