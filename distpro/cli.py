@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ def _wrong(message: str, name: str = "", allowed: Sequence[str] = ()) -> Excepti
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 2 after bad input, or a file that cannot be read or written; 128 + n
     after signal n, checkpoint written."""
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which get a message
     try:
         options = _parse(list(sys.argv[1:] if arguments is None else arguments))
         return options.run(options) or 0

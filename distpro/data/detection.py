@@ -261,8 +261,8 @@ def _instances(
     found = []
     for image in content["images"]:
         name = image["file_name"]
-        if name not in files:
-            raise UserError(f"{place}: there is no image {folder}/{name}{nearest(name, list(files)[:1000])}")
+        if not isinstance(name, str) or name not in files:
+            raise UserError(f"{place}: there is no image {folder}/{name}{nearest(str(name), list(files)[:1000])}")
         size = (_side(place, image, "width"), _side(place, image, "height"))
         found.append(
             Described(files[name], size, check_boxes(f"{place}, image {name}", boxes[image["id"]], size, invalid))

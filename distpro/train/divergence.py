@@ -30,8 +30,8 @@ def divergence(trainer: Trainer, losses: Tensor) -> Diverged:
         return Diverged(f"training diverged: {said}: {source}")
     cure = "training.distill_weight" if wrong == "task" else "training.distill_weight, or leave that term out"
     broken = first_of({**dict(trainer.objective.student.model.named_parameters()), **_of_terms(trainer)})
-    since = f"; since then {broken} is not finite either" if broken else ""
-    return Diverged(f"training diverged: {said}{since} (lower the learning rate, {cure}?)")
+    now = f"; {broken} is not finite by now" if broken else ""
+    return Diverged(f"training diverged: {said} (lower the learning rate, {cure}?){now}")
 
 
 def check_student(trainer: Trainer) -> None:

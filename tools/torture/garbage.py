@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -269,6 +270,7 @@ def _chunk(
 
     def work() -> int:
         resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, resource.RLIM_INFINITY))
+        warnings.filterwarnings("ignore", module="PIL")  # as the command line does
         found, refused = [], 0
         for n, (name, path) in enumerate(attacks()):
             wrong, status = _attack(read, path)
