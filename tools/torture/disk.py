@@ -188,7 +188,7 @@ def _wait_at(step: int) -> None:
 
     def train_step(self: Trainer, *batches: Any) -> None:
         original(self, *batches)
-        if self.step == step % 4 + 1:
+        if self.step == step % 2 + 1:
             Path("waits").touch()
             time.sleep(60 + random_wait.random())
 

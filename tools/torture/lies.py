@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from distpro.train.trainer import Trainer
 from torture.campaign import COMMON, TAUGHT, Campaign, command, fork, merged
 
 LOG_EVERY = 3
+BEFORE = "not finite before the first step"  # of a search that measures its terms first, which names them
 
 
 def attack(campaign: Campaign, most: int) -> None:
@@ -175,9 +177,11 @@ INJECTED: dict[str, tuple[Callable[[int, float], None], str]] = {
 def _inject(campaign: Campaign, case: int, kind: str, draw: random.Random) -> None:
     hook, source = INJECTED[kind]
     step, value = draw.randrange(0, 12), draw.choice((float("nan"), float("inf"), -float("inf")))
+    value = abs(value) if kind == "teacher" else value  # an answer of minus infinity is a class that is masked
     which = draw.choice(("search", "retrain"))
     Path("lie.yaml").write_text(yaml.safe_dump(_config("data", {"retrain": {"weights": "constant"}})))
-    out = f"lie_{case}"
+    out = "lie"
+    shutil.rmtree(out, ignore_errors=True)
 
     def before() -> None:
         _count()
@@ -185,7 +189,12 @@ def _inject(campaign: Campaign, case: int, kind: str, draw: random.Random) -> No
 
     child = fork(command(which, "lie.yaml", "--out", out, before=before))
     lines = [line for line in child.said.splitlines() if line.startswith("distpro: ") and "note:" not in line]
-    ok = child.status == 2 and len(lines) == 1 and source in lines[0] and not (Path(out) / "result.json").exists()
+    ok = (
+        child.status == 2
+        and len(lines) == 1
+        and (source in lines[0] or BEFORE in lines[0])
+        and not (Path(out) / "result.json").exists()
+    )
     campaign.end(
         "lies",
         case,
@@ -221,7 +230,8 @@ def _warn(campaign: Campaign, case: int, kind: str) -> None:
     if kind == "a term without a gradient":
         config["pathways"] = {"connect": [["layer1:pre_relu", "layer1"]], "transforms": ["identity"]}
         config["teacher"] = {"model": "resnet14", "checkpoint": "teacher.pt"}
+    shutil.rmtree("warned", ignore_errors=True)
     Path("warned.yaml").write_text(yaml.safe_dump(config))
-    child = fork(command("retrain", "warned.yaml", "--out", f"warned_{case}"))
+    child = fork(command("retrain", "warned.yaml", "--out", "warned"))
     ok = child.status == 0 and any(said in line for line in child.said.splitlines() if "note:" in line)
     campaign.end("lies", case, kind, ok, status=child.status, said="" if ok else child.said[-800:])
