@@ -64,6 +64,11 @@ def check_search(config: Config) -> None:
         raise UserError("a search needs a teacher")
     if config.training.accumulate > 1:
         raise UserError("training.accumulate: a search's step is one batch; choose a larger training.batch_size")
+    for key in ("ema", "keep", "patience", "validation_fraction"):
+        if getattr(config.training, key) != type(config.training).model_fields[key].default:
+            raise UserError(
+                f"training.{key}: a search keeps a schedule and no student; for the retrain say retrain.training.{key}"
+            )
     if config.stages:
         raise UserError("stages: a search is one training; stages are for a retrain")
     for n, term in enumerate(config.terms):

@@ -17,6 +17,7 @@ from distpro.build.carry import Carry
 from distpro.build.checks import check_accumulate, check_search, learned_scalars
 from distpro.build.data import build_loader, example_of, search_parts
 from distpro.build.given import Given
+from distpro.build.keeping import build_keeper, held_out
 from distpro.build.objective import build_objective
 from distpro.build.optimizer import build_optimizer
 from distpro.build.task import metrics_of
@@ -254,13 +255,15 @@ def build_retrain(
     given: Given | None = None,
     parts: tuple[Any, Any] | None = None,
 ) -> Trainer:
-    """A trainer whose weights replay a schedule or a control (lines 8-14), on the whole training set.
+    """A trainer whose weights replay a schedule or a control (lines 8-14), on the whole training set but for what
+    `training.validation_fraction` holds out.
 
     ``carry``: what a stage takes over from the one before. ``parts``: (training, test) in the place of the data set's.
     """
     retrain = config.retrain
     assert retrain.start is not None
     train_part, test_part = parts or (data.train, data.test)
+    train_part, validation_part = held_out(config, data, train_part, judged=parts is not None)
     train = build_loader(config, data, train_part, training=True)
     check_accumulate(config, len(train))
     clock = clock_of(config, train)
@@ -289,6 +292,7 @@ def build_retrain(
     test = build_loader(config, data, test_part, training=False)
     name = "train" if retrain.weights == "none" else f"retrain ({retrain.weights})"
     trainer = _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)
+    trainer.keeper = build_keeper(config, data, objective, train, validation_part)
     _check_last_batch(trainer, config, train_part)
     return trainer
 

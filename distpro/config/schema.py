@@ -146,6 +146,13 @@ class LearningRateConfig(Section):
     power: float = Field(0.9, gt=0, description="of poly: (1 - progress)^power")
 
 
+class EmaConfig(Section):
+    """A moving average of the student's weights, see `distpro.train.keeping`."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    warmup: bool = Field(True, description="the decay of update n is min(decay, (1 + n) / (10 + n))")
+
+
 class TrainingConfig(Section):
     """The training itself."""
 
@@ -168,6 +175,30 @@ class TrainingConfig(Section):
         ge=0,
         description="epochs over which λ grows, min(epoch / this, 1); null: those of the schedule, stretched with it",
     )
+    ema: EmaConfig | None = Field(
+        None,
+        description="evaluate, and with `keep: last` keep, an exponential moving average of the student; {}: with its defaults",
+    )
+    keep: Literal["last", "best", "average"] = Field(
+        "last",
+        description="the student that is left at the end: that of the last step, of the best evaluation on the validation part, or "
+        "the mean of the weights of the `average_of` best",
+    )
+    average_of: int = Field(10, ge=2, description="evaluations whose students `keep: average` takes")
+    patience: int | None = Field(
+        None, gt=0, description="end the training after so many evaluations without a better one on the validation part"
+    )
+    validation_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of the training samples, held out for `keep` and `patience` where the data have no validation part",
+    )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the training looks at a validation part."""
+        return self.keep != "last" or self.patience is not None
 
 
 class TuneConfig(Section):

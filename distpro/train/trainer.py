@@ -6,10 +6,8 @@ from __future__ import annotations
 import copy
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,12 +17,15 @@ import torch
 from torch import Tensor
 
 from distpro.batch import Batch
+from distpro.console import note
 from distpro.features import TrainingPass
 from distpro.files import load_safely, save_atomically
 from distpro.objective import Objective
 from distpro.task import Metrics, Task
 from distpro.train import distributed
+from distpro.train.ends import Diverged, Interrupted, divergence, signals_to
 from distpro.train.evaluation import evaluate
+from distpro.train.keeping import BESIDE, Keeper
 from distpro.train.progress import Progress
 from distpro.train.rates import LearningRate
 from distpro.train.state import random_state, set_random_state
@@ -32,17 +33,7 @@ from distpro.train.tracking import Tracker
 from distpro.weights import Weights
 from pathways.registry import UserError
 
-
-class Interrupted(Exception):
-    """The run was told to stop, and has written a checkpoint first."""
-
-    def __init__(self, signal_number: int, step: int, total: int):
-        super().__init__(f"stopped at step {step} of {total}; --resume goes on from here")
-        self.signal_number = signal_number
-
-
-class Diverged(UserError):
-    """A loss is no finite number any more."""
+__all__ = ["Diverged", "Interrupted", "Trainer"]
 
 
 @dataclass
@@ -62,6 +53,7 @@ class Trainer:
         log_every: steps between two log rows; evaluate_every, checkpoint_every: epochs.
         on_checkpoint: called after every checkpoint, also on interruption.
         on_evaluation: called with the row of every evaluation, its epoch, step and metrics; what it raises ends the training.
+        keeper: which student is left at the end; None: that of the last step.
         name: what the progress line calls the run.
         why_not: why its loaders do not give the same batches again, in words; "" where they do.
     """
@@ -86,6 +78,7 @@ class Trainer:
     checkpoint_every: int = 1
     on_checkpoint: Callable[[], None] = lambda: None
     on_evaluation: Callable[[dict[str, float]], None] = lambda row: None
+    keeper: Keeper | None = None
     name: str = "train"
     why_not: str = ""
 
@@ -97,6 +90,7 @@ class Trainer:
         self._stop_signal: int | None = None
         self._stopping = False
         self._checkpoint_due = False
+        self._kept: dict[str, float] = {}  # metrics of the student that is left, where a keeper has chosen it
         device = next(self.objective.student.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
         self._start_row()
@@ -114,13 +108,13 @@ class Trainer:
     def fit(self) -> dict[str, float]:
         """Train to the end, or raise Interrupted after SIGINT or SIGTERM, with a checkpoint written.
 
-        Returns the last evaluation's metrics, and ``best_<headline>`` beside it.
+        Returns the last evaluation's metrics, or those of the student that the keeper leaves, and ``best_<headline>`` beside it.
         """
         start = time.perf_counter() - self.seconds
         if distributed.rank():  # or dropout would draw the same on every rank
             torch.manual_seed(torch.initial_seed() + distributed.rank())
-        with self._signals(), Progress(self.total_steps, self.name) as progress:
-            while self.step < self.total_steps:
+        with signals_to(self._ask_to_stop), Progress(self.total_steps, self.name) as progress:
+            while self.step < self.total_steps and not self._ends_early:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 stops = False
                 batches = self.train_loader.epoch(epoch, start=first * self.accumulate)
@@ -139,7 +133,22 @@ class Trainer:
                 if stops and self.step < self.total_steps:
                     self.save()
                     raise Interrupted(self._stop_signal or signal.SIGTERM, self.step, self.total_steps)
+        if self.keeper is not None:
+            self._conclude(self.keeper)
         return self.result()
+
+    @property
+    def _ends_early(self) -> bool:
+        return self.keeper is not None and self.keeper.stops
+
+    def _conclude(self, keeper: Keeper) -> None:
+        said = [keeper.why_it_stopped()] if keeper.stops else []
+        said += [kept] if (kept := keeper.conclude()) else []
+        if distributed.is_main():
+            for line in said:
+                note(line)
+        if kept:
+            self._kept = self.test()
 
     def _stops(self) -> bool:
         """Whether to stop after this step: all ranks at the same one, so they ask each other now and then."""
@@ -149,7 +158,9 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         """The checkpoint of an epoch's end, there or at the next step from which a run can be gone on with."""
-        if self._checkpoint_due and (self.step >= self.total_steps or self.weights.resumable(self.step)):
+        if self._checkpoint_due and (
+            self.step >= self.total_steps or self._ends_early or self.weights.resumable(self.step)
+        ):
             self.save()
             self._checkpoint_due = False
 
@@ -168,6 +179,8 @@ class Trainer:
             go_back()
             done = self._backward(batches, capture=False)
             self._update()
+        if self.keeper is not None:
+            self.keeper.after_step()
         self.step += 1
         self._losses.append(torch.cat([done.task.reshape(1), done.terms]))
         self._samples += sum(batch.samples for batch in batches)
@@ -252,7 +265,7 @@ class Trainer:
         )
         self._start_row()
         if not math.isfinite(total):
-            raise self._divergence(losses.cpu())
+            raise divergence(self.objective.keys, losses.cpu(), self.step)
 
     def _mean_parts(self) -> dict[str, float]:
         """The parts of the task loss, of a task that has them, as means over the passes since the last log row."""
@@ -260,16 +273,6 @@ class Trainer:
         means = {name: torch.stack([parts[name].float() for parts in self._parts]).mean() for name in names}
         distributed.average(means.values())
         return {f"train/{name}": mean.item() for name, mean in means.items()}
-
-    def _divergence(self, losses: Tensor) -> Diverged:
-        """What to say of the steps since the last log row, (steps, 1 + terms)."""
-        row, column = (~losses.isfinite()).nonzero()[0].tolist()
-        wrong = ["task", *self.objective.keys][column]
-        cure = "training.distill_weight" if wrong == "task" else "training.distill_weight, or leave that term out"
-        return Diverged(
-            f"training diverged: the {wrong} loss is {losses[row, column]:g} at step {self.step - len(losses) + row + 1} "
-            f"(lower the learning rate, {cure}?)"
-        )
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.tracker is not None:
@@ -283,18 +286,23 @@ class Trainer:
             if self.task.headline not in metrics:
                 known = ", ".join(metrics) or "there are none"
                 raise UserError(f"the task's headline '{self.task.headline}' is none of its metrics ({known})")
-            self.history.append({"epoch": epoch, "step": self.step, **metrics})
+            if self.keeper is not None:
+                metrics |= self.keeper.evaluate(epoch, self.test, self.test_loader)
             self._record({f"test/{name}": value for name, value in metrics.items()})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            self.history.append({"epoch": epoch, "step": self.step, **metrics})
+            beside = {n for n in metrics if n.startswith(BESIDE) and not n.endswith(f"_{self.task.headline}")}
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name not in beside)
             progress.message(f"epoch {epoch}/{math.ceil(self.total_steps / self.steps_per_epoch)}  {shown}")
             self._since = time.perf_counter()
             self.on_evaluation(self.history[-1])
-        if last or epoch % self.checkpoint_every == 0:
+        if last or self._ends_early or epoch % self.checkpoint_every == 0:
             self._checkpoint_due = True
 
-    def test(self) -> dict[str, float]:
-        """Metrics of the student on the test set, in evaluation mode."""
+    def test(self, loader: Any = None) -> dict[str, float]:
+        """Metrics of the student, in evaluation mode, on the test set, or on what another loader gives."""
         metrics = self.task.metrics() if self.metrics is None else self.metrics()
+        if loader is not None:
+            return evaluate(self.objective, metrics, loader)
         return evaluate(self.objective, metrics, self.test_loader, self._show)
 
     def _show(self, output: Any, batch: Batch) -> None:
@@ -310,28 +318,17 @@ class Trainer:
             return {}
         headline = self.task.headline
         best = (max if self.task.higher_is_better else min)(row[headline] for row in self.history)
-        return {**self.history[-1], f"best_{headline}": best, "seconds": self.seconds}
+        last, kept = self.history[-1], self._kept
+        found = {**last, **kept, f"last_{headline}": last[headline]} if kept else last
+        return {**found, f"best_{headline}": best, "seconds": self.seconds}
 
     # Interruption and resume
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask the loop to stop after the running step; a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: Any) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _ask_to_stop(self, number: int) -> None:
+        """After a signal the loop stops behind the running step; a second one stops at once."""
+        if self._stop_signal is not None:
+            raise KeyboardInterrupt
+        self._stop_signal = number
 
     @property
     def checkpoint_path(self) -> Path | None:
@@ -351,6 +348,8 @@ class Trainer:
     def _share_statistics(self) -> None:
         """Running statistics of the student as means over the ranks: each has seen its own part of the data."""
         distributed.average(b for b in self.objective.student.buffers() if b.is_floating_point())
+        if self.keeper is not None:
+            self.keeper.share()
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises UserError if there is none, or it is of another set-up."""
@@ -375,6 +374,7 @@ class Trainer:
             "losses": self._losses,
             "parts": self._parts,
             "seconds": self.seconds,
+            **({} if self.keeper is None else {"keeper": self.keeper.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -384,6 +384,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.weights.load_state_dict(state["weights"])
         self._scaler.load_state_dict(state["scaler"])
+        if self.keeper is not None:
+            self.keeper.load_state_dict(state["keeper"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         device = next(self.objective.student.parameters()).device
         self._losses = [losses.to(device) for losses in state["losses"]]
