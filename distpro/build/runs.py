@@ -114,7 +114,8 @@ def build_search(
     clock = clock_of(config, train)
     total = clock.total_steps
     objective = build_objective(config, data, train_part, clock, given=given)
-    optimizer = build_optimizer(config, objective.trainable_parameters())
+    optimizer = build_optimizer(config, objective.trainable_parameters(), objective.student.model)
+    full_rate = optimizer.param_groups[0]["lr"]
     example = example_of(config, data)
     horizon, stretch, _ = fitting(config, total, objective, example)
     estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon, stretch, train)
@@ -145,9 +146,7 @@ def build_search(
         shows_last_update=horizon > 1,
         scale=distill_scale(config, len(train)),
         measure=None if how == "none" else measure,
-        rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)
-        if search.per_rate
-        else lambda: 1.0,
+        rate=(lambda: optimizer.param_groups[0]["lr"] / full_rate) if search.per_rate else lambda: 1.0,
         scalars=learned_scalars(config, objective),
     )
     if searcher.beside.names not in ((), (TASK,)):
@@ -288,7 +287,7 @@ def build_retrain(
     if not objective.computes_task and not objective.entries:
         raise UserError("task_weight is 0 and there is no term: nothing to train")
     objective.cache = build_cache(config, data, objective, example_of(config, data))
-    optimizer = build_optimizer(config, objective.trainable_parameters())
+    optimizer = build_optimizer(config, objective.trainable_parameters(), objective.student.model)
     test = build_loader(config, data, test_part, training=False)
     name = "train" if retrain.weights == "none" else f"retrain ({retrain.weights})"
     trainer = _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)

@@ -123,8 +123,12 @@ class TermConfig(Section):
 class OptimizerConfig(Section):
     """Optimiser of the student and the terms."""
 
-    name: str = Field("sgd", description="sgd, adam, adamw, or package.module:name")
-    params: Params = Field({}, description="of your own optimiser, which gets lr and these")
+    name: str = Field(
+        "sgd",
+        description="sgd, adam, adamw; another of torch.optim or timm.optim (distpro list optimizers), which gets lr, weight_decay and "
+        "params; or package.module:name, which gets lr and params. A search needs one of the first three",
+    )
+    params: Params = Field({}, description="of any but the first three")
     lr: float = Field(0.1, gt=0, description="the learning rate at its largest")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     nesterov: bool = Field(True, description="of sgd")
@@ -132,6 +136,12 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(5e-4, ge=0, description="of all parameters; decoupled in adamw")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of adam and adamw")
     eps: float = Field(1e-8, gt=0, description="of adam and adamw")
+    no_decay: Literal["none", "norms_and_biases"] = Field(
+        "none", description="norms_and_biases: no weight decay for them, nor for what the model itself excepts"
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on the learning rate for each of the student's layers behind a layer"
+    )
 
 
 class LearningRateConfig(Section):
