@@ -81,7 +81,7 @@ def _trainer(
         train,
         test,
         epochs=config.training.epochs,
-        learning_rate=LearningRate(rate.name, rate.milestones, rate.gamma, rate.warmup_epochs, rate.power),
+        learning_rate=LearningRate(**rate.model_dump()),
         folder=folder,
         max_steps=config.training.max_steps,
         clip_norm=config.training.clip_norm,

@@ -154,6 +154,18 @@ class LearningRateConfig(Section):
     gamma: float = Field(0.1, gt=0, description="of step: the factor at each milestone")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs over which it grows from near 0, whatever the shape")
     power: float = Field(0.9, gt=0, description="of poly: (1 - progress)^power")
+    final: float = Field(
+        0.0, ge=0, lt=1, description="of cosine, linear and poly: where they end, as a share of the rate"
+    )
+    cooldown_epochs: float = Field(0.0, ge=0, description="of them: epochs at the end that stay at `final`")
+
+    @model_validator(mode="after")
+    def _of_a_schedule_that_falls(self) -> LearningRateConfig:
+        if self.name in ("constant", "step") and (self.final or self.cooldown_epochs):
+            raise UserError(
+                f"training.learning_rate: final and cooldown_epochs are of cosine, linear and poly, not of {self.name}"
+            )
+        return self
 
 
 class EmaConfig(Section):
