@@ -110,7 +110,9 @@ def build_search(
     assert search.weighting is not None and search.optimizer is not None and search.momentum is not None
     validation_part, train_part = parts or search_parts(config, data)
     train = build_loader(config, data, train_part, training=True)
-    validation = build_loader(config, data, validation_part, training=True, batch_size=search.validation_batch_size)
+    validation = build_loader(
+        config, data, validation_part, training=True, batch_size=search.validation_batch_size, plain_order=True
+    )
     clock = clock_of(config, train)
     total = clock.total_steps
     objective = build_objective(config, data, train_part, clock, given=given)

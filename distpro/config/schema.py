@@ -33,6 +33,15 @@ class DataConfig(Section):
     augment_epochs: int | None = Field(
         None, gt=0, description="epochs after which the same augmentations come again; null: never"
     )
+    repeats: int = Field(
+        1,
+        gt=0,
+        description="copies of a training sample one after the other, each augmented in its own way; an epoch is as long as before",
+    )
+    sampler: Literal["balanced"] | list[float] | None = Field(
+        None,
+        description="draw an epoch's training samples with replacement, each class as often, or by a weight per class",
+    )
     mean: list[float] | None = Field(
         None, description="per channel, for images in 0-1; null: the data set's own, or that of the training part"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -30,6 +31,8 @@ def make_loader(
     world_size: int = 1,
     expand: str = "",
     augment_epochs: int | None = None,
+    repeats: int = 1,
+    sampler: str | Sequence[float] | None = None,
 ) -> Loader | ForeignLoader:
     """Batches of a part of ``data`` (a `Dataset` or `ForeignDataset`): for training shuffled and as ``augment``,
     ``drop_last``, ``expand`` and ``augment_epochs`` say, otherwise in order, plain and whole. The arguments are those
@@ -52,10 +55,15 @@ def make_loader(
             expand=expand if training else "",
             augment_epochs=augment_epochs if training else None,
             num_classes=data.num_classes,
+            repeats=repeats if training else 1,
+            sampler=sampler if training else None,
         )
     for key, value in (("augment", augment), ("augment_epochs", augment_epochs)):
         if value:
             raise UserError(f"{key} is for distpro's own data sets; a Dataset augments itself")
+    if repeats > 1 or sampler is not None:
+        key = "repeats" if repeats > 1 else "sampler"
+        raise UserError(f"data.{key} is for distpro's own data sets; a DataLoader of yours may have its own sampler")
     if expand and training:
         raise UserError(f"a loss reads {expand} of images, which distpro's own data sets give; a Dataset has none")
     return ForeignLoader(
