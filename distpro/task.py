@@ -36,7 +36,8 @@ class Task(Protocol):
     entropy; ``predict(model, batch)``, what an evaluation is given of a model where that is not one pass of ``call``;
     ``parts(output)``, the parts of the loss by name, and ``pictures(output, batch)``, predictions as images (N, 3, H, W), both
     for the log; and ``tokens(batch)``, which tokens of the inputs are no padding, bool (N, L), where the response has no such
-    positions, as a text's class. And ``targets``, what a data set that is not there has in a dry run: ``classes`` (the default),
+    positions, as a text's class; ``prepare(labels)``, which before a training is told its labels, (N,) int64, None where they are not
+    known. And ``targets``, what a data set that is not there has in a dry run: ``classes`` (the default),
     ``maps`` of them, ``depths`` or ``boxes``.
 
     Attributes:

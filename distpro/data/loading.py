@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from distpro.data import foreign, splits
 from distpro.data.augment import AugmentSpec
@@ -89,3 +90,10 @@ def split(part: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     """Two parts, ``fraction`` and the rest, seeded, and stratified where each sample has one known label; see
     `splits.split` for a `Split` and `foreign.split` for anything else."""
     return splits.split(part, fraction, seed) if isinstance(part, Split) else foreign.split(part, fraction, seed)
+
+
+def labels_of(part: Any) -> Tensor | None:
+    """The labels of a part's samples, (N,) int64; None where there is not one a sample, or only reading them would tell."""
+    if isinstance(part, Split):
+        return None if part.dense else part.labels
+    return foreign.labels_of(part)
