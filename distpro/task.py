@@ -43,6 +43,8 @@ class Task(Protocol):
     Attributes:
         headline: name of the metric that tables report.
         higher_is_better: whether the best evaluation is the one with the largest headline.
+        exclusive (optional): False where the response is not a row of classes of which one is right, so that losses that compare
+            softmaxes, or read a label, are refused.
     """
 
     headline: str

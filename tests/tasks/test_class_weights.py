@@ -95,7 +95,12 @@ def test_weights_must_fit_the_classes():
 def test_a_run_counts_the_samples_that_it_trains_on():
     """And not those that it holds out; a class without any has the weight 1."""
     task = {"classification": {"class_weights": "balanced"}}
-    changes = {"task": task, "training": {"validation_fraction": 0.4, "keep": "best"}, "data": {"samples": 20}}
+    changes = {
+        "retrain": {"weights": "none"},
+        "task": task,
+        "training": {"validation_fraction": 0.4, "keep": "best"},
+        "data": {"samples": 20},
+    }
     config = read_config(settings(changes=changes))
     trainer = build.build_retrain(config, build.build_data(config), None)
     counts = torch.bincount(trainer.train_loader._labels)
