@@ -226,6 +226,14 @@ class TrainingConfig(Section):
         description="of the training samples, held out for `keep` and `patience` where the data have no validation part",
     )
 
+    @model_validator(mode="after")
+    def _cools_down_within_its_epochs(self) -> TrainingConfig:
+        if self.learning_rate.cooldown_epochs >= self.epochs:
+            raise UserError(
+                f"training.learning_rate.cooldown_epochs is {self.learning_rate.cooldown_epochs:g}, of {self.epochs} epochs in all"
+            )
+        return self
+
     @property
     def chooses(self) -> bool:
         """Whether the training looks at a validation part."""
