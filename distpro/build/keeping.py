@@ -26,7 +26,8 @@ def held_out(config: Config, data: Any, train: Any, judged: bool = False) -> tup
     key = "keep" if training.keep != "last" else "patience" if training.patience is not None else "validation_fraction"
     if judged:
         raise UserError(
-            f"training.{key}: a trial of a search or a tuning is judged on the validation part, so nothing is chosen by it before"
+            f"training.{key}: a trial of a search or a tuning is judged on the validation part, and may not choose by it before; "
+            "leave it out here, and say it for the training of what is found"
         )
     if data.validation is not None:
         if training.validation_fraction is not None:
