@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -47,23 +47,27 @@ def build_optimizer(
         raise UserError(f"optimiser '{o.name}': {str(error).splitlines()[0]}") from None
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimiser '{o.name}' gives {type(optimizer).__name__}, not a torch.optim.Optimizer")
-    if _needs_closure(kind, o.lr, more):
+    wrong = _tried(kind, o.lr, more)
+    if "closure" in wrong:
         raise UserError(
             f"optimiser '{o.name}' evaluates the loss itself, in step(closure); a training's step has one loss and one "
             "gradient (allowed: optimisers whose step() can be called without a closure)"
         )
+    if wrong and not is_code(o.name):
+        raise UserError(f"optimiser '{o.name}' cannot step with these training.optimizer.params ({wrong})")
     return optimizer
 
 
-def _needs_closure(make: Callable[..., Any], lr: float, params: Mapping[str, Any]) -> bool:
-    """Whether a step fails for want of one: its signature need not say so (``closure=None``, and an assertion)."""
+def _tried(make: Callable[..., Any], lr: float, params: Mapping[str, Any]) -> str:
+    """Why a step fails, "" where it does not: that it wants a closure need not be in its signature (``closure=None``, and an
+    assertion)."""
     still = nn.Parameter(torch.zeros(2, 2))
     still.grad = torch.zeros(2, 2)
     try:
         make([still], lr=lr, **params).step()
     except Exception as error:  # whatever it does with a parameter of no model
-        return "closure" in str(error)
-    return False
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
 
 
 def find_optimizer(o: OptimizerConfig) -> Callable[..., Any]:
@@ -96,13 +100,16 @@ def _of_library(o: OptimizerConfig) -> Callable[..., Any]:
                 f"unknown optimiser '{o.name}'{near} (allowed: {allowed}, those of timm.optim{timm}, or package.module:name)"
             )
         kind = _timm().get_optimizer_class(name)
+        momentum = inspect.signature(kind).parameters.get("momentum")
+        if momentum is not None and momentum.default == 0:
+            kind = partial(kind, momentum=0.9)  # as timm's own create_optimizer_v2: with Nesterov's there must be some
     for key in OWN_KEYS:
         if getattr(o, key) != OptimizerConfig.model_fields[key].default:
             raise UserError(f"training.optimizer.{key}: {o.name} takes it under training.optimizer.params, if at all")
     takes = inspect.signature(kind).parameters
     if "weight_decay" not in takes and o.weight_decay:
         raise UserError(f"training.optimizer.weight_decay: {o.name} has none; set it to 0")
-    return kind if "weight_decay" in takes else lambda params, weight_decay, **more: kind(params, **more)
+    return kind if "weight_decay" in takes else lambda params, weight_decay=0.0, **more: kind(params, **more)
 
 
 @cache
@@ -134,7 +141,8 @@ def libraries() -> dict[str, str]:
     for name in () if timm is None else timm.list_optimizers():
         info = timm.get_optimizer_info(name)
         foreign = name.startswith(("bnb", "fused"))  # bitsandbytes' and Apex'
-        if not (info.second_order or foreign or name in OPTIMIZERS):
+        draws = name.startswith("kron")  # when to renew its preconditioner: a resumed run would not repeat it
+        if not (info.second_order or foreign or draws or name in OPTIMIZERS):
             found.setdefault(name, "timm.optim")
     return dict(sorted(found.items()))
 

@@ -171,9 +171,7 @@ class LearningRateConfig(Section):
     @model_validator(mode="after")
     def _of_a_schedule_that_falls(self) -> LearningRateConfig:
         if self.name in ("constant", "step") and (self.final or self.cooldown_epochs):
-            raise UserError(
-                f"training.learning_rate: final and cooldown_epochs are of cosine, linear and poly, not of {self.name}"
-            )
+            raise UserError(f"final and cooldown_epochs are of cosine, linear and poly, not of {self.name}")
         return self
 
 
@@ -230,7 +228,7 @@ class TrainingConfig(Section):
     def _cools_down_within_its_epochs(self) -> TrainingConfig:
         if self.learning_rate.cooldown_epochs >= self.epochs:
             raise UserError(
-                f"training.learning_rate.cooldown_epochs is {self.learning_rate.cooldown_epochs:g}, of {self.epochs} epochs in all"
+                f"learning_rate.cooldown_epochs is {self.learning_rate.cooldown_epochs:g}, of {self.epochs} epochs in all"
             )
         return self
 

@@ -19,6 +19,13 @@ from distpro.train import distributed
 BESIDE = ("ema_", "validation_")
 """How the names of metrics begin that are not the student's on the test set."""
 
+
+def logged(name: str) -> str:
+    """Under which name a metric of an evaluation is logged."""
+    validation = "validation_" in name
+    return f"{'validation' if validation else 'test'}/{name.replace('validation_', '')}"
+
+
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 Test = Callable[[Any], dict[str, float]]
@@ -85,6 +92,7 @@ class Keeper:
         self.whole = nn.ModuleList([self.objective.student.model, *deployed])
         self.average = None if self.ema is None else self.ema(self.whole)
         self._kept: list[dict[str, Any]] = []  # best first: value, epoch, averaged, weights
+        self.facts: dict[str, float] = {}  # of the one evaluation that is kept, for the result
 
     @property
     def stops(self) -> bool:
@@ -141,6 +149,7 @@ class Keeper:
         if self._kept:
             first, whole = self._kept[0], {True: " of the moving average", False: ""}
             if self.keep == "best":
+                self.facts = {"kept_epoch": first["epoch"], "kept_ema": int(first["averaged"])}
                 _put(self.whole, first["weights"])
                 return f"kept: epoch {first['epoch']:g}{whole[first['averaged']]}, validation {self._said(first)}"
             _put(self.whole, _mean([one["weights"] for one in self._kept]))

@@ -25,7 +25,7 @@ from distpro.task import Metrics, Task
 from distpro.train import distributed
 from distpro.train.ends import Diverged, Interrupted, divergence, signals_to
 from distpro.train.evaluation import evaluate
-from distpro.train.keeping import BESIDE, Keeper
+from distpro.train.keeping import BESIDE, Keeper, logged
 from distpro.train.progress import Progress
 from distpro.train.rates import LearningRate
 from distpro.train.state import random_state, set_random_state
@@ -148,7 +148,7 @@ class Trainer:
             for line in said:
                 note(line)
         if kept:
-            self._kept = self.test()
+            self._kept = {**self.test(), **keeper.facts}
 
     def _stops(self) -> bool:
         """Whether to stop after this step: all ranks at the same one, so they ask each other now and then."""
@@ -288,7 +288,7 @@ class Trainer:
                 raise UserError(f"the task's headline '{self.task.headline}' is none of its metrics ({known})")
             if self.keeper is not None:
                 metrics |= self.keeper.evaluate(epoch, self.test, self.test_loader)
-            self._record({f"test/{name}": value for name, value in metrics.items()})
+            self._record({logged(name): value for name, value in metrics.items()})
             self.history.append({"epoch": epoch, "step": self.step, **metrics})
             beside = {n for n in metrics if n.startswith(BESIDE) and not n.endswith(f"_{self.task.headline}")}
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name not in beside)

@@ -9,12 +9,10 @@ import torch
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18
 
-import distpro
 from distpro.build.groups import _by_registration, depths_of, parameter_groups
 from distpro.build.optimizer import build_optimizer
 from distpro.config.reading import read_config
 from distpro.models import build_model
-from tests.digits import settings
 
 
 def config(**optimizer):
@@ -127,12 +125,3 @@ def test_what_is_no_students_has_the_full_rate_and_comes_first():
 def test_groups_are_left_alone_without_either():
     params = [nn.Parameter(torch.zeros(2))]
     assert parameter_groups(config().training.optimizer, params) == params
-
-
-@pytest.mark.slow
-def test_a_search_takes_groups(tmp_path):
-    from tests.digits import random_teacher
-
-    changes = {"epochs": 1, "optimizer": {"no_decay": "norms_and_biases", "layer_decay": 0.8}}
-    schedule = distpro.search(settings(random_teacher(tmp_path), {"training": changes}))
-    assert schedule.weights.isfinite().all()

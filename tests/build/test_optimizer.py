@@ -11,7 +11,7 @@ import yaml
 import distpro
 from distpro.build.optimizer import build_optimizer, libraries
 from distpro.cli import main
-from distpro.config.reading import read_config
+from distpro.config.reading import merge, read_config
 from tests.digits import settings
 
 
@@ -65,7 +65,7 @@ def test_it_is_one_message_before_anything_is_written(tmp_path, capsys):
 # By name
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "nadam", "lion", "lamb", "adan", "muon"])
+@pytest.mark.parametrize("name", ["rmsprop", "nadam", "lion", "lamb", "adan", "muon", "sgdw", "rprop"])
 def test_optimisers_of_torch_and_timm_by_name(name):
     """Against the library's own, over three steps of two tensors; resumed after the second to the same bytes."""
     timm = pytest.importorskip("timm.optim")
@@ -81,17 +81,20 @@ def test_optimisers_of_torch_and_timm_by_name(name):
             optimizer.step()
 
     ours, theirs, again = start(), start(), start()
-    optimizer = build_optimizer(config(name), ours)
+    without = {} if name != "rprop" else {"training": {"optimizer": {"weight_decay": 0.0}}}
+    checked = read_config(merge(config(name).model_dump(), without))
+    optimizer = build_optimizer(checked, ours)
     steps(optimizer, ours, 2)
     state = copy.deepcopy(optimizer.state_dict())
     with torch.no_grad():
         for p, value in zip(again, ours, strict=True):
             p.copy_(value)
     steps(optimizer, ours, 1)
-    kinds = {"rmsprop": torch.optim.RMSprop, "nadam": torch.optim.NAdam}
+    kinds = {"rmsprop": torch.optim.RMSprop, "nadam": torch.optim.NAdam, "rprop": torch.optim.Rprop}
     kind = kinds.get(name) or timm.get_optimizer_class(name)
-    steps(kind(theirs, lr=0.1, weight_decay=5e-4), theirs, 3)
-    resumed = build_optimizer(config(name), again)
+    options = {"rprop": {}, "sgdw": {"weight_decay": 5e-4, "momentum": 0.9}}.get(name, {"weight_decay": 5e-4})
+    steps(kind(theirs, lr=0.1, **options), theirs, 3)
+    resumed = build_optimizer(checked, again)
     resumed.load_state_dict(state)
     steps(resumed, again, 1)
     for one, two, three in zip(ours, theirs, again, strict=True):
@@ -113,6 +116,10 @@ def test_optimisers_of_torch_and_timm_by_name(name):
         (
             {"name": "nadam", "params": {"momentum_decay": -1.0}},
             "optimiser 'nadam': Invalid momentum_decay value: -1.0",
+        ),
+        (
+            {"name": "lamb", "params": {"betas": [0.9]}},
+            "optimiser 'lamb' cannot step with these training.optimizer.params (not enough",
         ),
         ({"name": "sgd", "params": {"lr": 1}}, "training.optimizer.params: for other optimisers; sgd takes"),
     ],

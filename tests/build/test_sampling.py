@@ -45,9 +45,14 @@ def test_a_dataset_of_ones_own_has_its_own_sampler(key, value):
 
 
 def test_a_search_validates_on_each_sample_once(tmp_path):
-    config = read_config(settings(random_teacher(tmp_path), {"data": {"repeats": 4, "sampler": "balanced"}}))
+    changes = {
+        "data": {"repeats": 4, "sampler": "balanced"},
+        "training": {"optimizer": {"no_decay": "norms_and_biases", "layer_decay": 0.5}},
+    }
+    config = read_config(settings(random_teacher(tmp_path), changes))
     trainer = build.build_search(config, build.build_data(config))
     plans = trainer.train_loader._plan, trainer.weights._validation_from.__self__._plan
+    assert trainer.weights._rate() == 1 and trainer.optimizer.param_groups[0]["lr"] == 0.05
     assert [(plan.repeats, plan.weights is None) for plan in plans] == [(4, False), (1, True)]
 
 

@@ -12,6 +12,7 @@ from distpro.data import Loader, Split
 from distpro.data.augment import apply, build_augment, draw_for
 from distpro.data.boxes import build_box_augment
 from pathways.registry import UserError
+from tests.conftest import DEVICE
 from tests.data.test_folder import assert_same, load, loader, tree  # noqa: F401
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -229,6 +230,22 @@ def test_a_sample_that_is_drawn_again_is_augmented_in_another_way():
             seen.setdefault((epoch, n), []).append(x)
     several = [views for views in seen.values() if len(views) > 1]
     assert several and all(not torch.equal(views[0], views[1]) for views in several)
+
+
+@pytest.mark.cuda
+def test_another_device_gives_the_same_batches():
+    options = {"repeats": 2, "sampler": "balanced"}
+    augment = ["flip", "random_erasing"]
+    for ours, theirs in zip(
+        training(whole(), augment, **options, device=DEVICE).epoch(1),
+        training(whole(), augment, **options).epoch(1),
+        strict=True,
+    ):
+        assert torch.equal(ours.index.cpu(), theirs.index) and torch.allclose(
+            ours.inputs.cpu(), theirs.inputs, atol=1e-6
+        )
+    found = next(training(whole(), ["rand_augment", "colour_jitter"], device=DEVICE).epoch(0)).inputs
+    assert found.isfinite().all() and found.device.type == torch.device(DEVICE).type
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ OPTIMIZERS = {
     "adam": (lambda p: torch.optim.Adam(p, 1e-2, eps=1e-3, weight_decay=0.1), None),
     "adamw": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3, weight_decay=0.1), None),
     "groups": (lambda p: torch.optim.SGD(grouped(p), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-2), 1.0),
-    "groups, adamw": (lambda p: torch.optim.AdamW(grouped(p), 1e-2, eps=1e-3, weight_decay=0.1), None),
     "adamw, clipped": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3), 0.7),
     "adamw, clipped by module": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3), 0.4, "module"),
     "fused": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True), None),
