@@ -178,7 +178,7 @@ class LearningRateConfig(Section):
 class EmaConfig(Section):
     """A moving average of the student's weights, see `distpro.train.keeping`."""
 
-    decay: float = Field(0.9999, ge=0, lt=1)
+    decay: float = Field(0.9999, ge=0, lt=1, description="share of the average that a step keeps")
     warmup: bool = Field(True, description="the decay of update n is min(decay, (1 + n) / (10 + n))")
 
 
