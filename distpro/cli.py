@@ -322,7 +322,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from distpro.build.optimizer import OPTIMIZERS
+    from distpro.build.optimizer import OPTIMIZERS, libraries
     from distpro.config.reading import presets
     from distpro.data import AUGMENTATIONS, DATASETS
     from distpro.losses import LOSSES
@@ -362,6 +362,9 @@ def _list(options: argparse.Namespace) -> None:
         rows = [[n, c.year, c.family, c.reads, c.stages, c.title] for n, c in LOSSES.items()]  # type: ignore[attr-defined]
         width = shutil.get_terminal_size((120, 0)).columns  # of $COLUMNS, or of the terminal
         table("losses", ["name", "year", "family", "reads", "stages", "method"], rows, width)
+    elif options.kind == "optimizers":
+        print("\n".join(f"{name:<14}also in a search" for name in OPTIMIZERS))
+        print("\n".join(f"{name:<14}{library}" for name, library in libraries().items()))
     else:
         print("\n".join(found[options.kind]))
 

@@ -36,12 +36,15 @@ class Task(Protocol):
     entropy; ``predict(model, batch)``, what an evaluation is given of a model where that is not one pass of ``call``;
     ``parts(output)``, the parts of the loss by name, and ``pictures(output, batch)``, predictions as images (N, 3, H, W), both
     for the log; and ``tokens(batch)``, which tokens of the inputs are no padding, bool (N, L), where the response has no such
-    positions, as a text's class. And ``targets``, what a data set that is not there has in a dry run: ``classes`` (the default),
+    positions, as a text's class; ``prepare(labels)``, which before a training is told its labels, (N,) int64, None where they are not
+    known. And ``targets``, what a data set that is not there has in a dry run: ``classes`` (the default),
     ``maps`` of them, ``depths`` or ``boxes``.
 
     Attributes:
         headline: name of the metric that tables report.
         higher_is_better: whether the best evaluation is the one with the largest headline.
+        exclusive (optional): False where the response is not a row of classes of which one is right, so that losses that compare
+            softmaxes, or read a label, are refused.
     """
 
     headline: str

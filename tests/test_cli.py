@@ -156,7 +156,7 @@ def test_the_installed_command_keeps_tracebacks_to_itself(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_list_names_everything_of_a_kind(kind, capsys):
-    known = {"augmentations": list(AUGMENTATIONS), "optimizers": ["adam", "adamw", "sgd"]}
+    known = {"augmentations": list(AUGMENTATIONS), "optimizers": ["adam", "adamw", "sgd", "rmsprop", "lion", "adan"]}
     known |= {"losses": available_losses(), "models": list(MODELS), "presets": presets(), "tasks": ["classification"]}
     assert main(["list", kind]) == 0
     words = re.split(r"\s+", capsys.readouterr().out)

@@ -44,6 +44,10 @@ def build_cache(config: Config, data: Any, objective: Objective, example: Any) -
         )
     if any(isinstance(a, Mixing) for a in build_augment(config.data.augment).values()):
         raise UserError("cache: mixup and cutmix give every sample another partner; leave them or the cache out")
+    if config.data.repeats > 1 or config.data.sampler is not None:
+        raise UserError(
+            "cache: data.repeats and data.sampler augment copies of a sample apart; leave them or the cache out"
+        )
     index, of_data = _samples_of(config, data)
     versions = versions_of(config, math.ceil(objective.clock.total_steps / objective.clock.steps_per_epoch))
     members = {"": config.teacher} if config.teacher is not None else dict(config.teachers)

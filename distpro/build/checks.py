@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distpro.build.given import OBJECT
-from distpro.build.optimizer import find_optimizer
+from distpro.build.optimizer import OPTIMIZERS, find_optimizer
 from distpro.build.terms import check_moving, split_processes
 from distpro.config.schema import Config
 from distpro.data import DATASETS, build_augment
@@ -19,7 +19,7 @@ from distpro.search.searcher import check_learned
 from distpro.search.weighting import WEIGHTINGS
 from distpro.tasks import METRICS, TASKS
 from pathways import DISTANCES, TRANSFORMS
-from pathways.registry import Registry, UserError, check_parameters
+from pathways.registry import Registry, UserError, check_parameters, is_code
 from pathways.space import parse_spec
 
 
@@ -64,6 +64,17 @@ def check_search(config: Config) -> None:
         raise UserError("a search needs a teacher")
     if config.training.accumulate > 1:
         raise UserError("training.accumulate: a search's step is one batch; choose a larger training.batch_size")
+    for key in ("ema", "keep", "patience", "validation_fraction"):
+        if getattr(config.training, key) != type(config.training).model_fields[key].default:
+            raise UserError(
+                f"training.{key}: a search keeps a schedule and no student; for the retrain say retrain.training.{key}"
+            )
+    optimizer = config.training.optimizer.name
+    if optimizer not in OPTIMIZERS and not is_code(optimizer):
+        raise UserError(
+            f"training.optimizer.name: the step of {optimizer} has no known derivative, which a search needs (allowed: "
+            f"{', '.join(OPTIMIZERS)}; for the retrain alone say retrain.training.optimizer.name={optimizer})"
+        )
     if config.stages:
         raise UserError("stages: a search is one training; stages are for a retrain")
     for n, term in enumerate(config.terms):

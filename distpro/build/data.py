@@ -99,9 +99,19 @@ def crops(config: Config) -> list[tuple[int, int]]:
     return [a.size for a in build_augment(config.data.augment).values() if isinstance(a, Crop) and a.size is not None]
 
 
-def build_loader(config: Config, data: Any, part: Any, *, training: bool, batch_size: int | None = None) -> Any:
+def build_loader(
+    config: Config, data: Any, part: Any, *, training: bool, batch_size: int | None = None, plain_order: bool = False
+) -> Any:
     """Batches of a part of the data: shuffled and augmented for training, in order and plain for evaluation. Training
-    samples are followed by more rows where a loss asks for them (`DistillationLoss.expand`)."""
+    samples are followed by more rows where a loss asks for them (`DistillationLoss.expand`).
+
+    ``plain_order``: each sample once in an epoch, whatever the config's sampler.
+    """
+    resampled = training and not plain_order and (config.data.repeats > 1 or config.data.sampler is not None)
+    by_sample = next((t.loss for t in config.terms if resampled and LOSSES[t.loss].needs_index), "")  # type: ignore[attr-defined]
+    if by_sample:
+        key = "repeats" if config.data.repeats > 1 else "sampler"
+        raise UserError(f"data.{key}: {by_sample} keeps something of every sample, which may not come twice in a batch")
     asked = {LOSSES[term.loss].expand for term in config.terms} - {""} if training else set()  # type: ignore[attr-defined]
     if len(asked) > 1:
         raise UserError(f"terms: their losses want different rows of each sample ({', '.join(sorted(asked))})")
@@ -120,6 +130,8 @@ def build_loader(config: Config, data: Any, part: Any, *, training: bool, batch_
         world_size=distributed.world_size(),
         expand=next(iter(asked), ""),
         augment_epochs=config.data.augment_epochs if training else None,
+        repeats=config.data.repeats if resampled else 1,
+        sampler=config.data.sampler if resampled else None,
     )
 
 

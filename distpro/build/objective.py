@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from distpro.build.models import Pair, build_pair
 from distpro.build.task import build_task
 from distpro.build.terms import build_terms, weight_of
 from distpro.config.schema import Config
+from distpro.data.loading import labels_of
 from distpro.objective import Objective
 from distpro.process import Clock, learned_of
 from pathways.taps import check_taps
@@ -44,6 +45,9 @@ def compose(
     """The pair and its objective, as `build_objective` makes it; without ``load`` with random weights, to be looked at."""
     taken, clock = carry or Carry(), clock or Clock(1)
     task = build_task(config, given)
+    prepare: Callable[[Any], None] | None = getattr(task, "prepare", None)
+    if prepare is not None and train is not None:
+        prepare(labels_of(train))
     pair = build_pair(config, data, task, load, taken.student, taken.teacher, given)
     terms = build_terms(config, pair, data, train, clock)
     learned = learned_of(config.task_weight)

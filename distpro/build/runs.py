@@ -17,6 +17,7 @@ from distpro.build.carry import Carry
 from distpro.build.checks import check_accumulate, check_search, learned_scalars
 from distpro.build.data import build_loader, example_of, search_parts
 from distpro.build.given import Given
+from distpro.build.keeping import build_keeper, held_out
 from distpro.build.objective import build_objective
 from distpro.build.optimizer import build_optimizer
 from distpro.build.task import metrics_of
@@ -80,7 +81,7 @@ def _trainer(
         train,
         test,
         epochs=config.training.epochs,
-        learning_rate=LearningRate(rate.name, rate.milestones, rate.gamma, rate.warmup_epochs, rate.power),
+        learning_rate=LearningRate(**rate.model_dump()),
         folder=folder,
         max_steps=config.training.max_steps,
         clip_norm=config.training.clip_norm,
@@ -109,11 +110,14 @@ def build_search(
     assert search.weighting is not None and search.optimizer is not None and search.momentum is not None
     validation_part, train_part = parts or search_parts(config, data)
     train = build_loader(config, data, train_part, training=True)
-    validation = build_loader(config, data, validation_part, training=True, batch_size=search.validation_batch_size)
+    validation = build_loader(
+        config, data, validation_part, training=True, batch_size=search.validation_batch_size, plain_order=True
+    )
     clock = clock_of(config, train)
     total = clock.total_steps
     objective = build_objective(config, data, train_part, clock, given=given)
-    optimizer = build_optimizer(config, objective.trainable_parameters())
+    optimizer = build_optimizer(config, objective.trainable_parameters(), objective.student.model)
+    full_rate = optimizer.param_groups[0]["lr"]
     example = example_of(config, data)
     horizon, stretch, _ = fitting(config, total, objective, example)
     estimator_name, estimator_params = _choose_estimator(config, objective, example, horizon, stretch, train)
@@ -144,9 +148,7 @@ def build_search(
         shows_last_update=horizon > 1,
         scale=distill_scale(config, len(train)),
         measure=None if how == "none" else measure,
-        rate=(lambda: optimizer.param_groups[0]["lr"] / config.training.optimizer.lr)
-        if search.per_rate
-        else lambda: 1.0,
+        rate=(lambda: optimizer.param_groups[0]["lr"] / full_rate) if search.per_rate else lambda: 1.0,
         scalars=learned_scalars(config, objective),
     )
     if searcher.beside.names not in ((), (TASK,)):
@@ -254,13 +256,15 @@ def build_retrain(
     given: Given | None = None,
     parts: tuple[Any, Any] | None = None,
 ) -> Trainer:
-    """A trainer whose weights replay a schedule or a control (lines 8-14), on the whole training set.
+    """A trainer whose weights replay a schedule or a control (lines 8-14), on the whole training set but for what
+    `training.validation_fraction` holds out.
 
     ``carry``: what a stage takes over from the one before. ``parts``: (training, test) in the place of the data set's.
     """
     retrain = config.retrain
     assert retrain.start is not None
     train_part, test_part = parts or (data.train, data.test)
+    train_part, validation_part = held_out(config, data, train_part, judged=parts is not None)
     train = build_loader(config, data, train_part, training=True)
     check_accumulate(config, len(train))
     clock = clock_of(config, train)
@@ -285,10 +289,11 @@ def build_retrain(
     if not objective.computes_task and not objective.entries:
         raise UserError("task_weight is 0 and there is no term: nothing to train")
     objective.cache = build_cache(config, data, objective, example_of(config, data))
-    optimizer = build_optimizer(config, objective.trainable_parameters())
+    optimizer = build_optimizer(config, objective.trainable_parameters(), objective.student.model)
     test = build_loader(config, data, test_part, training=False)
     name = "train" if retrain.weights == "none" else f"retrain ({retrain.weights})"
     trainer = _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)
+    trainer.keeper = build_keeper(config, data, objective, train, validation_part)
     _check_last_batch(trainer, config, train_part)
     return trainer
 

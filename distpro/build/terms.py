@@ -66,6 +66,11 @@ def build_terms(
 def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> list[nn.Module]:
     kind: type[DistillationLoss] = LOSSES[config.loss]  # type: ignore[assignment]
     assert pair.student_reading is not None
+    if not getattr(pair.task, "exclusive", True) and (kind.compares_classes or kind.needs_target):
+        raise UserError(
+            "compares probabilities of classes of which one is right, or reads a label, and the task has no such classes: take loss l1, "
+            "which compares responses as numbers, or one of features"
+        )
     student_taps = config.student_taps or pair.student_reading.taps(kind.taps, kind.before_relu == "both")
     logits_only = kind.taps == ("logits",) and config.teacher is None
     if pair.teacher is None:

@@ -33,6 +33,15 @@ class DataConfig(Section):
     augment_epochs: int | None = Field(
         None, gt=0, description="epochs after which the same augmentations come again; null: never"
     )
+    repeats: int = Field(
+        1,
+        gt=0,
+        description="copies of a training sample one after the other, each augmented in its own way; an epoch is as long as before",
+    )
+    sampler: Literal["balanced"] | list[float] | None = Field(
+        None,
+        description="draw an epoch's training samples with replacement, each class as often, or by a weight per class",
+    )
     mean: list[float] | None = Field(
         None, description="per channel, for images in 0-1; null: the data set's own, or that of the training part"
     )
@@ -123,8 +132,12 @@ class TermConfig(Section):
 class OptimizerConfig(Section):
     """Optimiser of the student and the terms."""
 
-    name: str = Field("sgd", description="sgd, adam, adamw, or package.module:name")
-    params: Params = Field({}, description="of your own optimiser, which gets lr and these")
+    name: str = Field(
+        "sgd",
+        description="sgd, adam, adamw; another of torch.optim or timm.optim (distpro list optimizers), which gets lr, weight_decay and "
+        "params; or package.module:name, which gets lr and params. A search needs one of the first three",
+    )
+    params: Params = Field({}, description="of any but the first three")
     lr: float = Field(0.1, gt=0, description="the learning rate at its largest")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     nesterov: bool = Field(True, description="of sgd")
@@ -132,6 +145,12 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(5e-4, ge=0, description="of all parameters; decoupled in adamw")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of adam and adamw")
     eps: float = Field(1e-8, gt=0, description="of adam and adamw")
+    no_decay: Literal["none", "norms_and_biases"] = Field(
+        "none", description="norms_and_biases: no weight decay for them, nor for what the model itself excepts"
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on the learning rate for each of the student's layers behind a layer"
+    )
 
 
 class LearningRateConfig(Section):
@@ -144,6 +163,23 @@ class LearningRateConfig(Section):
     gamma: float = Field(0.1, gt=0, description="of step: the factor at each milestone")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs over which it grows from near 0, whatever the shape")
     power: float = Field(0.9, gt=0, description="of poly: (1 - progress)^power")
+    final: float = Field(
+        0.0, ge=0, lt=1, description="of cosine, linear and poly: where they end, as a share of the rate"
+    )
+    cooldown_epochs: float = Field(0.0, ge=0, description="of them: epochs at the end that stay at `final`")
+
+    @model_validator(mode="after")
+    def _of_a_schedule_that_falls(self) -> LearningRateConfig:
+        if self.name in ("constant", "step") and (self.final or self.cooldown_epochs):
+            raise UserError(f"final and cooldown_epochs are of cosine, linear and poly, not of {self.name}")
+        return self
+
+
+class EmaConfig(Section):
+    """A moving average of the student's weights, see `distpro.train.keeping`."""
+
+    decay: float = Field(0.9999, ge=0, lt=1, description="share of the average that a step keeps")
+    warmup: bool = Field(True, description="the decay of update n is min(decay, (1 + n) / (10 + n))")
 
 
 class TrainingConfig(Section):
@@ -168,6 +204,38 @@ class TrainingConfig(Section):
         ge=0,
         description="epochs over which λ grows, min(epoch / this, 1); null: those of the schedule, stretched with it",
     )
+    ema: EmaConfig | None = Field(
+        None,
+        description="evaluate, and with `keep: last` keep, an exponential moving average of the student; {}: with its defaults",
+    )
+    keep: Literal["last", "best", "average"] = Field(
+        "last",
+        description="the student that is left at the end: that of the last step, of the best evaluation on the validation part, or "
+        "the mean of the weights of the `average_of` best",
+    )
+    average_of: int = Field(10, ge=2, description="evaluations whose students `keep: average` takes")
+    patience: int | None = Field(
+        None, gt=0, description="end the training after so many evaluations without a better one on the validation part"
+    )
+    validation_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of the training samples, held out for `keep` and `patience` where the data have no validation part",
+    )
+
+    @model_validator(mode="after")
+    def _cools_down_within_its_epochs(self) -> TrainingConfig:
+        if self.learning_rate.cooldown_epochs >= self.epochs:
+            raise UserError(
+                f"learning_rate.cooldown_epochs is {self.learning_rate.cooldown_epochs:g}, of {self.epochs} epochs in all"
+            )
+        return self
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the training looks at a validation part."""
+        return self.keep != "last" or self.patience is not None
 
 
 class TuneConfig(Section):

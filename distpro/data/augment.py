@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from distpro.data.counter import below, chance, draw, fraction, make_key
+from distpro.data.counter import BITS, below, chance, draw, fraction, make_key
 from pathways.registry import Registry, UserError
 
 AUGMENTATIONS = Registry("augmentation")
@@ -170,10 +171,39 @@ class Cutout(Augmentation):
 
     def __call__(self, grid: Grid, *drawn: Tensor) -> None:
         top, left = (below(d, n) - self.size // 2 for d, n in zip(drawn, (grid.height, grid.width), strict=True))
-        kept = ~(_within(grid.row - top, self.size) & _within(grid.col - left, self.size))
-        if grid.inside is not None:
-            kept = kept | ~grid.inside  # a crop after the cutout has made these pixels black
-        grid.kept = kept if grid.kept is None else grid.kept & kept
+        _blank(grid, _within(grid.row - top, self.size) & _within(grid.col - left, self.size))
+
+
+@AUGMENTATIONS.register("random_erasing")
+class RandomErasing(Augmentation):
+    """Blank a rectangle with probability ``p``: ``scale`` is the range of its share of the area, ``ratio`` of height / width, drawn
+    in logarithm; nothing where ten tries do not fit into the image. The rectangle is 0 after normalisation, that is the mean
+    colour (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020; ranges and tries as torchvision's RandomErasing)."""
+
+    tries = 10
+    draws = 1 + 2 * tries + 2
+
+    def __init__(self, p: float = 0.5, scale: Sequence[float] = (0.02, 0.33), ratio: Sequence[float] = (0.3, 3.3)):
+        check_value("random_erasing", "p", p, 0 <= p <= 1, "a probability between 0 and 1")
+        check_range("random_erasing", "scale", scale, 1)
+        check_range("random_erasing", "ratio", ratio, math.inf)
+        self.p, self.scale, self.ratio = p, scale, ratio
+
+    def __call__(self, grid: Grid, *drawn: Tensor) -> None:
+        erased, *sizes, x, y = drawn
+        height = width = torch.zeros_like(erased)
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for area, ratio in zip(sizes[-2::-2], sizes[-1::-2], strict=True):  # the first that fits, last
+            part = grid.height * grid.width * _between(area, *self.scale)
+            aspect = _between(ratio, low, high).exp()
+            h, w = (part * aspect).sqrt().round().long(), (part / aspect).sqrt().round().long()
+            fits = (h < grid.height) & (w < grid.width)
+            height, width = torch.where(fits, h, height), torch.where(fits, w, width)
+        top, left = (
+            (d * (whole - part + 1)) >> BITS for d, whole, part in ((y, grid.height, height), (x, grid.width, width))
+        )
+        inside = _within(grid.row - top, height) & _within(grid.col - left, width)
+        _blank(grid, inside & chance(erased, self.p))
 
 
 @AUGMENTATIONS.register("resized_crop")
@@ -186,9 +216,8 @@ class ResizedCrop(Augmentation):
     draws = 2 * tries + 2
 
     def __init__(self, scale: Sequence[float] = (0.08, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)):
-        for name, value, most in (("scale", scale, 1), ("ratio", ratio, math.inf)):
-            holds = len(value) == 2 and 0 < value[0] <= value[1] <= most
-            check_value("resized_crop", name, value, holds, f"[low, high] with 0 < low <= high <= {most}")
+        check_range("resized_crop", "scale", scale, 1)
+        check_range("resized_crop", "ratio", ratio, math.inf)
         self.scale, self.ratio = scale, ratio
 
     def box(self, width: int, height: int, drawn: Sequence[int]) -> tuple[int, int, int, int]:
@@ -208,8 +237,21 @@ class ResizedCrop(Augmentation):
         return left, top, left + w, top + h
 
 
-def _within(value: Tensor, size: int) -> Tensor:
+def _within(value: Tensor, size: int | Tensor) -> Tensor:
     return (value >= 0) & (value < size)
+
+
+def _between(drawn: Tensor, low: float, high: float) -> Tensor:
+    """Drawn numbers as float64 in [low, high)."""
+    return low + (high - low) * (drawn.double() / (1 << BITS))
+
+
+def _blank(grid: Grid, pixels: Tensor) -> None:
+    """Let pixels be 0 after normalisation."""
+    kept = ~pixels
+    if grid.inside is not None:
+        kept = kept | ~grid.inside  # a crop after it has made these pixels black
+    grid.kept = kept if grid.kept is None else grid.kept & kept
 
 
 def _leave_out(grid: Grid) -> None:
@@ -229,6 +271,12 @@ def check_value(augmentation: str, name: str, value: Any, holds: bool, rule: str
         raise UserError(f"augmentation '{augmentation}': {name} must be {rule}, got {value!r}")
 
 
+def check_range(augmentation: str, name: str, value: Any, most: float) -> None:
+    """Raise UserError unless a parameter is [low, high] above 0 and at most ``most``."""
+    holds = isinstance(value, Sequence) and len(value) == 2 and 0 < value[0] <= value[1] <= most
+    check_value(augmentation, name, value, holds, f"[low, high] with 0 < low <= high <= {most}")
+
+
 def build_augment(spec: AugmentSpec) -> dict[str, Augmentation]:
     """The augmentations of a config, by name, in the order of application. Raises UserError for an unknown name or
     parameter, a value out of range, or a name that occurs twice."""
@@ -240,6 +288,11 @@ def build_augment(spec: AugmentSpec) -> dict[str, Augmentation]:
         if name in built:
             raise UserError(f"augmentation '{name}' is given twice")
         built[name] = AUGMENTATIONS.build(name, **params)
+        blanks = next((other for other in built if other in ("cutout", "random_erasing")), None)
+        if blanks is not None and hasattr(built[name], "change"):
+            raise UserError(
+                f"augmentation '{name}' must come before '{blanks}', which blanks what is left of the image"
+            )
     return built
 
 
@@ -281,8 +334,21 @@ def apply(
     the maps, `VOID` where a pixel shows nothing of the image, of distances 0. A pixel that is not kept still has its label.
     Distances become float32 where an augmentation has enlarged or shrunk what they are of.
     """
-    if not augmentations:
-        return images, None, maps
+    kept = None
+    for changes, run in groupby(zip(augmentations, drawn, strict=True), lambda pair: hasattr(pair[0], "change")):
+        if not changes:
+            moving, numbers_of = zip(*run, strict=True)
+            images, kept, maps = _moved(moving, numbers_of, images, maps, depth)
+            continue
+        for augmentation, numbers in run:
+            images = augmentation.change(images, numbers)  # type: ignore[attr-defined]
+    return images, kept, maps
+
+
+def _moved(
+    augmentations: Sequence[Augmentation], drawn: Sequence[Tensor], images: Tensor, maps: Tensor | None, depth: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`apply` of augmentations that move pixels, in one reading."""
     sizes = [(images.shape[-2], images.shape[-1])]
     for augmentation in augmentations:
         sizes.append(augmentation.output_size(*sizes[-1]))

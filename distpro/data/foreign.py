@@ -166,10 +166,11 @@ def take(part: Any, count: int, seed: int) -> Subset:
     return Subset(part, stratified(strata, count, seed).tolist())
 
 
-def _strata(part: Any, otherwise: str) -> Tensor:
-    """A class number per sample, (N,) int64, all 0 where they are not known without reading the samples."""
+def labels_of(part: Any) -> Tensor | None:
+    """The labels of a map-style data set's samples, (N,) int64, where it has them as ``targets`` or ``labels``, a flat sequence of
+    whole numbers; else None."""
     if not is_map_style(part):
-        raise UserError(f"data: {type_name(part)} {otherwise}")
+        return None
     root, numbers = root_of(part), stored_numbers(part)
     for name in ("targets", "labels"):
         try:
@@ -177,8 +178,16 @@ def _strata(part: Any, otherwise: str) -> Tensor:
         except (TypeError, ValueError):  # objects, or rows of different lengths
             continue
         if labels.shape == (len(root),) and not labels.is_floating_point() and not labels.is_complex():
-            return torch.unique(labels[numbers], return_inverse=True)[1]
-    return torch.zeros(len(part), dtype=torch.int64)
+            return labels[numbers].long()
+    return None
+
+
+def _strata(part: Any, otherwise: str) -> Tensor:
+    """A class number per sample, (N,) int64, all 0 where they are not known without reading the samples."""
+    if not is_map_style(part):
+        raise UserError(f"data: {type_name(part)} {otherwise}")
+    labels = labels_of(part)
+    return torch.zeros(len(part), dtype=torch.int64) if labels is None else torch.unique(labels, return_inverse=True)[1]
 
 
 def _class_names(part: Any) -> list[str] | None:

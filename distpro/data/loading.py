@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from distpro.data import foreign, splits
 from distpro.data.augment import AugmentSpec
@@ -30,6 +32,8 @@ def make_loader(
     world_size: int = 1,
     expand: str = "",
     augment_epochs: int | None = None,
+    repeats: int = 1,
+    sampler: str | Sequence[float] | None = None,
 ) -> Loader | ForeignLoader:
     """Batches of a part of ``data`` (a `Dataset` or `ForeignDataset`): for training shuffled and as ``augment``,
     ``drop_last``, ``expand`` and ``augment_epochs`` say, otherwise in order, plain and whole. The arguments are those
@@ -52,10 +56,15 @@ def make_loader(
             expand=expand if training else "",
             augment_epochs=augment_epochs if training else None,
             num_classes=data.num_classes,
+            repeats=repeats if training else 1,
+            sampler=sampler if training else None,
         )
     for key, value in (("augment", augment), ("augment_epochs", augment_epochs)):
         if value:
             raise UserError(f"{key} is for distpro's own data sets; a Dataset augments itself")
+    if repeats > 1 or sampler is not None:
+        key = "repeats" if repeats > 1 else "sampler"
+        raise UserError(f"data.{key} is for distpro's own data sets; a DataLoader of yours may have its own sampler")
     if expand and training:
         raise UserError(f"a loss reads {expand} of images, which distpro's own data sets give; a Dataset has none")
     return ForeignLoader(
@@ -81,3 +90,10 @@ def split(part: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     """Two parts, ``fraction`` and the rest, seeded, and stratified where each sample has one known label; see
     `splits.split` for a `Split` and `foreign.split` for anything else."""
     return splits.split(part, fraction, seed) if isinstance(part, Split) else foreign.split(part, fraction, seed)
+
+
+def labels_of(part: Any) -> Tensor | None:
+    """The labels of a part's samples, (N,) int64; None where there is not one a sample, or only reading them would tell."""
+    if isinstance(part, Split):
+        return None if part.dense else part.labels
+    return foreign.labels_of(part)

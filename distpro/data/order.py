@@ -48,6 +48,9 @@ class Plan:
     Each step's batch of ``batch_size * world_size`` samples is cut into parts of ``batch_size``; a smaller last batch
     into parts that differ by at most one sample (shuffled: equal parts, up to world_size - 1 samples of an epoch are
     left out). Raises UserError where there is not one batch.
+
+    With ``weights`` (samples,) a shuffled epoch draws its samples with replacement, in proportion to them; with ``repeats`` each
+    comes so many times one after the other, and an epoch, which is no longer, has that much fewer of them.
     """
 
     samples: int
@@ -57,6 +60,8 @@ class Plan:
     drop_last: bool
     rank: int = 0
     world_size: int = 1
+    repeats: int = 1
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         size, rank, ranks = self.batch_size, self.rank, self.world_size
@@ -83,10 +88,23 @@ class Plan:
         if not self.shuffle:
             return torch.arange(self.samples)
         # always drawn on the CPU: the generators of other devices give other permutations
-        return torch.randperm(self.samples, generator=make_generator(self.seed, epoch, "order"))
+        generator = make_generator(self.seed, epoch, "order")
+        if self.weights is not None:
+            order = torch.multinomial(self.weights, self.samples, replacement=True, generator=generator)
+        else:
+            order = torch.randperm(self.samples, generator=generator)
+        return order if self.repeats == 1 else order.repeat_interleave(self.repeats)[: self.samples]
 
     def part(self, step: int) -> slice:
         """Where this rank's part of a step's batch lies in the order of the epoch."""
         first = step * self.global_batch
         size = min(self.global_batch, self._used - first)
         return slice(first + size * self.rank // self.world_size, first + size * (self.rank + 1) // self.world_size)
+
+
+def occurrences(order: Tensor) -> Tensor:
+    """How many times each position has come before in an order (N,), (N,) int64."""
+    places = order.argsort(stable=True)
+    sorted_order = order[places]
+    first = torch.searchsorted(sorted_order, sorted_order)
+    return torch.empty_like(order).scatter_(0, places, torch.arange(len(order)) - first)

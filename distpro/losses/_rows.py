@@ -69,6 +69,7 @@ class ResponseLoss(RowLoss):
     reads = "logits"
     taps = ("logits",)
     by_position = True
+    compares_classes = True
 
     def __init__(self, student_shapes: Sequence[Shape] = (), teacher_shapes: Sequence[Shape] = ()):
         super().__init__(student_shapes, teacher_shapes)

@@ -46,6 +46,7 @@ class DistillationLoss(nn.Module):
     by_position: ClassVar[bool] = (
         False  # each position of dense logits is a sample: it is given the counted ones (M, K)
     )
+    compares_classes: ClassVar[bool] = False  # reads a response as classes of which one is right
     masked: ClassVar[bool] = False  # forward, levels and pretrain take `mask`, the positions that count; see `Mask`
     deploys: ClassVar[bool] = False  # the deployed student answers through its `predict(student) -> logits (N, K)`
     pretrain_reads: ClassVar[str] = ""  # what `pretrain` reads: teacher | both

@@ -37,6 +37,7 @@ class DISTPlus(DistillationLoss):
     family = "response"
     reads = "logits and the last features before pooling"
     taps = ("logits", "last")
+    compares_classes = True
     scalars = ("beta", "gamma", "iota", "kappa", "tau")
     formula = "DIST(logits) + iota (1 - rho over channels) + kappa (1 - rho over samples of the map)"
     ranges = {"tau": POSITIVE, "eps": NOT_NEGATIVE}

@@ -31,6 +31,7 @@ class SimpleRecipe(DistillationLoss):
     family = "feature"
     reads = "logits and the last features before pooling, or the embedding"
     taps = ("logits", "last")
+    compares_classes = True
     scalars = ("exponent", "temperature")
     formula = "2 log sum |BN(W f_s) - BN(f_t)|^a + KL(softmax(t/T) || softmax(s/T))"
     ranges = {"exponent": POSITIVE, "temperature": POSITIVE}

@@ -18,6 +18,7 @@ from distpro.build.cache import rows_per_sample
 from distpro.build.models import Pair
 from distpro.config.schema import Config
 from distpro.objective import Objective, entries_of
+from distpro.report.recipe import recipe_of
 from distpro.schedule import Schedule
 from distpro.weights import CONTROLS, columns_of
 from pathways.call import map_tensors
@@ -33,7 +34,7 @@ TRAINING = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
 @dataclass(frozen=True)
 class Description:
     """Facts of a run before it starts. ``unmasked``: terms that see positions that do not count (void pixels, padding), for
-    their losses take no mask. ``problems``: why a model's stages were not found, where no term needs them. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
+    their losses take no mask. ``recipe``: see `recipe_of`. ``problems``: why a model's stages were not found, where no term needs them. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
     counts only the parts of the models that a loss depends on. ``trials``: plain trainings that a search may add. ``horizon``: of a
     search over several steps, how many, the stretch of those of which the first is kept whole, and bytes of all that is kept.
     ``rounds``: times that a search trains like this."""
@@ -59,6 +60,7 @@ class Description:
     rounds: int = 0
     unmasked: Sequence[str] = ()
     problems: Sequence[str] = ()
+    recipe: str = ""
 
     @property
     def teacher_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -104,12 +106,13 @@ def describe(config: Config, searching: bool) -> Description:
     terms = _term_costs(objective, pair.example)
     steps = None
     if samples is not None:
-        cut = searching and getattr(data, "validation", None) is None
-        count = samples - round(samples * config.search.fraction_of(samples)) if cut else samples
-        if count in (0, samples) and cut:
-            raise UserError(
-                f"search.validation_fraction: {config.search.fraction_of(samples)} of {samples} samples leaves one part empty"
-            )
+        key, held = "training.validation_fraction", config.training.validation_fraction or 0.0
+        if searching:
+            cut = getattr(data, "validation", None) is None
+            key, held = "search.validation_fraction", config.search.fraction_of(samples) if cut else 0.0
+        count = samples - round(samples * held)
+        if held and count in (0, samples):
+            raise UserError(f"{key}: {held} of {samples} samples leaves one part empty")
         size = config.training.batch_size
         build.check_accumulate(config, count // size if config.training.drop_last else -(-count // size))
         batch = size * config.training.accumulate
@@ -141,6 +144,7 @@ def describe(config: Config, searching: bool) -> Description:
         horizon=horizon,
         rounds=config.search.rounds if searching else 0,
         unmasked=_unmasked(pair, objective),
+        recipe=recipe_of(config, searching),
         problems=[r.problem for r in (*pair.teachers.values(), pair.student_reading) if r is not None and r.problem],
         cache_bytes=_cache_bytes(config, objective, pair, samples) if config.cache and samples else None,
     )
@@ -266,6 +270,7 @@ def as_text(d: Description) -> str:
         + ", ".join(f"{part} {count:g}" for part, count in d.passes.items())
         + f" = {d.step_macs / 1e9:.1f} GMAC",
     ]
+    lines += [f"recipe   {d.recipe}"] if d.recipe else []
     lines += [f"stages   {problem}" for problem in d.problems]
     if d.unmasked:
         lines.append(f"masks    void or padded positions are seen by {', '.join(d.unmasked)}: no mask is taken there")

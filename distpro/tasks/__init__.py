@@ -8,6 +8,8 @@ from distpro.tasks.classification import Classification
 from distpro.tasks.depth import Depth
 from distpro.tasks.detection import Detection
 from distpro.tasks.metrics import METRICS, Together
+from distpro.tasks.multilabel import MultiLabel
+from distpro.tasks.regression import Regression
 from distpro.tasks.segmentation import Segmentation
 from distpro.tasks.text import TextClassification, TextRegression
 from pathways.registry import Registry
@@ -17,6 +19,8 @@ TASKS.register("classification")(Classification)
 TASKS.register("depth")(Depth)
 TASKS.register("segmentation")(Segmentation)
 TASKS.register("detection")(Detection)
+TASKS.register("multi_label")(MultiLabel)
+TASKS.register("regression")(Regression)
 TASKS.register("text")(TextClassification)
 TASKS.register("text_regression")(TextRegression)
 
@@ -27,6 +31,8 @@ __all__ = [
     "Classification",
     "Depth",
     "Detection",
+    "MultiLabel",
+    "Regression",
     "Segmentation",
     "TextClassification",
     "TextRegression",

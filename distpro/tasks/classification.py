@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.batch import Batch
-from distpro.tasks.labels import as_labels, check_range, check_smoothing
+from distpro.tasks.labels import as_labels, balanced, check_range, check_smoothing, check_weights
 from pathways.call import Call
 from pathways.registry import UserError
 from pathways.taps import response_of
@@ -21,13 +21,18 @@ class Classification:
 
     Args:
         label_smoothing: of the training loss; evaluation uses the plain cross entropy.
+        class_weights: likewise, a factor per class on its samples' share of the mean, as of `torch.nn.CrossEntropyLoss` (in several
+            processes of each one's part), or ``balanced``: N / (K · samples of the class) of the training part, as scikit-learn's.
     """
 
     headline = "accuracy"
     higher_is_better = True
 
-    def __init__(self, label_smoothing: float = 0.0):
+    def __init__(self, label_smoothing: float = 0.0, class_weights: Sequence[float] | str | None = None):
         self.label_smoothing = check_smoothing("classification", label_smoothing)
+        self.class_weights = check_weights("classification", class_weights)
+        self._numbers = None if isinstance(self.class_weights, str) else self.class_weights
+        self._weights: dict[torch.device, Tensor] = {}
 
     def model_arguments(self, data: Any) -> dict[str, Any]:
         if getattr(data, "vocabulary", None) is not None and type(self) is Classification:
@@ -35,6 +40,12 @@ class Classification:
                 "task 'classification': the data are texts, whose padding it would not leave out: task: text"
             )
         return {} if data.num_classes is None else {"num_classes": data.num_classes}
+
+    def prepare(self, labels: Tensor | None) -> None:
+        """Take in the labels of the training part, (N,) int64, None where they are not known. Raises UserError where balanced
+        weights need them."""
+        if self.class_weights == "balanced":
+            self._numbers, self._weights = balanced("classification", labels), {}
 
     def call(self, batch: Batch, training: bool) -> Call:
         return batch.call
@@ -49,7 +60,22 @@ class Classification:
             )
         if target.dim() == 1:
             check_range("classification", target, response.shape[1])
-        return F.cross_entropy(response, target, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(response, target, self._weights_of(response), label_smoothing=self.label_smoothing)
+
+    def _weights_of(self, response: Tensor) -> Tensor | None:
+        """On the response's device. Raises UserError where they are not one per class."""
+        if self._numbers is None:
+            return None
+        unseen = response.shape[1] - len(self._numbers)
+        if self.class_weights == "balanced" and unseen > 0:
+            self._numbers = self._numbers + [1.0] * unseen
+        elif unseen:
+            raise UserError(
+                f"classification: {len(self._numbers)} class_weights for a response of {response.shape[1]} classes"
+            )
+        if response.device not in self._weights:
+            self._weights[response.device] = torch.tensor(self._numbers, device=response.device)
+        return self._weights[response.device].to(response.dtype)
 
     def response(self, output: Any) -> Tensor | None:
         return response_of(output)

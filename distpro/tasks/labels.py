@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,3 +38,28 @@ def check_smoothing(what: str, value: float) -> float:
     if not 0 <= value < 1:
         raise UserError(f"{what}: label_smoothing must be at least 0 and below 1, got {value}")
     return value
+
+
+def check_weights(what: str, weights: Any) -> list[float] | str | None:
+    """``class_weights`` as numbers, or ``balanced``, or None. Raises UserError for anything else, and for weights below 0 or that are
+    all 0."""
+    if weights is None or weights == "balanced":
+        return weights  # type: ignore[no-any-return]
+    numbers = isinstance(weights, Sequence) and all(
+        isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w < float("inf") for w in weights
+    )
+    if isinstance(weights, str) or not numbers or not any(weights):
+        raise UserError(f"{what}: class_weights are 'balanced' or a number of at least 0 per class, got {weights!r}")
+    return [float(w) for w in weights]
+
+
+def balanced(what: str, labels: Tensor | None) -> list[float]:
+    """N / (K · samples of the class) of labels (N,), K classes that occur; 1 of a class below the largest that does not."""
+    if labels is None:
+        raise UserError(
+            f"{what}: class_weights: balanced counts the training labels, which these data do not have without reading every sample (a "
+            "Dataset may have them as `targets`); state the weights"
+        )
+    counts = torch.bincount(labels.flatten().long()).double()
+    occurring = int((counts > 0).sum())
+    return torch.where(counts > 0, labels.numel() / (occurring * counts.clamp(min=1)), 1.0).tolist()  # type: ignore[no-any-return]

@@ -32,11 +32,16 @@ class TextClassification(Classification):
 
     Args:
         headline: accuracy (GLUE's SST-2 and RTE), matthews (CoLA) or f1 (MRPC), which is of class 1 of two.
-        label_smoothing: of the training loss.
+        label_smoothing, class_weights: of the training loss, see `Classification`.
     """
 
-    def __init__(self, headline: str = "accuracy", label_smoothing: float = 0.0):
-        super().__init__(label_smoothing)
+    def __init__(
+        self,
+        headline: str = "accuracy",
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | str | None = None,
+    ):
+        super().__init__(label_smoothing, class_weights)
         self.headline = _headline("text", headline, HEADLINES, "text_regression", SCORES)
 
     def model_arguments(self, data: Any) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pathways.probing import buffers_kept
+
+if TYPE_CHECKING:
+    from distpro.objective import Objective
 
 
 @contextmanager
@@ -73,3 +78,19 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), gauss))
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def snapshot(objective: Objective, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A function that takes parameters, buffers, optimiser and random state back to now."""
+    tensors = [*objective.trainable_parameters(), *objective.student.buffers(), *objective.terms.buffers()]
+    copies = [t.detach().clone() for t in tensors]
+    settings, state = copy.deepcopy(optimizer.state_dict()), random_state(objective.student)
+
+    def go_back() -> None:
+        with torch.no_grad():
+            for tensor, saved in zip(tensors, copies, strict=True):
+                tensor.copy_(saved)
+        optimizer.load_state_dict(settings)
+        set_random_state(state)
+
+    return go_back

@@ -3,7 +3,6 @@ says what the weights of the terms are (`Weights`)."""
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distpro.batch import Batch
+from distpro.console import note
 from distpro.features import TrainingPass
 from distpro.files import save_atomically
 from distpro.objective import Objective
@@ -24,10 +24,11 @@ from distpro.task import Metrics, Task
 from distpro.train import distributed
 from distpro.train.checkpoint import CHECKPOINT, PREVIOUS, VERSION, read_checkpoint
 from distpro.train.divergence import Diverged, check_student, divergence
-from distpro.train.evaluation import evaluate
+from distpro.train.evaluation import evaluate, mean_parts
+from distpro.train.keeping import BESIDE, Keeper, logged
 from distpro.train.progress import Progress
 from distpro.train.rates import LearningRate
-from distpro.train.state import random_state, set_random_state
+from distpro.train.state import random_state, set_random_state, snapshot
 from distpro.train.stopping import Cut, Interrupted, Stop
 from distpro.train.tracking import Tracker
 from distpro.weights import Weights
@@ -53,6 +54,7 @@ class Trainer:
         log_every: steps between two log rows; evaluate_every, checkpoint_every: epochs.
         on_checkpoint: called after every checkpoint, also on interruption.
         on_evaluation: called with the row of every evaluation, its epoch, step and metrics; what it raises ends the training.
+        keeper: which student is left at the end; None: that of the last step.
         name: what the progress line calls the run.
         why_not: why its loaders do not give the same batches again, in words; "" where they do.
     """
@@ -77,6 +79,7 @@ class Trainer:
     checkpoint_every: int = 1
     on_checkpoint: Callable[[], None] = lambda: None
     on_evaluation: Callable[[dict[str, float]], None] = lambda row: None
+    keeper: Keeper | None = None
     name: str = "train"
     why_not: str = ""
 
@@ -88,6 +91,7 @@ class Trainer:
         self._stop = Stop()
         self._stopping = False
         self._checkpoint_due = False
+        self._kept: dict[str, float] = {}  # metrics of the student that is left, where a keeper has chosen it
         device = next(self.objective.student.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
         buffers = self.objective.student.model.named_buffers()
@@ -108,7 +112,7 @@ class Trainer:
         """Train to the end, or raise Interrupted after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written: after the step
         that is running, or in the middle of an evaluation, which is begun anew when the run is resumed.
 
-        Returns the last evaluation's metrics, and ``best_<headline>`` beside it.
+        Returns the last evaluation's metrics, or those of the student that the keeper leaves, and ``best_<headline>`` beside it.
         """
         start = time.perf_counter() - self.seconds
         if distributed.rank():  # or dropout would draw the same on every rank
@@ -117,7 +121,7 @@ class Trainer:
             if self._evaluation_missing():
                 self._end_of_epoch(progress)
                 self._save_if_due()
-            while self.step < self.total_steps:
+            while self.step < self.total_steps and not self._ends_early:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 stops = False
                 batches = self.train_loader.epoch(epoch, start=first * self.accumulate)
@@ -135,11 +139,27 @@ class Trainer:
                 self._save_if_due()
                 if stops and self.step < self.total_steps:
                     self._leave()
+        if self.keeper is not None:
+            self._conclude(self.keeper)
         return self.result()
 
     def _leave(self) -> NoReturn:
         self.save()
         raise Interrupted(self._stop.number or signal.SIGTERM, self.step, self.total_steps)
+
+    @property
+    def _ends_early(self) -> bool:
+        return self.keeper is not None and self.keeper.stops
+
+    def _conclude(self, keeper: Keeper) -> None:
+        said = [keeper.why_it_stopped()] if keeper.stops else []
+        said += [kept] if (kept := keeper.conclude()) else []
+        if distributed.is_main():
+            for line in said:
+                note(line)
+        if kept:
+            self._stop.number = None  # the training is over; what is kept is evaluated to its end
+            self._kept = {**self.test(), **keeper.facts}
 
     def _stops(self) -> bool:
         """Whether to stop after this step: all ranks at the same one, so they ask each other now and then."""
@@ -149,7 +169,9 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         """The checkpoint of an epoch's end, there or at the next step from which a run can be gone on with."""
-        if self._checkpoint_due and (self.step >= self.total_steps or self.weights.resumable(self.step)):
+        if self._checkpoint_due and (
+            self.step >= self.total_steps or self._ends_early or self.weights.resumable(self.step)
+        ):
             self.save()
             self._checkpoint_due = False
 
@@ -159,7 +181,7 @@ class Trainer:
         self._set_learning_rate()
         watching = self.weights.watches(self.step)
         state = random_state(self.objective.student) if watching else {}
-        go_back = self._snapshot() if watching and self.weights.repeats else None
+        go_back = snapshot(self.objective, self.optimizer) if watching and self.weights.repeats else None
         done = self._backward(batches, capture=watching and self.weights.needs_views)
         if watching:
             self.weights.before_update(self.step, batches[0], state, done)
@@ -168,6 +190,8 @@ class Trainer:
             go_back()
             done = self._backward(batches, capture=False)
             self._update()
+        if self.keeper is not None:
+            self.keeper.after_step()
         self.step += 1
         self._losses.append(torch.cat([done.task.reshape(1), done.terms]))
         self._samples += sum(batch.samples for batch in batches)
@@ -200,23 +224,6 @@ class Trainer:
         self._scaler.step(self.optimizer)
         self._scaler.update()
 
-    def _snapshot(self) -> Callable[[], None]:
-        """A function that takes parameters, buffers, optimiser and random state back to now."""
-        tensors = [*self.objective.trainable_parameters(), *self.objective.student.buffers()]
-        tensors += self.objective.terms.buffers()
-        copies = [t.detach().clone() for t in tensors]
-        optimizer = copy.deepcopy(self.optimizer.state_dict())
-        state = random_state(self.objective.student)
-
-        def go_back() -> None:
-            with torch.no_grad():
-                for tensor, saved in zip(tensors, copies, strict=True):
-                    tensor.copy_(saved)
-            self.optimizer.load_state_dict(optimizer)
-            set_random_state(state)
-
-        return go_back
-
     def _set_learning_rate(self) -> None:
         factor = self.learning_rate(self.step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
@@ -238,7 +245,7 @@ class Trainer:
         samples = self._samples * distributed.world_size()
         task, *terms = losses.mean(0).tolist()
         values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
-        values |= self._mean_parts()
+        values |= mean_parts(self._parts)
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
         values["images_per_second"] = samples / (time.perf_counter() - self._since)
@@ -254,13 +261,6 @@ class Trainer:
         if not math.isfinite(total):
             raise divergence(self, losses.cpu())
 
-    def _mean_parts(self) -> dict[str, float]:
-        """The parts of the task loss, of a task that has them, as means over the passes since the last log row."""
-        names = list(self._parts[0]) if self._parts else []
-        means = {name: torch.stack([parts[name].float() for parts in self._parts]).mean() for name in names}
-        distributed.average(means.values())
-        return {f"train/{name}": mean.item() for name, mean in means.items()}
-
     def _record(self, values: dict[str, Any]) -> None:
         if self.tracker is not None:
             self.tracker.scalars(values, self.step, self.step / self.steps_per_epoch)
@@ -271,20 +271,25 @@ class Trainer:
         check_student(self)
         if self._evaluates():
             try:
-                metrics = self.test()
+                metrics = self._evaluate(epoch)
             except Cut:
                 self._leave()
-            if self.task.headline not in metrics:
-                known = ", ".join(metrics) or "there are none"
-                raise UserError(f"the task's headline '{self.task.headline}' is none of its metrics ({known})")
+            self._record({logged(name): value for name, value in metrics.items()})
             self.history.append({"epoch": epoch, "step": self.step, **metrics})
-            self._record({f"test/{name}": value for name, value in metrics.items()})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            beside = {n for n in metrics if n.startswith(BESIDE) and not n.endswith(f"_{self.task.headline}")}
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name not in beside)
             progress.message(f"epoch {epoch}/{math.ceil(self.total_steps / self.steps_per_epoch)}  {shown}")
             self._since = time.perf_counter()
             self.on_evaluation(self.history[-1])
-        if last or epoch % self.checkpoint_every == 0:
+        if last or self._ends_early or epoch % self.checkpoint_every == 0:
             self._checkpoint_due = True
+
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        metrics = self.test()
+        if self.task.headline not in metrics:
+            known = ", ".join(metrics) or "there are none"
+            raise UserError(f"the task's headline '{self.task.headline}' is none of its metrics ({known})")
+        return metrics if self.keeper is None else metrics | self.keeper.evaluate(epoch, self.test, self.test_loader)
 
     def _evaluates(self) -> bool:
         """Whether an evaluation belongs to the end of the epoch that this step is."""
@@ -296,11 +301,13 @@ class Trainer:
         ended = self.step > 0 and (self.step % self.steps_per_epoch == 0 or self.step >= self.total_steps)
         return ended and self._evaluates() and not (self.history and self.history[-1]["step"] == self.step)
 
-    def test(self) -> dict[str, float]:
-        """Metrics of the student on the test set, in evaluation mode."""
+    def test(self, loader: Any = None) -> dict[str, float]:
+        """Metrics of the student, in evaluation mode, on the test set, or on what another loader gives."""
         metrics = self.task.metrics() if self.metrics is None else self.metrics()
         alone = distributed.world_size() == 1 and (self.step >= self.total_steps or self.weights.resumable(self.step))
         cut = (lambda: self._stop.number is not None) if alone else (lambda: False)
+        if loader is not None:
+            return evaluate(self.objective, metrics, loader, cut=cut)
         return evaluate(self.objective, metrics, self.test_loader, self._show, cut)
 
     def _show(self, output: Any, batch: Batch) -> None:
@@ -316,7 +323,9 @@ class Trainer:
             return {}
         headline = self.task.headline
         best = (max if self.task.higher_is_better else min)(row[headline] for row in self.history)
-        return {**self.history[-1], f"best_{headline}": best, "seconds": self.seconds}
+        last, kept = self.history[-1], self._kept
+        found = {**last, **kept, f"last_{headline}": last[headline]} if kept else last
+        return {**found, f"best_{headline}": best, "seconds": self.seconds}
 
     # Interruption and resume
 
@@ -340,6 +349,8 @@ class Trainer:
     def _share_statistics(self) -> None:
         """Running statistics of the student as means over the ranks: each has seen its own part of the data."""
         distributed.average(b for b in self.objective.student.buffers() if b.is_floating_point())
+        if self.keeper is not None:
+            self.keeper.share()
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises UserError if there is none, or it is of another set-up."""
@@ -366,6 +377,7 @@ class Trainer:
             "losses": self._losses,
             "parts": self._parts,
             "seconds": self.seconds,
+            **({} if self.keeper is None else {"keeper": self.keeper.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -375,6 +387,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.weights.load_state_dict(state["weights"])
         self._scaler.load_state_dict(state["scaler"])
+        if self.keeper is not None:
+            self.keeper.load_state_dict(state["keeper"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         device = next(self.objective.student.parameters()).device
         self._losses = [losses.to(device) for losses in state["losses"]]

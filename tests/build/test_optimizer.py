@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import yaml
 
 import distpro
-from distpro.build.optimizer import build_optimizer
+from distpro.build.optimizer import build_optimizer, libraries
 from distpro.cli import main
-from distpro.config.reading import read_config
+from distpro.config.reading import merge, read_config
 from tests.digits import settings
 
 
@@ -58,3 +60,86 @@ def test_it_is_one_message_before_anything_is_written(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("distpro: optimiser 'torch.optim:LBFGS'") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+# By name
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "nadam", "lion", "lamb", "adan", "muon", "sgdw", "rprop"])
+def test_optimisers_of_torch_and_timm_by_name(name):
+    """Against the library's own, over three steps of two tensors; resumed after the second to the same bytes."""
+    timm = pytest.importorskip("timm.optim")
+
+    def start():
+        generator = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3, 2, 2), (3, 5), (4,))]
+
+    def steps(optimizer, params, count):
+        for _ in range(count):
+            for p in params:
+                p.grad = 0.1 * p.detach() + 0.01
+            optimizer.step()
+
+    ours, theirs, again = start(), start(), start()
+    without = {} if name != "rprop" else {"training": {"optimizer": {"weight_decay": 0.0}}}
+    checked = read_config(merge(config(name).model_dump(), without))
+    optimizer = build_optimizer(checked, ours)
+    steps(optimizer, ours, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    with torch.no_grad():
+        for p, value in zip(again, ours, strict=True):
+            p.copy_(value)
+    steps(optimizer, ours, 1)
+    kinds = {"rmsprop": torch.optim.RMSprop, "nadam": torch.optim.NAdam, "rprop": torch.optim.Rprop}
+    kind = kinds.get(name) or timm.get_optimizer_class(name)
+    options = {"rprop": {}, "sgdw": {"weight_decay": 5e-4, "momentum": 0.9}}.get(name, {"weight_decay": 5e-4})
+    steps(kind(theirs, lr=0.1, **options), theirs, 3)
+    resumed = build_optimizer(checked, again)
+    resumed.load_state_dict(state)
+    steps(resumed, again, 1)
+    for one, two, three in zip(ours, theirs, again, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "lionn"}, "unknown optimiser 'lionn'; did you mean 'lion"),
+        ({"name": "lbfgs"}, "unknown optimiser 'lbfgs'"),
+        ({"name": "adahessian"}, "unknown optimiser 'adahessian'"),
+        ({"name": "rprop"}, "training.optimizer.weight_decay: rprop has none; set it to 0"),
+        (
+            {"name": "lion", "momentum": 0.5},
+            "training.optimizer.momentum: lion takes it under training.optimizer.params",
+        ),
+        ({"name": "nadam", "params": {"betta": 1}}, "optimiser 'nadam' has no parameter 'betta'"),
+        (
+            {"name": "nadam", "params": {"momentum_decay": -1.0}},
+            "optimiser 'nadam': Invalid momentum_decay value: -1.0",
+        ),
+        (
+            {"name": "lamb", "params": {"betas": [0.9]}},
+            "optimiser 'lamb' cannot step with these training.optimizer.params (not enough",
+        ),
+        ({"name": "sgd", "params": {"lr": 1}}, "training.optimizer.params: for other optimisers; sgd takes"),
+    ],
+)
+def test_what_an_optimiser_does_not_take_is_one_message(changes, message):
+    checked = read_config({"student": {"model": "resnet8"}, "training": {"optimizer": changes}})
+    with pytest.raises(distpro.UserError) as error:
+        build_optimizer(checked, [torch.nn.Parameter(torch.zeros(3, 3))])
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_without_timm_its_optimisers_are_unknown_with_what_to_install(monkeypatch):
+    monkeypatch.setattr("distpro.build.optimizer._timm", lambda: None)
+    libraries.cache_clear()
+    with pytest.raises(distpro.UserError, match=r"unknown optimiser 'lion'.*pip install 'distpro\[timm\]'"):
+        build_optimizer(config("lion"), [torch.nn.Parameter(torch.zeros(3))])
+    monkeypatch.undo()
+    libraries.cache_clear()
+
+
+def test_a_search_says_which_optimisers_have_a_derivative():
+    with pytest.raises(distpro.UserError, match=r"the step of lion has no known derivative.*allowed: adam, adamw, sgd"):
+        distpro.search(settings("none.pt", {"training": {"optimizer": {"name": "lion"}}}))

@@ -17,6 +17,13 @@ from distpro.search.estimators.step import StepDerivative
 from distpro.train.state import no_trace, random_state
 from pathways import UserError, build_pathways
 
+
+def grouped(params):
+    """Every other parameter without weight decay, at a rate of its own."""
+    params = list(params)
+    return [{"params": params[1::2]}, {"params": params[::2], "lr": 0.004, "weight_decay": 0.0}]
+
+
 OPTIMIZERS = {
     "sgd": (lambda p: torch.optim.SGD(p, 0.1), None),
     "momentum and weight decay": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=5e-4), None),
@@ -27,6 +34,7 @@ OPTIMIZERS = {
     "clipping that does not bite": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 1e3),
     "adam": (lambda p: torch.optim.Adam(p, 1e-2, eps=1e-3, weight_decay=0.1), None),
     "adamw": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3, weight_decay=0.1), None),
+    "groups": (lambda p: torch.optim.SGD(grouped(p), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-2), 1.0),
     "adamw, clipped": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3), 0.7),
     "adamw, clipped by module": (lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3), 0.4, "module"),
     "fused": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True), None),

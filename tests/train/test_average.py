@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from distpro.batch import batch_of
 from distpro.train import distributed
+from distpro.train.keeping import Keeper, MovingAverage
 from tests.train.ranks import in_two
+from tests.train.test_trainer import Batches, build
 
 SIZES = {
     "a": (2, 2),
@@ -71,9 +76,30 @@ def layer_drop(rank: int):
     return model.state_dict()
 
 
+class Shares(Batches):
+    """Each rank's part of the batches."""
+
+    def epoch(self, epoch, start=0):
+        for batch in super().epoch(epoch, start):
+            share = batch.samples // 2
+            rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+            yield batch_of(batch.inputs[rows], batch.target[rows])
+
+
+def kept(rank: int):
+    """What a training with moving average, choice and early stopping leaves."""
+    trainer = build(epochs=4)
+    trainer.train_loader, trainer.test_loader = Shares((6, 6, 4)), Shares((6, 4), seed=1)
+    ema = partial(MovingAverage, decay=0.5)
+    options = {"keep": "average", "average_of": 2, "patience": 3, "train": trainer.train_loader}
+    trainer.keeper = Keeper(trainer.objective, "accuracy", True, ema, Shares((6, 4), seed=2), **options)
+    metrics = trainer.fit()
+    return trainer.objective.student.model.state_dict(), {**metrics, "seconds": 0}, trainer.keeper.state_dict()
+
+
 @pytest.fixture(scope="module")
 def found():
-    return in_two(exchange, mixed, layer_drop)
+    return in_two(exchange, mixed, layer_drop, kept)
 
 
 @pytest.mark.slow
@@ -102,6 +128,17 @@ def test_other_types_and_no_gradient_at_all(found):
 def test_ranks_stay_together(found):
     first, second = found["layer_drop"]
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_ranks_keep_the_same_student(found):
+    (student, metrics, state), (other, same, its) = found["kept"]
+    assert all(torch.equal(student[name], other[name]) for name in student)
+    assert all(torch.equal(value, its["average"][name]) for name, value in state["average"].items())
+    assert metrics == same and metrics["last_accuracy"] >= 0
+    assert [(one["epoch"], one["value"]) for one in state["kept"]] == [
+        (one["epoch"], one["value"]) for one in its["kept"]
+    ]
 
 
 def test_alone_nothing_happens():

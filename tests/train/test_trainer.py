@@ -111,6 +111,20 @@ def test_the_linear_rate_is_transformers_own(warmup):
     assert ours(10, 10) == 0
 
 
+@pytest.mark.parametrize(("name", "final", "cooldown"), [("cosine", 0.01, 3), ("poly", 0.2, 2), ("linear", 0.1, 4)])
+def test_the_end_and_the_cooldown_are_timms(name, final, cooldown):
+    scheduler = pytest.importorskip("timm.scheduler")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 2.0)
+    theirs = {
+        "cosine": lambda: scheduler.CosineLRScheduler(optimizer, 12 - cooldown, lr_min=2 * final),
+        "poly": lambda: scheduler.PolyLRScheduler(optimizer, 12 - cooldown, power=0.9, lr_min=2 * final),
+        "linear": lambda: scheduler.PolyLRScheduler(optimizer, 12 - cooldown, power=1.0, lr_min=2 * final),
+    }[name]()
+    ours = LearningRate(name, final=final, cooldown_epochs=cooldown)
+    for epoch in range(13):
+        assert 2 * ours(epoch, 12) == pytest.approx(theirs._get_lr(epoch)[0], abs=1e-12), epoch
+
+
 def test_learning_rate_moves_every_step_to_the_end_of_a_shortened_training():
     """A cosine over the 4 of 6 steps that are taken, and each group's own base rate."""
     objective = Objective(None, network(1))
