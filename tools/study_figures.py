@@ -6,7 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study_file import StudyFile, at_budget, half_width
+from study_file import StudyFile, at_budget
+
+from distpro.report.intervals import half_width
 
 METRICS = {"miou": "mIoU, %", "rmse": "RMSE in m, smaller is better"}  # as tables and figures write them
 DIGITS = {"rmse": 3}

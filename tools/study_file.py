@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from pathlib import Path
@@ -14,15 +13,6 @@ import yaml
 from pathways.registry import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-# Two-sided 95 % points of Student's t by degrees of freedom.
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-
-
-def half_width(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean."""
-    return T95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def at_budget(label: str, epochs: int) -> str:

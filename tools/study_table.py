@@ -6,9 +6,10 @@ import statistics
 from pathlib import Path
 
 from study_figures import DIGITS, FIGURES, title_of
-from study_file import ROOT, StudyFile, half_width
+from study_file import ROOT, StudyFile
 
 from distpro.files import write_atomically
+from distpro.report.intervals import half_width
 
 
 def render(study: StudyFile) -> str:

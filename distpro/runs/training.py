@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from distpro.build.device import note_emulation
+from distpro.config.flat import flat
 from distpro.config.schema import Config
 from distpro.console import note, warn
 from distpro.files import save_atomically, write_atomically
 from distpro.objective import Objective, Term
 from distpro.report.plots import heatmap_figure, scalars_figure, schedule_figure
-from distpro.runs.folder import as_yaml, check_data, flat, record
+from distpro.runs.folder import as_yaml, check_data, record
 from distpro.runs.notes import at_the_end, at_the_start, check_classes
 from distpro.search.searcher import Searcher
 from distpro.train import distributed
