@@ -42,6 +42,9 @@ def add_commands(add: Add, add_run_options: Callable[[argparse.ArgumentParser], 
     report.add_argument(
         "--out", metavar="FILE", help="default: report.html in the first run's folder, or beside the rows"
     )
+    report.add_argument(
+        "--baseline", metavar="LABEL", help="what the others are compared with (default: the first run)"
+    )
     report.add_argument("--title", help="default: the runs' names")
 
 
@@ -104,4 +107,4 @@ def _show(what: str, config: dict[str, Any], overrides: list[str]) -> None:
 def _report(options: argparse.Namespace) -> None:
     from distpro.report.page import write_page
 
-    print(write_page(options.runs, options.out, options.title))
+    print(write_page(options.runs, options.out, options.title, options.baseline))

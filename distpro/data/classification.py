@@ -182,11 +182,12 @@ def image_tree(store: Store, whole: bool = False) -> dict[str, list[tuple[str, s
             tree.setdefault(parts[start], []).append((parts[start + 1], name))
     if whole and not tree:
         tree = {"train": _without_parts(store)}
-    for wanted in (("train",), ("test", "val")):
-        if not any(part in tree for part in wanted) and not (whole and tree.get("train")):
-            hint = "; or test_fraction: 0.2 takes a test part from the rest" if not whole else ""
+    if whole and not tree.get("train"):
+        raise UserError(f"{store.path}: no image files in train/<class>/ or <class>/")
+    for wanted in () if whole else (("train",), ("test", "val")):
+        if not any(part in tree for part in wanted):
             place = " or ".join(f"{part}/<class>/" for part in wanted)
-            raise UserError(f"{store.path}: no image files in {place}{' or <class>/' if whole else ''}{hint}")
+            raise UserError(f"{store.path}: no image files in {place} (test_fraction: 0.2 cuts a test part off)")
     return tree
 
 

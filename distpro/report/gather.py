@@ -19,19 +19,7 @@ from distpro.schedule import Schedule
 from distpro.train.tracking import read_metrics
 from pathways.registry import UserError
 
-NOT_METRICS = (
-    "epoch",
-    "step",
-    "seconds",
-    "trials",
-    "spent",
-    "budget",
-    "search_seconds",
-    "best",
-    "label",
-    "seed",
-    "threads",
-)
+NOT_METRICS = ("epoch", "step", "seconds", "trials", "spent", "budget", "search_seconds", "loss", "calibrated_loss")
 SAME = ("seed", "name", "device", "tracking.", "retrain.schedule", "threads", "data.num_classes", "data.image_shape")
 """Keys of a config, or their beginnings, that may differ between runs of one group."""
 
@@ -47,6 +35,7 @@ class Run:
         metrics: final ones; empty where it has not ended.
         rows: of its metrics.jsonl.
         schedule: learned (of a search) or replayed; None: none, or no longer there.
+        search_seconds: of a retrain: what the search of its schedule took; None: unknown.
         learned: of a row: ``keys`` and ``weights`` over time of a search.
         trials: of a tuning.
     """
@@ -64,12 +53,14 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
+    search_seconds: float | None = None
     notes: Sequence[str] = ()
 
     @property
     def headline(self) -> str | None:
-        """The main metric: that whose best value a training writes down as well."""
-        return next((name for name in self.metrics if f"best_{name}" in self.metrics), None)
+        """The main metric: that whose best value a training writes down as well; else the first."""
+        names = [name for name in self.metrics if name not in NOT_METRICS]
+        return next((name for name in names if f"best_{name}" in self.metrics), next(iter(names), None))
 
 
 @dataclass(frozen=True)
@@ -121,7 +112,7 @@ def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """The settings that differ between groups: a value for each, None where it has none."""
     firsts = [group.runs[0].settings for group in groups]
     keys = [k for k in dict.fromkeys(k for one in firsts for k in one) if not k.startswith(SAME)]
-    found = {key: [one.get(key) for one in firsts] for key in keys}
+    found = {key: [None if one.get(key) in ({}, []) else one.get(key) for one in firsts] for key in keys}
     return {key: values for key, values in found.items() if any(v != values[0] for v in values)}
 
 
@@ -154,6 +145,9 @@ def _run(folder: Path) -> Run:
             schedule = Schedule.load(path)
         else:
             notes.append(f"{folder}: its schedule {path} is no longer there")
+    searched = (
+        _json(Path(path).parent / "result.json").get("seconds") if schedule is not None and kind == "retrain" else None
+    )
     rows = read_metrics(folder)
     metrics = {
         k: v for k, v in (result or _last(rows)).items() if isinstance(v, (int, float)) and not isinstance(v, bool)
@@ -171,6 +165,7 @@ def _run(folder: Path) -> Run:
         environment=environment,
         facts=stored_facts(folder),
         commands=_commands(environment, folder, kind),
+        search_seconds=searched if finite(searched) else None,
         notes=notes,
     )
 

@@ -17,6 +17,7 @@ from distpro.report.plots import heatmap_figure, scalars_figure, schedule_figure
 from distpro.report.result_plots import Curve, as_svg, curves_figure, dots_figure, learned_figure, mean_text
 from distpro.report.tuning import board
 from distpro.report.words import explain_schedule
+from distpro.schedule import Schedule
 from pathways.registry import UserError, nearest
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 METRICS = {"miou": "mIoU, %", "rmse": "RMSE in m, smaller is better"}
 PERCENT = ("accuracy", "top5", "map", "map50", "map75")
 DIGITS = {"rmse": 3}
+ACROSS = 4  # runs that stand side by side in a table of settings
 SHOWN = 12  # schedules, and trials of a tuning
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -64,7 +66,7 @@ def page(runs: Sequence[Run], title: str, baseline: str | None = None) -> str:
     groups = groups_of(runs)
     metric = _headline(runs)
     parts = [_notes(runs), _results(groups, metric, baseline), _curves(groups, metric), _differences(groups)]
-    parts += [_schedules(runs), _tunings(runs), _setting(groups), _commands(runs), _versions(runs)]
+    parts += [_schedules(groups), _tunings(runs), _setting(groups), _commands(runs), _versions(runs)]
     body = "\n".join(filter(None, parts))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return (
@@ -128,7 +130,8 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group]) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str | None:
-    return next((run.headline for run in runs if run.headline), None)
+    trained = [run.headline for run in runs if run.headline and f"best_{run.headline}" in run.metrics]
+    return next(iter(trained), next((run.headline for run in runs if run.headline), None))
 
 
 def _notes(runs: Sequence[Run]) -> str:
@@ -172,6 +175,7 @@ def _results(groups: Sequence[Group], metric: str | None, baseline: str | None) 
         rows.append(row)
     said = "Values are of the last epoch, on the test part; ±: half of the mean's 95 % interval (Student's t). "
     said += "The best epoch's value is chosen by the test part itself, and too good."
+    said += " Seconds are of a run alone; its search has a row of its own."
     if any(_is_search(g) for g in measured):
         said += " In parentheses: searches, whose student has seen only a part of the training data."
     found = {g.label: list(g.values(metric).values()) for g in compared}
@@ -237,33 +241,43 @@ def _differences(groups: Sequence[Group]) -> str:
 
 
 def _setting_text(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        told = [{k: v for k, v in entry.items() if v not in (None, {}, [], False)} for entry in value]
+        value = "; ".join(", ".join(f"{k} {v}" for k, v in entry.items()) for entry in told)
     text = "" if value is None else str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return text if len(text) <= 400 else f"{text[:397]}..."
 
 
-def _schedules(runs: Sequence[Run]) -> str:
-    parts, seen = [], set()
-    for run in runs:
-        if run.schedule is not None and run.schedule.path not in seen:
-            seen.add(run.schedule.path)
-            what = "learned in" if run.kind == "search" else "replayed in"
-            parts.append(f"<h3>{escape(what)} {escape(run.label)}</h3>")
-            parts.append(_picture(schedule_figure(run.schedule), "Weights over the search's epochs."))
-            if len(run.schedule.keys) > 1:
-                parts.append(_picture(heatmap_figure(run.schedule), "The same, a row for each term."))
-            if run.schedule.scalars:
-                parts.append(_picture(scalars_figure(run.schedule), "Numbers learned beside the weights."))
-            parts.append(
-                f"<details><summary>In words</summary><pre>{escape(explain_schedule(run.schedule))}</pre></details>"
-            )
-        elif run.learned is not None:
-            title = f"weights in {run.label}, seed {run.seed}"
-            parts.append(_picture(learned_figure(run.learned, title), "Weights over the search."))
-        elif run.kind == "retrain" and run.schedule is None and (weights := _constant(run)):
-            parts.append(f"<p>{escape(run.label)}: constant weights, {escape(weights)}.</p>")
-        if len(seen) >= SHOWN:
-            break
+def _schedules(groups: Sequence[Group]) -> str:
+    parts: list[str] = []
+    seen: set[str | None] = set()
+    for group in groups:
+        for run in group.runs:
+            if run.schedule is not None and run.schedule.path not in seen and len(seen) < SHOWN:
+                seen.add(run.schedule.path)
+                parts += _schedule(run, run.schedule)
+        first = group.runs[0]
+        if first.learned is not None:
+            figure = learned_figure(first.learned, f"weights in {first.label}, seed {first.seed}")
+            parts.append(_picture(figure, "Weights over the search."))
+        elif first.kind == "retrain" and first.schedule is None and (weights := _constant(first)):
+            parts.append(f"<p>{escape(group.label)}: constant weights, {escape(weights)}.</p>")
     return _section("Weights over time", *parts) if parts else ""
+
+
+def _schedule(run: Run, schedule: Schedule) -> list[str]:
+    start = schedule.start
+    played = (
+        "; a replay takes its end" if start == 1 else f"; a replay leaves out the first {start:.0%}" if start else ""
+    )
+    parts = [f"<h3>{'learned' if run.kind == 'search' else 'replayed'} in {escape(run.label)}</h3>"]
+    parts.append(_picture(schedule_figure(schedule), f"Weights over the search's epochs{played}."))
+    if len(schedule.keys) > 1:
+        parts.append(_picture(heatmap_figure(schedule), "The same, a row for each term."))
+    if schedule.scalars:
+        parts.append(_picture(scalars_figure(schedule), "Numbers learned beside the weights."))
+    words = escape(explain_schedule(schedule))
+    return [*parts, f"<details><summary>In words</summary><pre>{words}</pre></details>"]
 
 
 def _constant(run: Run) -> str:
@@ -303,23 +317,23 @@ def _setting(groups: Sequence[Group]) -> str:
         own = [settings.get(key) for key in keys]
         steps, seconds = run.metrics.get("step"), list(group.values("seconds").values())
         cost = [int(steps) if steps is not None else None, statistics.median(speeds) if speeds else None]
-        rows.append(
-            [
-                group.label,
-                *own,
-                ", ".join(facts),
-                *cost,
-                sum(seconds) if seconds else None,
-                run.environment.get("device"),
-            ]
-        )
-    columns = ["run", *keys.values(), "samples", "steps", "images/s", "seconds, all seeds", "device"]
+        cost += [sum(seconds) if seconds else None, run.search_seconds]
+        rows.append([group.label, *own, ", ".join(facts), *cost, run.environment.get("device")])
+    columns = ["run", *keys.values(), "samples", "steps", "images/s", "seconds, all seeds"]
+    columns += ["its search's seconds", "device"]
+    if 0 < len(rows) <= ACROSS:  # few runs side by side
+        columns, *rows = ([*line] for line in zip(columns, *rows, strict=True))
     return _section("Setting and cost", _table(columns, rows)) if rows else ""
 
 
 def _commands(runs: Sequence[Run]) -> str:
     said = list(dict.fromkeys(command for run in runs for command in run.commands))
-    return _section("Commands", f"<pre>{escape(chr(10).join(said))}</pre>") if said else ""
+    if not said:
+        return ""
+    text = f"<pre>{escape(chr(10).join(said))}</pre>"
+    return _section(
+        "Commands", text if len(said) <= SHOWN else f"<details><summary>{len(said)} of them</summary>{text}</details>"
+    )
 
 
 def _versions(runs: Sequence[Run]) -> str:

@@ -83,7 +83,8 @@ def curves_figure(panels: Mapping[str, Mapping[str, Sequence[Curve]]], x: str = 
     from matplotlib.ticker import LogLocator
 
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(4.8 * len(panels) + 0.2, 3.2 + 0.22 * math.ceil(min(len(labels), NAMED + 1) / 2))
+        size = (8.6, 3.4) if len(panels) == 1 else (4.2 * len(panels), 3.3 + 0.1 * min(len(labels), NAMED))
+        figure = new_figure(*size)
         for place, (title, curves) in enumerate(panels.items()):
             ax = figure.add_subplot(1, len(panels), place + 1)
             for label, lines in curves.items():
@@ -96,7 +97,7 @@ def curves_figure(panels: Mapping[str, Mapping[str, Sequence[Curve]]], x: str = 
                 ax.yaxis.set_major_formatter("{x:g}")
                 ax.yaxis.set_minor_formatter("{x:g}")
                 ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
-        _legend(figure, labels)
+        _legend(figure, labels, beside=len(panels) == 1)
     return figure
 
 
@@ -122,12 +123,15 @@ def _look(n: int) -> dict[str, Any]:
     return {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n // len(COLOURS)], "linewidth": 1.4}
 
 
-def _legend(figure: Figure, labels: Sequence[str]) -> None:
+def _legend(figure: Figure, labels: Sequence[str], beside: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=short(label), **_look(n)) for n, label in enumerate(labels[:NAMED])]
     if len(labels) > NAMED:
         handles.append(Line2D([], [], label=f"{len(labels) - NAMED} more", **_look(NAMED)))
+    if beside:
+        figure.legend(handles=handles, loc="outside right upper", handlelength=2.4)
+        return
     width = max(len(handle.get_label()) for handle in handles)  # type: ignore[arg-type]
     columns = max(1, min(len(handles), int(figure.get_figwidth() / (width / 13 + 0.7))))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.4)
