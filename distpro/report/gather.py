@@ -139,6 +139,7 @@ def _run(folder: Path) -> Run:
         else "retrain"
     )
     notes = [] if result else [f"{folder} has not ended: its numbers are those so far"]
+    notes += [f"{folder}: {said}" for said in _warnings(folder / "log.txt")]
     schedule, path = None, folder / "alpha.pt" if kind == "search" else settings.get("retrain.schedule")
     if path is not None and kind in ("search", "retrain") and weights != "constant":
         if Path(path).is_file():
@@ -168,6 +169,13 @@ def _run(folder: Path) -> Run:
         search_seconds=searched if finite(searched) else None,
         notes=notes,
     )
+
+
+def _warnings(path: Path) -> list[str]:
+    """What the run warned of, once each."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    said = [line.partition(" WARNING ")[2] for line in lines]
+    return list(dict.fromkeys(filter(None, said)))[:5]
 
 
 def _last(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

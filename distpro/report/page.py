@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distpro.config.flat import setting_text
 from distpro.console import number_text
 from distpro.files import write_atomically
 from distpro.report.gather import Group, Run, differing, finite, gather, groups_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 METRICS = {"miou": "mIoU, %", "rmse": "RMSE in m, smaller is better"}
 PERCENT = ("accuracy", "top5", "map", "map50", "map75")
 DIGITS = {"rmse": 3}
+LONG = 400  # characters of a setting
 ACROSS = 4  # runs that stand side by side in a table of settings
 SHOWN = 12  # schedules, and trials of a tuning
 STYLE = """
@@ -241,11 +243,8 @@ def _differences(groups: Sequence[Group]) -> str:
 
 
 def _setting_text(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
-        told = [{k: v for k, v in entry.items() if v not in (None, {}, [], False)} for entry in value]
-        value = "; ".join(", ".join(f"{k} {v}" for k, v in entry.items()) for entry in told)
-    text = "" if value is None else str(value)
-    return text if len(text) <= 400 else f"{text[:397]}..."
+    text = "" if value is None else str(setting_text(value))
+    return text if len(text) <= LONG else f"{text[: LONG - 3]}..."
 
 
 def _schedules(groups: Sequence[Group]) -> str:
