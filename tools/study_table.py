@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from study_figures import DIGITS, FIGURES, title_of
+from study_figures import FIGURES
 from study_file import ROOT, StudyFile
 
 from distpro.files import write_atomically
 from distpro.report.intervals import half_width
+from distpro.report.page import DIGITS, title_of
 
 
 def render(study: StudyFile) -> str:
