@@ -210,7 +210,7 @@ def _commands(environment: Mapping[str, Any], folder: Path, kind: str) -> list[s
     """The command that was given, and one that repeats this run from its resolved config."""
     found, said = [], [str(word) for word in environment.get("command", [])]
     if said:
-        ours = Path(said[0]).name in ("distpro", "__main__.py", "cli.py")
+        ours = Path(said[0]).name in ("distpro", "__main__.py")
         found.append(shlex.join(["distpro", *said[1:]] if ours else ["python", *said]))
     verb = {"search": "search", "tuning": "tune"}.get(kind, "retrain")
     return [*found, shlex.join(["distpro", verb, str(folder / "config.yaml"), "--out", f"{folder}-repeated"])]

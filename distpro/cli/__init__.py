@@ -1,5 +1,5 @@
 """The command line: distpro search | retrain | tune | train | evaluate | inspect | plot | export | list | doctor | init, and
-what distpro.cli_distill adds.
+what distpro.cli.distill adds.
 
 What a command needs is imported when it runs, so that --help and --version answer at once.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import distpro
-from distpro.cli_distill import add_commands
+from distpro.cli.distill import add_commands
 
 KINDS = (
     *("losses", "transforms", "distances", "models", "datasets", "tasks", "metrics", "weightings", "processes"),
@@ -382,7 +382,3 @@ def _init(options: argparse.Namespace) -> None:
     print(f"  distpro train {teacher} --out runs/quickstart/teacher")
     print(f"  distpro search {search} --out runs/{search.stem}")
     print(f"  distpro retrain --schedule runs/{search.stem}/alpha.pt")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
