@@ -6,10 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study_file import StudyFile, at_budget
-
 from distpro.report.page import title_of
 from distpro.report.result_plots import dots_figure
+from distpro.report.study import StudyFile, at_budget
 
 
 def draw_budgets(study: StudyFile, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line from a folder of images to a page: distpro distill | report. What a command needs is imported when it runs."""
+"""The command line from a folder of images to a page: distpro distill | report | compare. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def add_commands(add: Add, add_run_options: Callable[[argparse.ArgumentParser], 
         "--baseline", metavar="LABEL", help="what the others are compared with (default: the first run)"
     )
     report.add_argument("--title", help="default: the runs' names")
+    compare = add(
+        "compare", _compare, "run a study: searches, runs and their seeds, side by side, and a page about them"
+    )
+    compare.add_argument("config", metavar="STUDY", help="a study's YAML file, such as studies/quickstart.yaml")
+    compare.add_argument("--out", metavar="DIR", help="of rows and page (default: runs/STUDY)")
+    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side")
+    compare.add_argument("--only", nargs="+", metavar="LABEL", help="these runs, with their searches")
+    compare.add_argument("--dry-run", action="store_true", help="say what would be run, and its cost")
 
 
 def _distill(options: argparse.Namespace) -> None:
@@ -108,3 +116,13 @@ def _report(options: argparse.Namespace) -> None:
     from distpro.report.page import write_page
 
     print(write_page(options.runs, options.out, options.title, options.baseline))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from distpro.runs.comparing import compare, missing, open_study, plan
+
+    if options.dry_run:
+        study = open_study(options.config, options.out)
+        plan(study, missing(study, options.only))
+        return
+    print(compare(options.config, options.out, options.jobs, options.only))

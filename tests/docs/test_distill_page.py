@@ -21,7 +21,10 @@ def test_the_page_runs(data_folder, tmp_path, monkeypatch):
     write_photographs(data_folder, tmp_path / "photos", {"train": 8, "test": 4}, classes=2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTPRO_DATA", str(tmp_path))
-    for kind, text in re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL):
+    for kind, text in re.findall(r"```(sh|python|yaml)\n(.*?)```", PAGE, re.DOTALL):
+        if kind == "yaml":
+            (tmp_path / "study.yaml").write_text(text)
+            continue
         if kind == "python":
             exec(text, {})
             continue
