@@ -34,7 +34,7 @@ class Run:
         settings: its config, with dotted keys.
         metrics: final ones; empty where it has not ended.
         rows: of its metrics.jsonl.
-        schedule: learned (of a search) or replayed; None: none, or no longer there.
+        schedule: learned (of a search) or replayed; None: none, or not found.
         search_seconds: of a retrain: what the search of its schedule took; None: unknown.
         learned: of a row: ``keys`` and ``weights`` over time of a search.
         trials: of a tuning.
@@ -113,7 +113,13 @@ def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
     firsts = [group.runs[0].settings for group in groups]
     keys = [k for k in dict.fromkeys(k for one in firsts for k in one) if not k.startswith(SAME)]
     found = {key: [None if one.get(key) in ({}, []) else one.get(key) for one in firsts] for key in keys}
-    return {key: values for key, values in found.items() if any(v != values[0] for v in values)}
+    searching = [group.runs[0].kind == "search" for group in groups]  # nobody else reads those keys
+
+    def of_interest(key: str, values: list[Any]) -> bool:
+        read = [v for v, reads in zip(values, searching, strict=True) if reads or not key.startswith("search.")]
+        return any(v != read[0] for v in read)
+
+    return {key: values for key, values in found.items() if of_interest(key, values)}
 
 
 def _common(labels: Sequence[str]) -> str:
@@ -145,7 +151,7 @@ def _run(folder: Path) -> Run:
         if Path(path).is_file():
             schedule = Schedule.load(path)
         else:
-            notes.append(f"{folder}: its schedule {path} is no longer there")
+            notes.append(f"the schedule {path}, which runs replay, is not found from here")
     searched = (
         _json(Path(path).parent / "result.json").get("seconds") if schedule is not None and kind == "retrain" else None
     )

@@ -115,20 +115,16 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _lead(runs: Sequence[Run], groups: Sequence[Group]) -> str:
-    kinds = {kind: sum(run.kind == kind for run in runs) for kind in dict.fromkeys(run.kind for run in runs)}
     names = {
-        "row": "row",
-        "search": "search",
-        "tuning": "tuning",
-        "retrain": "retrain",
-        "training": "training without a teacher",
+        "row": "rows",
+        "search": "searches",
+        "tuning": "tunings",
+        "retrain": "retrains",
+        "training": "plain trainings",
     }
-    said = ", ".join(
-        f"{n} {names[kind]}{'' if n == 1 else 'es' if kind == 'search' else 's'}" for kind, n in kinds.items()
-    )
-    return (
-        f"{said.replace('trainings without', 'trainings without')}; {len(groups)} different" if len(runs) > 1 else said
-    )
+    kinds = {kind: sum(run.kind == kind for run in runs) for kind in dict.fromkeys(run.kind for run in runs)}
+    said = ", ".join(f"{n} {names[kind] if n > 1 else f'{kind} run'}" for kind, n in kinds.items())
+    return f"{said}; {len(groups)} groups, of which each differs in the seed alone" if len(groups) < len(runs) else said
 
 
 def _headline(runs: Sequence[Run]) -> str | None:
@@ -137,12 +133,12 @@ def _headline(runs: Sequence[Run]) -> str | None:
 
 
 def _notes(runs: Sequence[Run]) -> str:
-    notes = [note for run in runs for note in run.notes]
-    sets = {str(run.facts["sha256"]) for run in runs if run.facts.get("sha256")}
-    if len(sets) > 1:
-        notes.append(
-            "these runs were not all trained and tested on the same data: their numbers are not comparable as they stand"
-        )
+    notes = list(dict.fromkeys(note for run in runs for note in run.notes))
+    sets: dict[int | None, set[str]] = {}  # a seed may draw samples of its own
+    for run in runs:
+        sets.setdefault(run.seed, set()).update([str(run.facts["sha256"])] if run.facts.get("sha256") else [])
+    if any(len(found) > 1 for found in sets.values()):
+        notes.append("not all of these runs saw the same data: their numbers are not comparable as they stand")
     return "\n".join(f'<p class="note">{escape(note)}</p>' for note in notes)
 
 
@@ -250,17 +246,22 @@ def _setting_text(value: Any) -> str:
 def _schedules(groups: Sequence[Group]) -> str:
     parts: list[str] = []
     seen: set[str | None] = set()
-    for group in groups:
+    for group in sorted(groups, key=lambda group: group.runs[0].kind != "search"):
         for run in group.runs:
             if run.schedule is not None and run.schedule.path not in seen and len(seen) < SHOWN:
                 seen.add(run.schedule.path)
                 parts += _schedule(run, run.schedule)
         first = group.runs[0]
+        weights = first.settings.get("retrain.weights")
         if first.learned is not None:
             figure = learned_figure(first.learned, f"weights in {first.label}, seed {first.seed}")
             parts.append(_picture(figure, "Weights over the search."))
-        elif first.kind == "retrain" and first.schedule is None and (weights := _constant(first)):
-            parts.append(f"<p>{escape(group.label)}: constant weights, {escape(weights)}.</p>")
+        elif first.kind == "retrain" and weights == "constant" and (constants := _constant(first)):
+            parts.append(f"<p>{escape(group.label)}: constant weights, {escape(constants)}.</p>")
+        elif first.kind == "retrain" and weights != "searched" and first.schedule is not None:
+            parts.append(
+                f"<p>{escape(group.label)}: the control “{escape(str(weights))}” of {escape(str(first.schedule.path))}.</p>"
+            )
     return _section("Weights over time", *parts) if parts else ""
 
 

@@ -80,7 +80,7 @@ def curves_figure(panels: Mapping[str, Mapping[str, Sequence[Curve]]], x: str = 
     if not labels:
         raise UserError("no curves to draw")
     import matplotlib
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     with matplotlib.rc_context(STYLE):
         size = (8.6, 3.4) if len(panels) == 1 else (4.2 * len(panels), 3.3 + 0.1 * min(len(labels), NAMED))
@@ -92,11 +92,15 @@ def curves_figure(panels: Mapping[str, Mapping[str, Sequence[Curve]]], x: str = 
                     ax.plot(*line, marker="o" if len(line[0]) == 1 else "", **_look(labels.index(label)))
             ax.set_title(short(title, 60))
             ax.set_xlabel(x)
-            if title.endswith("(log)") and all(v > 0 for lines in curves.values() for _, ys in lines for v in ys):
+            values = [v for lines in curves.values() for _, ys in lines for v in ys]
+            if title.endswith("(log)") and values and min(values) > 0:
                 ax.set_yscale("log")
                 ax.yaxis.set_major_formatter("{x:g}")
-                ax.yaxis.set_minor_formatter("{x:g}")
-                ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+                if max(values) < 20 * min(values):  # or the numbers between powers of ten would overlap
+                    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+                    ax.yaxis.set_minor_formatter("{x:g}")
+                else:
+                    ax.yaxis.set_minor_formatter(NullFormatter())
         _legend(figure, labels, beside=len(panels) == 1)
     return figure
 

@@ -161,11 +161,11 @@ def test_one_run_its_schedule_commands_and_versions(tmp_path):
         (lambda run: (run / "result.json").unlink(), "has not ended"),
         (
             lambda run: (run / "data.json").write_text('{"sha256": "b"}'),
-            "were not all trained and tested on the same data",
+            "not all of these runs saw the same data",
         ),
         (
             lambda run: (run / "config.yaml").write_text("retrain: {weights: searched, schedule: gone.pt}"),
-            "its schedule gone.pt is no longer there",
+            "the schedule gone.pt, which runs replay, is not found from here",
         ),
     ],
 )
