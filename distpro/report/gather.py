@@ -101,7 +101,9 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     found: dict[Any, list[Run]] = {}
     for run in runs:
         own = {k: v for k, v in run.settings.items() if not k.startswith(SAME)}
-        key = (run.kind, run.label) if run.kind == "row" else (run.kind, json.dumps(own, sort_keys=True, default=str))
+        key: tuple[Any, ...] = (
+            (run.kind, run.label) if run.kind == "row" else (run.kind, json.dumps(own, sort_keys=True, default=str))
+        )
         if run.seed is None or any(run.seed == other.seed for other in found.get(key, ())):
             key = (*key, len(found))  # a repetition is no other seed
         found.setdefault(key, []).append(run)
@@ -146,7 +148,8 @@ def _run(folder: Path) -> Run:
     )
     notes = [] if result else [f"{folder} has not ended: its numbers are those so far"]
     notes += [f"{folder}: {said}" for said in _warnings(folder / "log.txt")]
-    schedule, path = None, folder / "alpha.pt" if kind == "search" else settings.get("retrain.schedule")
+    schedule = None
+    path: Any = folder / "alpha.pt" if kind == "search" else settings.get("retrain.schedule")
     if path is not None and kind in ("search", "retrain") and weights != "constant":
         if Path(path).is_file():
             schedule = Schedule.load(path)

@@ -149,7 +149,7 @@ def compare(path: str | Path, out: str | Path | None = None, jobs: int = 1, only
     if not study.rows():
         raise UserError(f"{study.name}: no run has ended; the logs are in {study.folder}")
     base = study.content.get("baseline")
-    first = base[0] if isinstance(base, list) and base else base
+    first = str(base[0] if isinstance(base, list) and base else base)
     labels = {row["label"] for row in study.rows()}
     return write_page(
         [study.results], study.results.with_suffix(".html"), study.name, first if first in labels else None

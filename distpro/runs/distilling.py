@@ -81,8 +81,10 @@ def distill(
         losses,
     )
     plan = compose(wish, overrides)
-    given = {"data": None if isinstance(data, (str, Path)) else data}
-    pair = {name: model for name, model in (("teacher", teacher), ("student", student)) if isinstance(model, nn.Module)}
+    given: dict[str, Any] = {"data": None if isinstance(data, (str, Path)) else data}
+    pair: dict[str, Any] = {
+        name: model for name, model in (("teacher", teacher), ("student", student)) if isinstance(model, nn.Module)
+    }
     if plan.teacher is not None:
         pair |= _taught(plan.teacher, folder / "teacher", of_both(overrides), resume, pair.get("teacher"), given)
     if baseline:

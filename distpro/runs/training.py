@@ -95,8 +95,8 @@ def _tracked(
 ) -> dict[str, float]:
     assert trainer.folder is not None
     first = trainer.step + 1 if resume else None
-    sinks = {"tensorboard": config.tracking.tensorboard, "sinks": config.tracking.sinks}
-    with Tracker(trainer.folder, resume_step=first, **sinks) as tracker:
+    watched = config.tracking
+    with Tracker(trainer.folder, resume_step=first, tensorboard=watched.tensorboard, sinks=watched.sinks) as tracker:
         trainer.tracker = tracker
         if not resume:
             tracker.text("config", f"```yaml\n{as_yaml(config)}\n```")
