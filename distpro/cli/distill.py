@@ -16,7 +16,7 @@ def add_commands(add: Add, add_run_options: Callable[[argparse.ArgumentParser], 
     distill = add("distill", _distill, "from two models and a folder of images to a student, in one call")
     model = "timm:NAME, torchvision:NAME, hf:NAME, package.module:callable, or of 'distpro list models'"
     distill.add_argument("--teacher", metavar="MODEL", required=True, help=model)
-    distill.add_argument("--student", metavar="MODEL", required=True)
+    distill.add_argument("--student", metavar="MODEL", required=True, help="likewise")
     distill.add_argument(
         "--data", metavar="DIR", required=True, help="train/CLASS/ and test/CLASS/ (or val/), or CLASS/"
     )
@@ -31,7 +31,7 @@ def add_commands(add: Add, add_run_options: Callable[[argparse.ArgumentParser], 
         metavar="N",
         help="train the teacher on the data first (default: as the student, or 0 with --teacher-weights)",
     )
-    distill.add_argument("--student-pretrained", action="store_true", help="likewise")
+    distill.add_argument("--student-pretrained", action="store_true", help="likewise, for the student")
     distill.add_argument("--image-size", type=int, metavar="N", help="side of the square images")
     distill.add_argument("--loss", action="append", metavar="NAME", help="a distillation loss; default: kd")
     distill.add_argument("--search", action="store_true", help="learn the weights of the default losses first")
@@ -45,7 +45,7 @@ def add_commands(add: Add, add_run_options: Callable[[argparse.ArgumentParser], 
     report.add_argument(
         "--baseline", metavar="LABEL", help="what the others are compared with (default: the first run)"
     )
-    report.add_argument("--title", help="default: the runs' names")
+    report.add_argument("--title", metavar="TEXT", help="default: the runs' names")
     compare = add(
         "compare", _compare, "run a study: searches, runs and their seeds, side by side, and a page about them"
     )
