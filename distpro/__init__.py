@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from distpro.losses import available_losses, build_loss
     from distpro.objective import Objective
     from distpro.runs.commands import Result, evaluate, retrain, search, train, tune
+    from distpro.runs.distilling import distill
     from distpro.schedule import Schedule
     from distpro.term import Term
     from pathways.registry import UserError
@@ -30,6 +31,7 @@ _HOMES = {
     "UserError": "pathways.registry",
     "available_losses": "distpro.losses",
     "build_loss": "distpro.losses",
+    "distill": "distpro.runs.distilling",
     "evaluate": "distpro.runs.commands",
     "retrain": "distpro.runs.commands",
     "search": "distpro.runs.commands",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "available_losses",
     "build_loss",
+    "distill",
     "evaluate",
     "retrain",
     "search",

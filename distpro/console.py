@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 import pathways
+
+LOG = logging.getLogger("distpro")
+LOG.propagate = False  # it is printed already
+LOG.setLevel(logging.INFO)
+LOG.addHandler(logging.NullHandler())
 
 LINE = 2000  # characters of a line of a message
 LOG_WIDTH = 1000  # of a table in a log file, where lines may be long but should not be broken
@@ -35,14 +42,33 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wid
     console.print(grid)
 
 
+@contextmanager
+def logged(path: Path, anew: bool) -> Iterator[None]:
+    """Write what is said meanwhile to a file as well, a line with its time each: notes, warnings, evaluations, and the error that
+    ends it. ``anew``: in place of what the file holds."""
+    handler = logging.FileHandler(path, mode="w" if anew else "a", encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    LOG.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        LOG.error("%s", f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+    finally:
+        LOG.removeHandler(handler)
+        handler.close()
+
+
 def note(message: str) -> None:
     """Print a line that a person should know of before the work begins."""
+    LOG.info("%s", message)
     print(message, flush=True)
 
 
 def warn(message: str) -> None:
     """Print ``distpro: note: <message>`` to stderr, in one of several processes: what may be meant so, and may not."""
     if os.environ.get("RANK", "0") == "0":
+        LOG.warning("%s", message)
         print(f"distpro: note: {message}", file=sys.stderr, flush=True)
 
 

@@ -11,7 +11,12 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [  # from top to bottom: a module imports from its own layer and those below
-    {"distpro", "distpro.__main__", "distpro.cli"},  # `distpro` itself: the names that it offers, imported when used
+    {
+        "distpro",
+        "distpro.__main__",
+        "distpro.cli",
+        "distpro.cli_distill",
+    },  # `distpro` itself: the names that it offers, imported when used
     {"distpro.runs"},
     {"distpro.report"},
     {"distpro.build"},

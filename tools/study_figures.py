@@ -6,15 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study_file import StudyFile, at_budget, half_width
-
-METRICS = {"miou": "mIoU, %", "rmse": "RMSE in m, smaller is better"}  # as tables and figures write them
-DIGITS = {"rmse": 3}
-
-
-def title_of(metric: str) -> str:
-    """A metric with its unit, percent where nothing else is known."""
-    return METRICS.get(metric, f"{metric}, %")
+from distpro.report.page import title_of
+from distpro.report.result_plots import dots_figure
+from distpro.report.study import StudyFile, at_budget
 
 
 def draw_budgets(study: StudyFile, path: Path) -> None:
@@ -44,50 +38,20 @@ def draw_budgets(study: StudyFile, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_bars(study: StudyFile, path: Path) -> None:
-    """Accuracy of every run: mean, and a dot per seed."""
-    plt = _pyplot()
-    found = {k: [r[study.metric] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
-    found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
-    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.27 * len(found)))
-    means = [statistics.mean(values) for values in found.values()]
-    learned = [
-        study.search_of(k) is not None and study.runs[k].get("retrain.weights", "searched") == "searched" for k in found
-    ]
-    axis.barh(range(len(found)), means, color=["C0" if x else "0.8" for x in learned])
-    for place, values in enumerate(found.values()):
-        axis.plot(values, [place] * len(values), "o", markersize=3, color="black")
-    axis.set_yticks(range(len(found)), list(found))
-    axis.invert_yaxis()
-    lowest = min(min(values) for values in found.values())
-    axis.set(xlim=(lowest - 3, None), xlabel=f"test {title_of(study.metric)}; dots: seeds; blue: learned schedules")
-    axis.grid(axis="x", alpha=0.3)
-    _save(figure, path)
-
-
 def draw_dots(study: StudyFile, path: Path) -> None:
-    """Accuracy of every run: a dot per seed, and the mean with its 95 % interval of Student's t."""
-    plt = _pyplot()
+    """Accuracy of every run, the best first: a dot per seed, and the mean with its 95 % interval; learned schedules in blue."""
     found = {k: [r[study.metric] for r in rows.values()] for k, rows in study.found().items() if k in study.runs}
     found = dict(sorted(found.items(), key=lambda item: -statistics.mean(item[1])))
-    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.27 * len(found)))
-    for place, (label, values) in enumerate(found.items()):
-        search = study.search_of(label)
-        replayed = study.runs[label].get("retrain.weights", "searched") == "searched"
-        learned = search is not None and not search.tunes and replayed
-        colour = "C0" if learned else "0.35"
-        axis.plot(values, [place] * len(values), "o", markersize=4, alpha=0.4, color=colour)
-        half = half_width(values) if len(values) > 1 else 0.0
-        axis.errorbar(statistics.mean(values), place, xerr=half, marker="|", markersize=12, capsize=3, color=colour)
-    axis.set_yticks(range(len(found)), list(found))
-    axis.invert_yaxis()
-    lowest, highest = (f(v for values in found.values() for v in values) for f in (min, max))
-    axis.set(xlim=(lowest - 1, highest + 1))  # an interval of a few seeds may be wider than what there is to see
-    axis.set(
-        xlabel=f"test {title_of(study.metric)}; dots: seeds, lines: mean with 95 % interval, blue: learned weights"
+    marked = [label for label in found if _learned(study, label)]
+    _save(dots_figure(found, f"test {title_of(study.metric)}", marked), path)
+
+
+def _learned(study: StudyFile, label: str) -> bool:
+    """Whether a run replays what a search has learned."""
+    search = study.search_of(label)
+    return (
+        search is not None and not search.tunes and study.runs[label].get("retrain.weights", "searched") == "searched"
     )
-    axis.grid(axis="x", alpha=0.3)
-    _save(figure, path)
 
 
 def draw_levels(study: StudyFile, path: Path) -> None:
@@ -144,7 +108,7 @@ def draw_weights(study: StudyFile, path: Path) -> None:
 
 
 FIGURES = {
-    "bars": draw_bars,
+    "bars": draw_dots,  # the name of older studies
     "budgets": draw_budgets,
     "dots": draw_dots,
     "levels": draw_levels,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from study_figures import DIGITS, FIGURES, title_of
-from study_file import ROOT, StudyFile, half_width
+from study_figures import FIGURES
 
 from distpro.files import write_atomically
+from distpro.report.intervals import half_width
+from distpro.report.page import DIGITS, title_of
+from distpro.report.study import StudyFile
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def render(study: StudyFile) -> str:

@@ -18,6 +18,7 @@ from distpro.search.estimators import ESTIMATORS
 from distpro.search.searcher import check_learned
 from distpro.search.weighting import WEIGHTINGS
 from distpro.tasks import METRICS, TASKS
+from distpro.train.sinks import SINKS, check_sink
 from pathways import DISTANCES, TRANSFORMS
 from pathways.registry import Registry, UserError, check_parameters, is_code
 from pathways.space import parse_spec
@@ -40,6 +41,9 @@ def check_names(config: Config) -> None:
         specs.append((DISTANCES, config.pathways.distance, "pathways.distance"))
         specs += [(TRANSFORMS, transform, "pathways.transforms") for transform in config.pathways.transforms]
     specs += [(METRICS, metric, "metrics") for metric in config.metrics]
+    specs += [(SINKS, sink, "tracking.sinks") for sink in config.tracking.sinks]
+    for sink in config.tracking.sinks:
+        check_sink(parse_spec(sink, "tracking.sinks")[0])
     find_optimizer(config.training.optimizer)
     for model in models:
         new = [parse_spec(spec, "replace") for spec in model.replace.values()]

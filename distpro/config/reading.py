@@ -47,7 +47,7 @@ def read_config(
     Raises UserError naming file, key, what was found, what is allowed and the nearest allowed name.
     """
     path = Path("config") if isinstance(source, Mapping) else Path(source)
-    content = dict(source) if isinstance(source, Mapping) else _read_yaml(path)
+    content = dict(source) if isinstance(source, Mapping) else read_yaml(path)
     said = [_override(override) for override in overrides]
     preset = dict(said).get("preset")
     if "preset" in dict(said):
@@ -115,7 +115,7 @@ def _with_bases(content: dict[str, Any], path: Path, above: tuple[Path, ...] = (
         file = path.parent / base
         if file.resolve() in (path.resolve(), *above):
             raise UserError(f"{path}: base '{base}' leads back to itself")
-        below = merge(below, _with_bases(_read_yaml(file), file, (path.resolve(), *above)))
+        below = merge(below, _with_bases(read_yaml(file), file, (path.resolve(), *above)))
     return merge(below, content)
 
 
@@ -125,7 +125,8 @@ def _preset(name: str) -> dict[str, Any]:
     return content
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError for anything else, with the line where the file is wrong."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a config is one YAML file")
     if not path.is_file():

@@ -285,6 +285,9 @@ class TrackingConfig(Section):
     """Logs and checkpoints."""
 
     tensorboard: bool = Field(True, description="write logs for TensorBoard into the run's folder")
+    sinks: list[Spec] = Field(
+        [], description="others: wandb, mlflow, or {wandb: {project: mine}} with parameters, see distpro.train.sinks"
+    )
     log_every: int = Field(50, gt=0, description="steps between two log entries")
     evaluate_every: int = Field(1, gt=0, description="epochs between two evaluations")
     checkpoint_every: int = Field(1, gt=0, description="epochs between two checkpoints")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -13,6 +14,7 @@ from distpro.console import pip_install
 from distpro.data.datasets import DATASETS, Source, locate
 from distpro.data.files import SUFFIXES, ImageFiles, Store, check_room, open_store
 from distpro.data.splits import Split, split
+from distpro.data.trees import trees_of
 from pathways.registry import UserError, nearest
 
 MOST_CLASSES = 1_000_000
@@ -158,18 +160,23 @@ def digits(image_size: int = 16) -> Source:
 
 @DATASETS.register("folder")
 def folder(
-    root: str | None = None, image_size: int | None = None, resize: int | None = None, stream: bool | None = None
+    root: str | None = None,
+    image_size: int | None = None,
+    resize: int | None = None,
+    stream: bool | None = None,
+    test_fraction: float | None = None,
 ) -> Source:
     """Image files ``train/<class>/...`` and ``test/<class>/...`` (or ``val``) in a folder, a .zip or a .tar, or in one
     folder inside it.
 
     image_size: side of the square images; by default the files must be of one size. resize: length to which the short
     side is scaled before the centre crop, default ``image_size``; ImageNet's protocol is 224 and 256. stream: decode
-    at each use (true), once (false), or by size: beyond 2 GiB of decoded images at each use.
+    at each use (true), once (false), or by size: beyond 2 GiB of decoded images at each use. test_fraction: where there is no
+    test part, the share of each class, always the same images, that becomes it: of ``train``, or of ``<class>/...`` without parts.
     """
     store = open_store(locate("dataset 'folder'", root))
-    tree = _image_tree(store)
-    train, test = tree["train"], tree.get("test") or tree["val"]
+    tree = image_tree(store, whole=test_fraction is not None)
+    train, test = tree["train"], tree.get("test") or tree.get("val", [])
     names = sorted({label for label, _ in train})
     unknown = sorted({label for label, _ in test}.difference(names))
     if unknown:
@@ -181,22 +188,42 @@ def folder(
         images = ImageFiles(store, [name for _, name in files], size, image_size and (resize or image_size))
         return Split.of(images, torch.tensor([number[label] for label, _ in files]))
 
-    return Source(as_split(train), as_split(test), names, stream=stream)
+    if test:
+        return Source(as_split(train), as_split(test), names, stream=stream)
+    assert test_fraction is not None
+    kept, held = (Split.of(p.images, p.labels) for p in split(as_split(train), 1 - test_fraction, seed=0))
+    return Source(kept, held, names, stream=stream)
 
 
-def _image_tree(store: Store) -> dict[str, list[tuple[str, str]]]:
-    """(class, file) of each image by part of the set, sorted."""
+def image_tree(store: Store, whole: bool = False) -> dict[str, list[tuple[str, str]]]:
+    """(class, file) of each image by part of the set, sorted. ``whole``: a set without a test part, or without any parts, whose
+    images are all ``train``, is taken too. Raises UserError where there are no such images."""
     tree: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(store.names()):
         parts = PurePosixPath(name).parts
         start = next((i for i in (0, 1) if parts[i : i + 1] and parts[i] in ("train", "test", "val")), None)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
-        if start is not None and len(parts) >= start + 3 and name.lower().endswith(SUFFIXES) and not hidden:
+        if start is not None and len(parts) >= start + 3 and _is_image(parts):
             tree.setdefault(parts[start], []).append((parts[start + 1], name))
-    for wanted in (("train",), ("test", "val")):
+    if whole and not tree:
+        tree = {"train": _without_parts(store)}
+    if whole and not tree.get("train"):
+        raise UserError(f"{store.path}: no image files in train/<class>/ or <class>/")
+    for wanted in () if whole else (("train",), ("test", "val")):
         if not any(part in tree for part in wanted):
-            raise UserError(f"{store.path}: no image files in {' or '.join(f'{part}/<class>/' for part in wanted)}")
+            place = " or ".join(f"{part}/<class>/" for part in wanted)
+            raise UserError(f"{store.path}: no image files in {place} (test_fraction: 0.2 cuts a test part off)")
     return tree
+
+
+def _without_parts(store: Store) -> list[tuple[str, str]]:
+    """(class, file) of the images in ``<class>/...``, sorted; of the innermost folder that holds several such."""
+    files = {path: name for path, name in trees_of(store)[-1].items() if len(path.parts) > 1 and _is_image(path.parts)}
+    return sorted((path.parts[0], name) for path, name in files.items())
+
+
+def _is_image(parts: Sequence[str]) -> bool:
+    hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
+    return parts[-1].lower().endswith(SUFFIXES) and not hidden
 
 
 def _image_size(store: Store, first: str, image_size: int | None, resize: int | None) -> tuple[int, int]:

@@ -114,7 +114,46 @@ def _from_torchvision(what: str, name: str) -> Callable[..., nn.Module]:
         raise UserError(f"torchvision has no model '{name}'{nearest(name, models.list_models())}")
     unset = {"weights": None, "weights_backbone": None}  # detectors and segmenters fetch their backbone otherwise
     taken = inspect.signature(models.get_model_builder(name)).parameters
-    return _checked(what, partial(models.get_model, name, **{k: v for k, v in unset.items() if k in taken}))
+    create = _checked(what, partial(models.get_model, name, **{k: v for k, v in unset.items() if k in taken}))
+
+    def build(weights: Any = None, num_classes: int | None = None, **params: Any) -> nn.Module:
+        """With weights of other classes: all of them but the last layers, which begin anew for ``num_classes``."""
+        params |= {} if num_classes is None else {"num_classes": num_classes}
+        if weights is None:
+            return create(**params)
+        kinds = models.get_model_weights(name)
+        if isinstance(weights, str) and weights.rpartition(".")[2] not in kinds.__members__:
+            known = list(kinds.__members__)
+            raise UserError(f"{what}: no weights '{weights}'{nearest(weights, known)} (allowed: {', '.join(known)})")
+        learned = len(kinds.verify(weights).meta.get("categories", ()))
+        if num_classes in (None, learned) or not learned:
+            return create(weights=weights, **params)
+        model = create(weights=weights, **{**params, "num_classes": learned})
+        if not _renew_heads(model, learned, num_classes):
+            raise UserError(f"{what}: its weights are of {learned} classes; leave num_classes, or weights, out")
+        return model
+
+    return build
+
+
+def _renew_heads(model: nn.Module, learned: int, wanted: int) -> int:
+    """Put new layers of ``wanted`` outputs in the place of those that give ``learned``; their number."""
+    heads = [(path, m) for path, m in model.named_modules() if learned in _outputs(m)]
+    for path, head in heads:
+        bias = head.bias is not None
+        if isinstance(head, nn.Linear):
+            new: nn.Module = nn.Linear(head.in_features, wanted, bias)
+        else:
+            assert isinstance(head, nn.Conv2d)
+            new = nn.Conv2d(head.in_channels, wanted, head.kernel_size, head.stride, head.padding, bias=bias)  # type: ignore[arg-type]
+        model.set_submodule(path, new)
+    return len(heads)
+
+
+def _outputs(module: nn.Module) -> tuple[int, ...]:
+    if isinstance(module, nn.Linear):
+        return (module.out_features,)
+    return (module.out_channels,) if isinstance(module, nn.Conv2d) and module.groups == 1 else ()
 
 
 def _from_timm(what: str, name: str) -> Callable[..., nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,3 +204,19 @@ def _place(tensor: Tensor) -> Any:
 
 def _first(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def stored_metadata(path: Path) -> dict[str, Any]:
+    """What `distpro export` writes beside the weights in a safetensors file, the facts of the data; {} of other files."""
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("distpro", "{}"))
+    except (SafetensorError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Figures of schedules and of results. matplotlib is imported when a figure is drawn."""
+"""Figures of schedules. matplotlib is imported when a figure is drawn."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from distpro.files import write_atomically
 from distpro.schedule import TASK, Schedule
+from distpro.schedule_file import LOG
 from pathways.registry import UserError, nearest
 
 if TYPE_CHECKING:
@@ -90,24 +91,6 @@ def scalars_figure(schedule: Schedule) -> Figure:
         return _draw_scalars(schedule)
 
 
-def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Results side by side: the mean as a dot, one standard deviation to each side as a bar, in the given order.
-
-    Dots and not bars from zero: accuracies differ in their third digit, and a bar that does not begin at zero lies.
-
-    Args:
-        rows: mappings with ``label``, ``mean``, ``std`` (``None`` or NaN if unknown) and ``n`` (number of runs).
-
-    Raises UserError if there are no rows.
-    """
-    if not rows:
-        raise UserError("no results to compare")
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        return _draw_comparison(rows)
-
-
 def save_figures(schedule: Schedule, folder_or_file: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Write figures and return their paths.
 
@@ -136,7 +119,8 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure in inches that no window knows."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -149,7 +133,7 @@ def _draw_schedule(schedule: Schedule, what: str) -> Figure:
     panels = _panels(schedule)
     columns = len(panels) if len(panels) <= 4 else min(4, math.ceil(len(panels) / 2))
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(max(6.6, 3.3 * columns) + 2.4 * (0 in panels), 3.1 * rows + 0.6)
+    figure = new_figure(max(6.6, 3.3 * columns) + 2.4 * (0 in panels), 3.1 * rows + 0.6)
     steps = _sample(len(schedule))
     epochs, values = steps / schedule.steps_per_epoch, getattr(schedule, what)[steps].numpy()
     axes: list[Axes] = []
@@ -166,10 +150,45 @@ def _draw_schedule(schedule: Schedule, what: str) -> Figure:
         ax.set_xlabel("epoch" if last_row else "")
         ax.tick_params(axis="y", left=first_column, labelleft=first_column)
     axes[0].set_ylim(*_open(*_limits(values), margin=0.05))
+    _draw_threshold(axes, schedule, what, steps)
+    figure.suptitle(_title(schedule, what), fontsize=11)
     _legend_of_places(figure, schedule)
     if 0 in panels:
         _legend_of_names(figure, schedule, _named_looks(schedule, panels[0]))
     return figure
+
+
+def _title(schedule: Schedule, what: str) -> str:
+    """``resnet20 → resnet8 on digits: weight of each term``, as far as the file says; below it what drops terms."""
+    said = [schedule.meta.get(name) for name in ("teacher", "student", "data")]
+    teacher, student, data = (str(s.get("model", s.get("name", ""))) if isinstance(s, Mapping) else "" for s in said)
+    pair = short(f"{teacher} → {student}", 60) if teacher and student else ""
+    where = f" on {short(data, 30)}" if data else ""
+    title = f"{'weight' if what == 'weights' else 'learned value'} of each term over the training"
+    if _draws_threshold(schedule, what):
+        size = "a tenth of an equal share" if schedule.reading == LOG else f"{schedule.threshold:g}"
+        title += f" (dotted: terms below {size} are dropped)"
+    return f"{pair}{where}\n{title}" if pair else title
+
+
+def _draws_threshold(schedule: Schedule, what: str) -> bool:
+    """Whether the quantity that is drawn is the one that is compared with a threshold."""
+    return schedule.threshold is not None and (schedule.reading == LOG) == (what == "weights")
+
+
+def _draw_threshold(axes: Sequence[Axes], schedule: Schedule, what: str, steps: NDArray[np.int64]) -> None:
+    """Where a term is dropped, as a dotted line."""
+    from matplotlib.collections import LineCollection
+
+    if not _draws_threshold(schedule, what):
+        return
+    epochs = steps / schedule.steps_per_epoch
+    level = np.full(len(steps), schedule.threshold, dtype=float)
+    if schedule.reading == LOG:
+        level = schedule.weights[steps].double().sum(1).numpy() / (10 * len(schedule.keys))
+    for ax in axes:
+        dots = LineCollection([np.stack([epochs, level], 1)], colors=INK, linestyles=":", linewidths=1, zorder=1)
+        ax.add_collection(dots, autolim=False)
 
 
 def _panels(schedule: Schedule) -> dict[int, list[int]]:
@@ -225,7 +244,7 @@ def _legend_of_places(figure: Figure, schedule: Schedule) -> None:
     students = [
         Line2D([], [], color=c, lw=4, label=_level_name("student", j, schedule)) for j, c in colours.items() if j
     ]
-    transforms = [Line2D([], [], color=INK, label=_short(name), **look) for name, look in dashes.items() if name]
+    transforms = [Line2D([], [], color=INK, label=short(name), **look) for name, look in dashes.items() if name]
     if students or transforms:
         widest = max(len(str(handle.get_label())) for handle in students + transforms)
         room = max(1, int(figure.get_figwidth() / (widest / 14 + 0.65)))  # 14 characters are about an inch
@@ -247,7 +266,7 @@ def _legend_of_names(figure: Figure, schedule: Schedule, looks: Mapping[int, Map
     from matplotlib.lines import Line2D
 
     named = [n for n, look in looks.items() if look["color"] != GREY]
-    handles = [Line2D([], [], label=_short(schedule.keys[n]), **looks[n]) for n in named]
+    handles = [Line2D([], [], label=short(schedule.keys[n]), **looks[n]) for n in named]
     if len(looks) > len(named):
         handles.append(Line2D([], [], color=GREY, linewidth=0.8, label=f"{len(looks) - len(named)} weaker terms"))
     figure.legend(handles=handles, loc="outside right upper", handlelength=2.6)
@@ -260,7 +279,7 @@ def _level_name(side: str, level: int, schedule: Schedule) -> str:
     column = ("teacher", "student").index(side)
     keys = [key for key, place in zip(schedule.keys, schedule.levels.tolist(), strict=True) if place[column] == level]
     taps = {match.group(column + 1) for key in keys if (match := re.fullmatch(r"(.+)<-(.+)@.+", key))}
-    return f"{side} level {level}" + (f": {_short(taps.pop(), 17)}" if len(taps) == 1 else "")
+    return f"{side} level {level}" + (f": {short(taps.pop(), 17)}" if len(taps) == 1 else "")
 
 
 # Heat map
@@ -270,7 +289,7 @@ def _draw_heatmap(schedule: Schedule) -> Figure:
     steps, count = _sample(len(schedule)), len(schedule.keys)
     values = schedule.weights[steps].numpy()
     low, high = _limits(values)
-    figure = _figure(10, max(2.4, 0.21 * count + 1.1))
+    figure = new_figure(10, max(2.4, 0.21 * count + 1.1))
     ax = figure.add_subplot()
     extent = (0, len(schedule) / schedule.steps_per_epoch, count, 0)
     image = ax.imshow(values.T, "viridis", extent=extent, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
@@ -289,8 +308,8 @@ def _row_name(schedule: Schedule, n: int) -> str:
     """The key; the place of a pathway whose key is long, since module names often differ in their middle only."""
     key, (i, j, _) = schedule.keys[n], schedule.levels[n].tolist()
     if len(key) <= LABEL or not (i and j):
-        return _short(key)
-    return _short(f"teacher {i} <- student {j} @ {_transform(schedule, n)}")
+        return short(key)
+    return short(f"teacher {i} <- student {j} @ {_transform(schedule, n)}")
 
 
 # Scalars
@@ -299,43 +318,18 @@ def _row_name(schedule: Schedule, n: int) -> str:
 def _draw_scalars(schedule: Schedule) -> Figure:
     columns = min(4, len(schedule.scalars))
     rows = math.ceil(len(schedule.scalars) / columns)
-    figure = _figure(max(4.2, 3.1 * columns), 2.3 * rows + 0.4)
+    figure = new_figure(max(4.2, 3.1 * columns), 2.3 * rows + 0.4)
     steps = _sample(len(schedule))
     epochs = steps / schedule.steps_per_epoch
     for place, (name, column) in enumerate(schedule.scalars.items()):
         ax = figure.add_subplot(rows, columns, place + 1)
         values = column[steps].numpy()
         ax.plot(epochs, values, color=COLOURS[0], marker="o" if len(steps) == 1 else "")
-        ax.set_title("weight of the task" if name == TASK else _short(name, 30))
+        ax.set_title("weight of the task" if name == TASK else short(name, 30))
         ax.set_xlim(*_open(epochs.min(), epochs.max()))
         ax.set_ylim(*_open(*_limits(values), margin=0.05))
         ax.set_xlabel("epoch" if place + columns >= len(schedule.scalars) else "")
     return figure
-
-
-# Comparison
-
-
-def _draw_comparison(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    figure = _figure(8, 0.42 * len(rows) + 0.9)
-    ax = figure.add_subplot()
-    place = np.arange(len(rows))
-    mean = np.array([row["mean"] for row in rows], dtype=float)
-    spread = np.array([math.nan if row["std"] is None else row["std"] for row in rows], dtype=float)
-    ax.errorbar(mean, place, xerr=spread, fmt="o", color=COLOURS[0], capsize=4, markersize=7)
-    words = [_result(m, s, row["n"]) for m, s, row in zip(mean, spread, rows, strict=True)]
-    for y, text in zip(place, words, strict=True):
-        ax.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9.5, color=INK)
-    ax.set_yticks(place, [_short(str(row["label"])) for row in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlim(*_open(float(np.nanmin(mean - np.nan_to_num(spread))), float(np.nanmax(mean + np.nan_to_num(spread)))))
-    ax.grid(axis="y", visible=False)
-    ax.set_xlabel("mean, with one standard deviation over runs")
-    return figure
-
-
-def _result(mean: float, spread: float, runs: int) -> str:
-    return f"{mean:.2f}" + (f" ± {spread:.2f}" if math.isfinite(spread) else "") + f"  (n = {runs})"
 
 
 # Numbers and labels
@@ -360,7 +354,7 @@ def _open(low: float, high: float, margin: float = 0.03) -> tuple[float, float]:
     return low - space, high + space
 
 
-def _short(text: str, length: int = LABEL) -> str:
+def short(text: str, length: int = LABEL) -> str:
     """A label of at most ``length`` characters, cut in the middle, with dollars that begin no formula."""
     if len(text) > length:
         half = (length - 1) // 2

@@ -4,6 +4,7 @@ config.yaml       the resolved config          metrics.jsonl     numbers by step
 environment.json  versions, machine, revision  checkpoint.pt     whole state, for --resume
 result.json       final metrics                student.pt        the trained student's weights
 alpha.pt          the schedule (search)        data.json         what the data were
+log.txt           notes, warnings, evaluations
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ EXTRAS = {
     "export": ("safetensors", "onnx", "onnxscript"),
     "timm": ("timm",),
     "tune": ("optuna",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "text": ("transformers",),
     "detection": ("torchmetrics", "faster_coco_eval"),
     "segmentation": ("segmentation_models_pytorch",),

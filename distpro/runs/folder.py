@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from distpro.config.flat import flat
 from distpro.config.schema import Config
 from distpro.data.statistics import DATA, stored_facts
 from distpro.files import remove_leftovers, write_atomically
@@ -141,17 +142,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = flat(old), flat(new)
     keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
     return [f"{k} was {before.get(k)!r}, is {after.get(k)!r}" for k in keys]
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def as_yaml(config: Config) -> str:

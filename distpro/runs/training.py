@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distpro.build.device import note_emulation
+from distpro.config.flat import flat, setting_text
 from distpro.config.schema import Config
-from distpro.console import note, warn
+from distpro.console import logged, note, warn
 from distpro.files import save_atomically, write_atomically
 from distpro.objective import Objective, Term
 from distpro.report.plots import heatmap_figure, scalars_figure, schedule_figure
-from distpro.runs.folder import as_yaml, check_data, flat, record
+from distpro.runs.folder import as_yaml, check_data, record
 from distpro.runs.notes import at_the_end, at_the_start, check_classes, sums_of
 from distpro.search.searcher import Searcher
 from distpro.train import distributed
 from distpro.train.tracking import Tracker
 from distpro.train.trainer import Trainer
+
+LOG_FILE = "log.txt"
+UNTOLD = ("tracking.", "device", "threads", "name", "data.num_classes", "data.image_shape")
 
 
 @dataclass(frozen=True)
@@ -66,15 +71,32 @@ def run_training(
         note(trainer.objective.cache.describe())
     if not resume:
         check_classes(trainer, facts)
-    if not resume and distributed.is_main():
-        for said in at_the_start(trainer, facts, config):
-            warn(said)
-    if trainer.folder is None or not distributed.is_main():
-        return conclude(_fit(trainer))
-    if not resume:
-        record(config, trainer.folder, facts)
+    folder = trainer.folder if distributed.is_main() else None
+    if folder is not None and not resume:
+        record(config, folder, facts)
+    with nullcontext() if folder is None else logged(folder / LOG_FILE, anew=not resume):
+        if not resume and distributed.is_main():
+            for said in at_the_start(trainer, facts, config):
+                warn(said)
+        if folder is None:
+            return conclude(_fit(trainer))
+        metrics = _tracked(trainer, config, resume, searcher, conclude)
+        ended(folder)
+        write_atomically(json.dumps(metrics, indent=1) + "\n", folder / "result.json")
+    return metrics
+
+
+def _tracked(
+    trainer: Trainer,
+    config: Config,
+    resume: bool,
+    searcher: Searcher | None,
+    conclude: Callable[[dict[str, float]], dict[str, float]],
+) -> dict[str, float]:
+    assert trainer.folder is not None
     first = trainer.step + 1 if resume else None
-    with Tracker(trainer.folder, resume_step=first, tensorboard=config.tracking.tensorboard) as tracker:
+    watched = config.tracking
+    with Tracker(trainer.folder, resume_step=first, tensorboard=watched.tensorboard, sinks=watched.sinks) as tracker:
         trainer.tracker = tracker
         if not resume:
             tracker.text("config", f"```yaml\n{as_yaml(config)}\n```")
@@ -89,10 +111,16 @@ def run_training(
             tracker.figure("alpha/heatmap", heatmap_figure(learned), trainer.step)
             if learned.scalars:
                 tracker.figure("alpha/scalars", scalars_figure(learned), trainer.step)
-        tracker.hparams(flat(config.model_dump()), metrics)
-    ended(trainer.folder)
-    write_atomically(json.dumps(metrics, indent=1) + "\n", trainer.folder / "result.json")
+        headline = trainer.task.headline
+        tracker.summary(told_apart(config), {name: value for name, value in metrics.items() if name == headline})
     return metrics
+
+
+def told_apart(config: Config) -> dict[str, Any]:
+    """The settings in which runs differ: those that are no defaults, as text where they are lists; how a run is watched is none."""
+    usual = flat(Config(student=config.student.model_copy(update={"model": ""})).model_dump())
+    own = {key: value for key, value in flat(config.model_dump()).items() if value != usual.get(key)}
+    return {key: setting_text(value) for key, value in own.items() if not key.startswith(UNTOLD)}
 
 
 def _fit(trainer: Trainer) -> dict[str, float]:

@@ -9,7 +9,7 @@ from rich import get_console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from distpro.console import number_text, on_terminal
+from distpro.console import LOG, number_text, on_terminal
 
 LOG_SECONDS = 10.0  # between two lines in a log file
 
@@ -65,6 +65,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line that stays."""
+        LOG.info("%s", text)
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distpro.report.plots import comparison_figure, heatmap_figure, save_figures, schedule_figure
+from distpro.report.plots import heatmap_figure, save_figures, schedule_figure
 from distpro.schedule import Schedule
 from pathways.registry import UserError
 
@@ -164,24 +164,3 @@ def test_unknown_format_writes_nothing(tmp_path):
     with pytest.raises(UserError, match="did you mean 'png'"):
         save_figures(CASES["one term"], tmp_path, formats=("svg", "pgn"))
     assert not list(tmp_path.iterdir())
-
-
-def test_comparison_shows_means_and_spreads():
-    rows = [
-        {"label": "KD", "mean": 70.5, "std": 0.25, "n": 5},
-        {"label": "DistPro", "mean": 72.0, "std": 0.5, "n": 3},
-        {"label": "once", "mean": 71.0, "std": None, "n": 1},
-    ]
-    (ax,) = comparison_figure(rows).axes
-    points, _, (bars,) = ax.containers[0]
-    np.testing.assert_array_equal(points.get_xdata(), [70.5, 72.0, 71.0])
-    ends = [segment[:, 0].tolist() for segment in bars.get_segments()[:2]]
-    assert ends == [[70.25, 70.75], [71.5, 72.5]]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["KD", "DistPro", "once"]
-    words = [text.get_text() for text in ax.texts]
-    assert words == ["70.50 ± 0.25  (n = 5)", "72.00 ± 0.50  (n = 3)", "71.00  (n = 1)"]
-
-
-def test_comparison_of_nothing():
-    with pytest.raises(UserError):
-        comparison_figure([])

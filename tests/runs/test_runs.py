@@ -57,6 +57,7 @@ def schedule_of(runs):
 def test_what_a_run_leaves(run, runs):
     folder, result = runs / run, json.loads((runs / run / "result.json").read_text())
     files = {"config.yaml", "environment.json", "metrics.jsonl", "result.json", "checkpoint.pt", "data.json"}
+    files |= {"log.txt"}
     assert {path.name for path in folder.iterdir()} == files | {"alpha.pt" if run == "search" else "student.pt"}
     config = read_config(folder / "config.yaml")
     assert config.retrain.weights == ("none" if run == "teacher" else "searched")
@@ -64,6 +65,7 @@ def test_what_a_run_leaves(run, runs):
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["packages"]["torch"] == version("torch")
     assert environment["python"] == platform.python_version()
+    assert f"accuracy {result['accuracy']:.4g}" in (folder / "log.txt").read_text()
     last = read_metrics(folder)[-1]
     assert last["test/accuracy"] == result["accuracy"] and result["step"] == last["step"]
     assert result["best_accuracy"] >= result["accuracy"]

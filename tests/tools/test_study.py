@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from distpro.runs import comparing
+from pathways.registry import UserError
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -104,7 +107,7 @@ def test_chosen_runs_bring_their_searches(example):
     assert example.with_searches(["searched"]) == {"searched", "search"}
     example.runs["KD"] = {"retrain.weights": "constant"}
     assert example.with_searches(["KD"]) == {"KD"}
-    with pytest.raises(SystemExit, match="no run or search 'serched'; did you mean 'searched'"):
+    with pytest.raises(UserError, match="no run or search 'serched'; did you mean 'searched'"):
         example.with_searches(["serched"])
 
 
@@ -157,8 +160,8 @@ def test_a_search_may_be_a_tuning_whose_best_is_retrained(example):
     assert tuning[:2] == ["distpro", "tune"] and 'tune={"families": ["static"], "trials": 4}' in tuning
     assert example.command("three weights", 1)[:3] == ["distpro", "retrain", "runs/example/optuna-1/best.yaml"]
     assert "--schedule" not in example.command("three weights", 1)
-    plain = study.cost(example, "equal")
-    assert study.cost(example, "optuna") == pytest.approx(4 * 36 / 60 * plain, rel=0.05)  # half of the images judge
+    plain = comparing.cost(example, "equal")
+    assert comparing.cost(example, "optuna") == pytest.approx(4 * 36 / 60 * plain, rel=0.05)  # half of the images judge
 
 
 def test_the_table_of_horizons_leaves_out_the_first_steps():

@@ -145,7 +145,7 @@ def test_layout_has_one_chart_per_teacher_level(tmp_path):
     }
 
 
-def test_text_figure_and_hparams(tmp_path):
+def test_text_figure_and_summary(tmp_path):
     figures = pytest.importorskip("matplotlib.figure")
     plugin_data_pb2 = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
     config = {"lr": 0.1, "nesterov": True, "student": "resnet20", "milestones": [150, 180], "clip": None}
@@ -153,7 +153,7 @@ def test_text_figure_and_hparams(tmp_path):
         tracker.scalars({"test/accuracy": 0.5}, 7, epoch=1.0)
         tracker.text("config", "`a: 1`")
         tracker.figure("alpha", figures.Figure(figsize=(2, 1), dpi=50), 7)
-        tracker.hparams(config, {"accuracy": torch.tensor(0.75)})
+        tracker.summary(config, {"accuracy": torch.tensor(0.75)})
     written = events(tmp_path)
     assert written.Tensors("config/text_summary")[0].tensor_proto.string_val == [b"`a: 1`"]
     image = written.Images("alpha")[0]
@@ -171,7 +171,7 @@ def test_without_tensorboard_nothing_else_is_written(tmp_path):
     with Tracker(tmp_path, tensorboard=False) as tracker:
         tracker.alpha_layout(KEYS, LEVELS)
         tracker.text("config", "text")
-        tracker.hparams({"lr": 0.1}, {"accuracy": 0.5})
+        tracker.summary({"lr": 0.1}, {"accuracy": 0.5})
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
 
 

@@ -1,28 +1,35 @@
-"""A study's file: its runs, their commands, and the rows that are there. tools/study.py says what may stand in it."""
+"""A study's file: its runs, their commands, and the rows that are there.
+
+    config: search_configs/x.yaml       # pair, data, search and training
+    metric: accuracy                    # what tables show, in percent or its own unit; the default
+    seeds: [0, 1, 2]
+    baseline: equal                     # label, or list of them, that the others are compared with, seed by seed
+    set: {threads: 1}                   # overrides of every run
+    searches:                           # overrides of the searches by name, each run once per seed; absent: no search
+      search: {}
+    epochs: [2, 4, 8]                   # every run at each of these budgets; absent: at the config's
+    shared: {"KD, 2 epochs": other/KD}  # rows that another study has, the label here first
+    runs:
+      KD: {pathways: null, terms: [{loss: kd, weight: 1}], retrain.weights: constant}
+      searched: {search: search}        # which search's schedule it replays; may be left out if there is one search only
+      foreign: {search: other/search}   # or another study's: so a schedule is taken to another pair or data
+
+A search or a run may have a `config:` of its own. A search that says `tune: {...}` is a `distpro tune`, and a run of it
+trains the `best.yaml` that it has written.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from distpro.config.reading import read_yaml
+from pathways.registry import UserError, nearest
 
-from pathways.registry import nearest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-# Two-sided 95 % points of Student's t by degrees of freedom.
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-
-
-def half_width(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean."""
-    return T95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+KEYS = {"config", "metric", "seeds", "baseline", "set", "searches", "epochs", "reach", "shared", "figures", "runs"}
 
 
 def at_budget(label: str, epochs: int) -> str:
@@ -49,12 +56,20 @@ class Search(NamedTuple):
 
 
 class StudyFile:
-    """The runs of a study file, their commands, and the rows that are there."""
+    """The runs of a study file, their commands, and the rows that are there.
 
-    def __init__(self, path: Path, results: Path):
-        self.name = path.stem
-        self.content: dict[str, Any] = yaml.safe_load(path.read_text())
-        self.path = path
+    Args:
+        path: the file.
+        results: folder of the rows, ``<name>.jsonl``.
+        root: folder in which commands run; configs are relative to it, and runs go to ``runs/<name>`` in it.
+
+    Raises UserError for a file that is none.
+    """
+
+    def __init__(self, path: Path, results: Path, root: Path):
+        self.name, self.path, self.root = path.stem, path, root
+        self.content: dict[str, Any] = read_yaml(path)
+        _check(path, self.content)
         self.seeds: list[int] = self.content["seeds"]
         self.searches: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content.get("searches", {}).items()}
         self.runs: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content["runs"].items()}
@@ -65,9 +80,9 @@ class StudyFile:
                 for epochs in self.content["epochs"]
             }
         if both := self.runs.keys() & self.searches.keys():
-            raise SystemExit(f"{path}: name of a search and of a run: {', '.join(both)}")
+            raise UserError(f"{path}: name of a search and of a run: {', '.join(both)}")
         self.results = results / f"{self.name}.jsonl"
-        self.folder = ROOT / "runs" / self.name
+        self.folder = root / "runs" / self.name
         self.metric = str(self.content.get("metric", "accuracy"))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -82,7 +97,7 @@ class StudyFile:
 
     def other(self, name: str) -> StudyFile:
         """The study in the file beside this one."""
-        return type(self)(self.path.with_name(f"{name}.yaml"), self.results.parent)
+        return type(self)(self.path.with_name(f"{name}.yaml"), self.results.parent, self.root)
 
     def config(self, label: str) -> str:
         return str({**self.runs, **self.searches}[label].get("config", self.content["config"]))
@@ -100,6 +115,8 @@ class StudyFile:
         if own.get("retrain.weights", "searched") in ("constant", "none") and "search" not in own:
             return None
         search = own.get("search", next(iter(self.searches), ""))
+        if not search:
+            return None
         study, _, name = search.partition("/")
         foreign = name and search not in self.searches  # names may have a / in them
         return Search(self.other(study), name) if foreign else Search(self, search)
@@ -118,10 +135,10 @@ class StudyFile:
         else:
             program = ["distpro", "retrain"]
         if search and search.tunes:
-            config = str(search.schedule(seed).with_name("best.yaml").relative_to(ROOT))
+            config = str(search.schedule(seed).with_name("best.yaml").relative_to(self.root))
         elif search:
-            options = ["--schedule", str(search.schedule(seed).relative_to(ROOT))]
-        out = ["--out", str(self.out(label, seed).relative_to(ROOT))]
+            options = ["--schedule", str(search.schedule(seed).relative_to(self.root))]
+        out = ["--out", str(self.out(label, seed).relative_to(self.root))]
         return [*program, config, *options, *self.overrides(label, seed), *out]
 
     def missing(self) -> list[tuple[str, int]]:
@@ -134,7 +151,7 @@ class StudyFile:
         """Labels, and those of the searches of this study that they replay."""
         if unknown := set(labels) - self.runs.keys() - self.searches.keys():
             label = min(unknown)
-            raise SystemExit(f"{self.path}: no run or search '{label}'{nearest(label, [*self.searches, *self.runs])}")
+            raise UserError(f"{self.path}: no run or search '{label}'{nearest(label, [*self.searches, *self.runs])}")
         searches = [search for label in labels if (search := self.search_of(label)) and search.study is self]
         return {*labels, *(search.label for search in searches)}
 
@@ -157,3 +174,25 @@ class StudyFile:
         found = self.found()
         rows = {n: found.get(at_budget(base, n), {}).values() for n in sorted(self.content["epochs"])}
         return {n: [r[self.metric] for r in there] for n, there in rows.items() if there}
+
+
+def _check(path: Path, content: dict[str, Any]) -> None:
+    """Raise UserError unless a file says what to run, and only what a study may say."""
+    for key in content:
+        if key not in KEYS:
+            raise UserError(
+                f"{path}: unknown key '{key}'{nearest(str(key), KEYS)} (allowed: {', '.join(sorted(KEYS))})"
+            )
+    for key, kind, example in (
+        ("config", str, "a path"),
+        ("seeds", list, "[0, 1, 2]"),
+        ("runs", dict, "{equal: {...}}"),
+    ):
+        if not isinstance(content.get(key), kind) or not content[key]:
+            raise UserError(f"{path}: {key} is {content.get(key)!r}: expected {example}")
+    if not all(isinstance(seed, int) for seed in content["seeds"]):
+        raise UserError(f"{path}: seeds is {content['seeds']}: expected whole numbers")
+    for part in ("searches", "runs"):
+        for label, own in (content.get(part) or {}).items():
+            if not isinstance(own, (dict, type(None))):
+                raise UserError(f"{path}: {part}: {label} is {own!r}: expected overrides, {{key: value}}")

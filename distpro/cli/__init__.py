@@ -1,4 +1,5 @@
-"""The command line: distpro search | retrain | tune | train | evaluate | inspect | plot | export | list | doctor | init.
+"""The command line: distpro search | retrain | tune | train | evaluate | inspect | plot | export | list | doctor | init, and
+what distpro.cli.distill adds.
 
 What a command needs is imported when it runs, so that --help and --version answer at once.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import distpro
+from distpro.cli.distill import add_commands
 
 KINDS = (
     *("losses", "transforms", "distances", "models", "datasets", "tasks", "metrics", "weightings", "processes"),
@@ -138,6 +140,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     listing = add("list", _list, "what there is: " + ", ".join(KINDS))
     listing.add_argument("kind", metavar="KIND")
     add("doctor", _doctor, "versions, device, data folder and extras of this machine")
+    add_commands(add, add_run_options)
     init = add("init", _init, "write a config to begin with, and its teacher's")
     init.add_argument("name", metavar="EXAMPLE", help="digits")
     init.add_argument("--out", metavar="FILE", help="default: EXAMPLE.yaml here; the teacher's goes beside it")
@@ -153,7 +156,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         raise _wrong(f"unknown command '{arguments[0]}'", arguments[0], list(commands))
     options, rest = parser.parse_known_args(arguments)
-    takes_overrides = options.command in ("search", "retrain", "tune", "train", "evaluate", "inspect")
+    takes_overrides = options.command in ("search", "retrain", "tune", "train", "evaluate", "inspect", "distill")
     unknown = [r for r in rest if not takes_overrides or r.startswith("-") or "=" not in r]
     if getattr(options, "config", None) and "=" in str(options.config) and not Path(options.config).exists():
         rest, options.config = [options.config, *rest], None  # `retrain --schedule a.pt key=value`: no CFG
@@ -384,7 +387,3 @@ def _init(options: argparse.Namespace) -> None:
     print(f"  distpro train {teacher} --out runs/quickstart/teacher")
     print(f"  distpro search {search} --out runs/{search.stem}")
     print(f"  distpro retrain --schedule runs/{search.stem}/alpha.pt")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,168 @@
+"""`distpro compare`: run what a study's file asks for, each row in a process of its own, and keep a row of each."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from distpro.config.reading import default_space, for_retrain, read_config
+from distpro.report.cost import describe
+from distpro.report.page import write_page
+from distpro.report.study import Search, StudyFile
+from distpro.schedule import Schedule
+from pathways.registry import UserError
+
+
+class Study(StudyFile):
+    """A study that can be run."""
+
+    def revision(self, described: str) -> str:
+        """What a row says of the code's revision."""
+        return described
+
+    def execute(self, label: str, seed: int, out: Path) -> dict[str, Any] | None:
+        """Run one row in the folder ``out``, resuming where an earlier try has left a checkpoint. None: it failed."""
+        program, *command = self.command(label, seed)
+        given = str(self.out(label, seed).relative_to(self.root))
+        command = [str(out.relative_to(self.root)) if word == given else word for word in command]
+        run = [sys.executable, "-m", "distpro.cli"] if program == "distpro" else [sys.executable]
+        begun = (out / "checkpoint.pt").exists() or ((out / "trials").is_dir() and (out / "config.yaml").exists())
+        resume = ["--resume"] if begun else []
+        if not resume and out.exists():
+            shutil.rmtree(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out.parent / f"{out.name}.log", "a") as log:
+            status = subprocess.run(
+                [*run, *command, *resume],
+                cwd=self.root,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            ).returncode
+        if status:
+            print(f"{self.name}: {label}, seed {seed} ended with status {status}; see {log.name}", flush=True)
+            return None
+        environment = json.loads((out / "environment.json").read_text())
+        row = {
+            "label": label,
+            "seed": seed,
+            **json.loads((out / "result.json").read_text()),
+            "command": shlex.join(self.command(label, seed)),
+            "packages": environment["packages"],
+            "revision": self.revision(environment["revision"]),
+            "threads": environment["threads"],
+            "device": environment["device"],
+        }
+        if label in self.searches and (out / "alpha.pt").exists():
+            row["learned"] = summary(Schedule.load(out / "alpha.pt"))
+        return row
+
+    def run(self, label: str, seed: int) -> None:
+        """Run one row and keep it, unless its search has failed: it may have left the schedule of its first steps."""
+        search = self.search_of(label)
+        if search and not search.ended(seed):
+            print(f"{self.name}: {label}, seed {seed} left out: '{search.label}' has not ended", flush=True)
+            return
+        row = self.execute(label, seed, self.out(label, seed))
+        if row is None:
+            return
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.results, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        (self.out(label, seed) / "checkpoint.pt").unlink(missing_ok=True)
+        print(f"{self.name}: {label}, seed {seed}: {row[self.metric]:.2f} ({row['seconds']:.0f} s)", flush=True)
+
+    def run_all(self, jobs: list[tuple[str, int]], side_by_side: int) -> None:
+        """Run rows and keep them."""
+        with ThreadPoolExecutor(side_by_side) as pool:
+            begun: dict[tuple[str, int], Future[None]] = {}
+
+            def after_its_search(label: str, seed: int) -> None:
+                search = self.search_of(label)
+                if search and search.study is self and (search.label, seed) in begun:
+                    wait([begun[search.label, seed]])  # which is before it in the queue, so that it has begun
+                self.run(label, seed)
+
+            waits = {job: bool(self.search_of(job[0])) for job in jobs}
+            for job in sorted(jobs, key=lambda job: (job[0] not in self.searches, waits[job])):
+                begun[job] = pool.submit(after_its_search, *job)
+        for run in begun.values():
+            run.result()
+
+
+POINTS = 25
+
+
+def summary(schedule: Schedule) -> dict[str, Any]:
+    """What the figures show of a schedule: weights over time per term, and each term's teacher level (0: none)."""
+    weights = schedule.interpolate(POINTS).weights
+    return {
+        "keys": list(schedule.keys),
+        "teacher_levels": schedule.levels[:, 0].tolist(),
+        "scales": [float(f"{x:.4g}") for x in schedule.scales.tolist()],
+        "weights": [[round(x, 5) for x in row] for row in weights.tolist()],
+    }
+
+
+def cost(study: Study, label: str) -> float:
+    """Multiply-accumulates of a run."""
+    tunes = Search(study, label).tunes
+    searching = label in study.searches
+    config = read_config(study.root / study.config(label), study.overrides(label, 0), space=default_space)
+    description = describe(config if searching else for_retrain(config), searching)
+    if not tunes:
+        return (description.steps or 0) * description.step_macs
+    part = (config.tune.epochs or config.training.epochs) / config.training.epochs
+    return config.tune.trials * part * (description.steps or 0) * describe(for_retrain(config), False).step_macs
+
+
+def plan(study: Study, jobs: list[tuple[str, int]]) -> None:
+    """Print the commands of runs, and what they cost."""
+    total = 0.0
+    for label, seed in jobs:
+        macs = cost(study, label)
+        total += macs
+        print(f"{macs / 1e12:8.1f} TMAC   {shlex.join(study.command(label, seed))}")
+    hours = total / 40e9 / 3600
+    print(f"{total / 1e12:8.1f} TMAC   in {len(jobs)} runs; at 40 GMAC/s a core about {hours:.1f} core hours")
+
+
+def compare(path: str | Path, out: str | Path | None = None, jobs: int = 1, only: list[str] | None = None) -> Path:
+    """Run the rows of a study that are missing and write a page about all of them.
+
+    Args:
+        path: the study's file, see `distpro.report.study`; what it names is relative to the current folder.
+        out: folder of the rows, ``<name>.jsonl``, and of the page; default: ``runs/<name>``, where the runs are.
+        jobs: runs side by side.
+        only: labels of runs; their searches come along.
+
+    Returns the page's path. Raises UserError for bad input, and where no run has ended.
+    """
+    study = open_study(path, out)
+    study.run_all(missing(study, only), jobs)
+    if not study.rows():
+        raise UserError(f"{study.name}: no run has ended; the logs are in {study.folder}")
+    base = study.content.get("baseline")
+    first = str(base[0] if isinstance(base, list) and base else base)
+    labels = {row["label"] for row in study.rows()}
+    return write_page(
+        [study.results], study.results.with_suffix(".html"), study.name, first if first in labels else None
+    )
+
+
+def open_study(path: str | Path, out: str | Path | None = None) -> Study:
+    """The study in a file, with its rows in ``out``."""
+    path, here = Path(path), Path.cwd()
+    return Study(path, here / "runs" / path.stem if out is None else Path(out), here)
+
+
+def missing(study: Study, only: list[str] | None = None) -> list[tuple[str, int]]:
+    """Runs without a row: (label, seed)."""
+    wanted = study.with_searches(only) if only else study.runs.keys() | study.searches.keys()
+    return [job for job in study.missing() if job[0] in wanted]

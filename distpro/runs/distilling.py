@@ -1,0 +1,137 @@
+"""One call from two names and a folder of images to a student.
+
+Each training is an ordinary run with a config of its own in its folder, so that it can be looked at, repeated and resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distpro.build.given import Given
+from distpro.console import note
+from distpro.models import load_checkpoint
+from distpro.runs import commands
+from distpro.runs.composing import EPOCHS, Wish, compose, of_both
+from distpro.runs.export import export
+from distpro.runs.training import Result
+
+
+def distill(
+    teacher: str | nn.Module,
+    student: str | nn.Module,
+    data: Any,
+    out: str | Path = "runs/distilled",
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    *,
+    epochs: int = EPOCHS,
+    teacher_weights: str | Path | None = None,
+    teacher_pretrained: bool = False,
+    teacher_epochs: int | None = None,
+    student_pretrained: bool = False,
+    image_size: int | None = None,
+    losses: Sequence[str] = ("kd",),
+    search: bool = False,
+    baseline: bool = False,
+) -> Result:
+    """Train a student with a teacher, from names and a folder of images to weights in the student's own format.
+
+    Args:
+        teacher, student: names (``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, ``package.module:callable``, or one of
+            `distpro.models.MODELS`), or modules; a student that is a module is trained in place.
+        data: a folder (or .zip, .tar) of images with ``train/<class>/`` and ``test/<class>/`` or ``val/<class>/``, or with
+            ``<class>/`` alone, of which a fifth becomes the test part; an .npz file; the name of a data set; or objects, as of
+            `distpro.search`.
+        out: folder of the student's run: ``student.pt`` and ``student.safetensors``, whose metadata have the normalisation, and
+            ``config.yaml``, which ``distpro retrain`` repeats. The teacher's training, the search and the baseline are in
+            folders inside it.
+        overrides: ``key=value`` of the student's config; those of data, device, seed and the like hold for the teacher's too.
+        resume: go on where an earlier call with the same arguments was stopped.
+        epochs: of the student's training.
+        teacher_weights: file of the teacher's state dict (``torch.save`` or safetensors).
+        teacher_pretrained, student_pretrained: begin with the library's weights, which it downloads where it has not got them.
+        teacher_epochs: of the teacher's own training on the data; default: none for a module or with ``teacher_weights``, else as
+            many as the student's.
+        image_size: side of the images; default: as they are, if they are of one size and not above 224, else what pretrained
+            weights want, or 224.
+        losses: distillation losses by name, at their usual weights (KD at 1).
+        search: learn the weights of the default losses first, in place of ``losses``; costs a dozen trainings.
+        baseline: train the student without its teacher as well, for comparison.
+
+    Returns the student's final metrics and the folder. Raises UserError for bad input, `distpro.train.trainer.Interrupted` after
+    SIGINT or SIGTERM.
+    """
+    folder = Path(out)
+    wish = Wish(
+        teacher,
+        student,
+        data,
+        folder,
+        epochs,
+        teacher_weights,
+        teacher_pretrained,
+        teacher_epochs,
+        student_pretrained,
+        image_size,
+        losses,
+    )
+    plan = compose(wish, overrides)
+    given: dict[str, Any] = {"data": None if isinstance(data, (str, Path)) else data}
+    pair: dict[str, Any] = {
+        name: model for name, model in (("teacher", teacher), ("student", student)) if isinstance(model, nn.Module)
+    }
+    if plan.teacher is not None:
+        pair |= _taught(plan.teacher, folder / "teacher", of_both(overrides), resume, pair.get("teacher"), given)
+    if baseline:
+        alone, first = folder / "alone", Given(student=pair.get("student")).copied().student
+        note(f"the student without its teacher: {alone}")
+        commands.train(
+            plan.student,
+            alone,
+            overrides,
+            _begun(alone, resume),
+            student=first,
+            **given,
+        )
+    config, how, schedule = plan.student, [*overrides, "retrain.weights=constant"], None
+    if search:
+        config, how = {key: value for key, value in config.items() if key != "terms"}, list(overrides)
+        schedule = folder / "search" / "alpha.pt"
+        note(f"the search: {schedule.parent}")
+        commands.search(config, schedule.parent, overrides, _begun(schedule.parent, resume), **given, **pair)
+    note(f"the student: {folder}")
+    result = commands.retrain(config, schedule, folder, how, _begun(folder, resume), **given, **pair)
+    if find_spec("safetensors") and (folder / "student.pt").is_file():
+        export(folder, "safetensors")
+    return result
+
+
+def _taught(
+    config: Mapping[str, Any],
+    folder: Path,
+    overrides: Sequence[str],
+    resume: bool,
+    teacher: nn.Module | None,
+    given: Mapping[str, Any],
+) -> dict[str, nn.Module]:
+    """Train the teacher; what takes its place where it is a module."""
+    note(f"the teacher: {folder}")
+    own = Given(student=teacher).copied().student
+    commands.train(config, folder, overrides, _begun(folder, resume), student=own, **given)
+    if own is None:
+        return {}
+    load_checkpoint(own, folder / "student.pt")
+    return {"teacher": own}
+
+
+def _begun(folder: Path, resume: bool) -> bool:
+    """Whether a training has something to go on from. What it wrote before its first checkpoint is no such thing, and goes."""
+    begun = resume and ((folder / "checkpoint.pt").is_file() or (folder / "trials").is_dir())
+    if resume and not begun:
+        (folder / "config.yaml").unlink(missing_ok=True)
+    return begun

@@ -1,0 +1,85 @@
+"""`distpro compare`: runs what is missing, keeps a row of each, and writes the page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+import yaml
+
+from distpro.cli import main
+from distpro.runs import comparing
+from tests.digits import random_teacher, settings
+
+STUDY = {
+    "config": "pair.yaml",
+    "seeds": [0, 1],
+    "baseline": "alone",
+    "set": {"training.max_steps": 2, "threads": 1, "tracking.tensorboard": False},
+    "runs": {"taught": {"retrain.weights": "equal", "pathways.weight": 1.0}, "alone": {"retrain.weights": "none"}},
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A study of a pair, whose runs stay in this process."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (tmp_path / "pair.yaml").write_text(yaml.safe_dump(settings("teacher.pt")))
+
+    def run(command, **options):
+        if command[1:3] != ["-m", "distpro.cli"]:
+            return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(command, main(command[3:]))
+
+    monkeypatch.setattr(comparing.subprocess, "run", run)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_run_and_shown(here, capsys):
+    random_teacher(here).rename(here / "teacher.pt")
+    content = {**STUDY, "searches": {"search": {"search.trials": 0}}}
+    (here / "study.yaml").write_text(yaml.safe_dump(content))
+    assert main(["compare", "study.yaml", "--only", "alone"]) == 0
+    rows = [json.loads(line) for line in (here / "runs" / "study" / "study.jsonl").read_text().splitlines()]
+    assert [(row["label"], row["seed"]) for row in rows] == [("alone", 0), ("alone", 1)]
+    assert main(["compare", "study.yaml"]) == 0
+    lines = (here / "runs" / "study" / "study.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and [json.loads(line) for line in lines[:2]] == rows  # nothing is run again
+    html = (here / "runs" / "study" / "study.html").read_text()
+    assert "difference to alone" in html and "(search)" in html and "taught" in html
+
+
+def test_a_plan(here, capsys):
+    assert main(["compare", "study.yaml", "--dry-run", "--only", "taught"]) == 0
+    first, second, total = capsys.readouterr().out.splitlines()
+    assert first.endswith("seed=0 --out runs/study/taught-0") and "--schedule" not in first  # there is no search
+    assert second.endswith("seed=1 --out runs/study/taught-1") and "in 2 runs" in total
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": [0]}, "study.yaml: unknown key 'seed'; did you mean 'seeds'"),
+        ({"config": None}, "study.yaml: config is None: expected a path"),
+        ({"seeds": [0.5]}, "study.yaml: seeds is [0.5]: expected whole numbers"),
+        ({"runs": {}}, "study.yaml: runs is {}"),
+        ({"runs": {"a": 3}}, "study.yaml: runs: a is 3: expected overrides"),
+        ({"searches": {"alone": {}}}, "name of a search and of a run: alone"),
+    ],
+)
+def test_a_file_that_is_no_study(here, capsys, change, said):
+    (here / "study.yaml").write_text(yaml.safe_dump({**STUDY, **change}))
+    assert main(["compare", "study.yaml"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+def test_a_label_and_a_file_that_are_not_there(here, capsys):
+    assert main(["compare", "study.yaml", "--only", "alon"]) == 2
+    assert "no run or search 'alon'; did you mean 'alone'" in capsys.readouterr().err
+    assert main(["compare", "stdy.yaml"]) == 2
+    assert "stdy.yaml: no such config file; did you mean 'study.yaml'" in capsys.readouterr().err
