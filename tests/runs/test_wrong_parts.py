@@ -80,11 +80,11 @@ WRITTEN = {
     "accumulate": ({"training": {"accumulate": 2}}, "training.accumulate: a search's step is one batch"),
     "unknown optimiser": (
         {"training": {"optimizer": {"name": "admw"}}},
-        "unknown optimiser 'admw'; did you mean 'adamw'? (allowed: adam, adamw, sgd)",
+        "unknown optimiser 'admw'; did you mean 'adamw'? (allowed: adam, adamw, sgd, adadelta",
     ),
     "parameters of a known optimiser": (
         {"training": {"optimizer": {"name": "adamw", "params": {"amsgrad": True}}}},
-        "training.optimizer.params: for an optimiser of one's own; adamw takes its parameters beside its name",
+        "training.optimizer.params: for other optimisers; adamw takes its parameters beside its name",
     ),
     "an optimiser that is none": (
         {"training": {"optimizer": {"name": f"{HERE}:Tagger"}}},

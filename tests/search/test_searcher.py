@@ -215,7 +215,9 @@ def test_the_schedule_says_what_was_learned():
     assert schedule.keys == ("first", "second", "kd")  # not the constant one
     assert schedule.levels.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
     assert schedule.transforms == ("", "", "")
-    assert (schedule.steps_per_epoch, schedule.meta) == (2.5, {"data": "toy"})
+    assert schedule.steps_per_epoch == 2.5 and schedule.meta["data"] == "toy"
+    told = schedule.meta["gradients"]
+    assert told["updates"] == 6 and list(told["of"]) == ["first", "second", "kd"]
     assert schedule.weights.dtype == schedule.alpha_tilde.dtype == torch.float32
     assert torch.equal(schedule.alpha_tilde, trainer.weights.history[0])
     assert torch.equal(schedule.weights, trainer.weights.history[1])
