@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from distpro.config.flat import flat
 from distpro.config.schema import Config
@@ -88,7 +89,7 @@ def _check_run(folder: Path, config: Config, resume: bool) -> None:
         if (folder / CONFIG).exists():
             raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
         return
-    differing = _differences(recorded(folder), json.loads(config.model_dump_json()))
+    differing = _differences(_completed(recorded(folder)), json.loads(config.model_dump_json()))
     if differing:
         raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
 
@@ -136,6 +137,15 @@ def recorded_estimator(folder: Path) -> Any:
     """The ``search.estimator`` that a run's folder records; None where it says nothing."""
     searching = recorded(folder).get("search")
     return searching.get("estimator") if isinstance(searching, Mapping) else None
+
+
+def _completed(old: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recorded config with the defaults of keys that have come since."""
+    try:
+        completed: dict[str, Any] = json.loads(Config(**old).model_dump_json())
+    except (ValidationError, UserError, TypeError):  # a key that is gone, which is named as a difference
+        return old
+    return completed
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

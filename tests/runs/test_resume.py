@@ -15,7 +15,9 @@ import yaml
 
 import distpro
 from distpro.cli import main
+from distpro.config.schema import Config
 from distpro.files import load_safely
+from distpro.runs.folder import open_folder
 from distpro.schedule import Schedule
 from distpro.train.tracking import read_metrics
 from distpro.train.trainer import Interrupted, Trainer
@@ -243,6 +245,18 @@ def test_a_run_keeps_checkpoints_between_the_windows_of_unrolled_only(
 def test_a_run_is_resumed_with_its_own_config(change, message, teacher, whole):
     with pytest.raises(distpro.UserError, match=message):
         distpro.search(settings(teacher, change), out=whole / "search", resume=True)
+
+
+def test_a_config_from_before_a_key_was_there_means_its_default(whole, tmp_path):
+    recorded = yaml.safe_load((whole / "search" / "config.yaml").read_text())
+    config = Config(**recorded)
+    del recorded["search"]["rounds"], recorded["tracking"]["sinks"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+    with open_folder(tmp_path, config, resume=True) as folder:
+        assert folder == tmp_path
+    other = config.model_copy(update={"search": config.search.model_copy(update={"rounds": 3})})
+    with pytest.raises(distpro.UserError, match="search.rounds was 0, is 3"), open_folder(tmp_path, other, resume=True):
+        pass
 
 
 def test_there_must_be_something_to_resume(teacher, tmp_path):
