@@ -109,13 +109,19 @@ def _classes(trainer: Trainer, facts: Mapping[str, Any] | None) -> tuple[int, in
 
 
 def at_the_end(trainer: Trainer, before: Sequence[float] = ()) -> list[str]:
-    """Of a student that has not moved, has learnt nothing, or whose loss has risen. ``before``: its `sums_of` at the start."""
+    """Of a student that has not moved, has learnt nothing, or whose loss has risen; of a metric that says nothing. ``before``: its `sums_of` at the start."""
     notes = []
     if before and all(
         math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(before, sums_of(trainer), strict=True)
     ):
         notes.append("the student has not moved: training.optimizer.lr, or a loss without a gradient?")
-    if trainer.task.headline == "accuracy":
+    headline = trainer.task.headline
+    values = [row[headline] for row in trainer.history if headline in row]
+    if values and all(map(math.isnan, values)):
+        notes.append(
+            f"the test {headline} is nan in every evaluation: of what the metric is given, nothing can be computed"
+        )
+    if headline == "accuracy":
         said = _guesses(trainer, _student(trainer.objective))
         notes += [f"the student {said}: training.optimizer.lr, or longer?"] if said else []
     rows = read_metrics(trainer.folder) if trainer.folder is not None else []

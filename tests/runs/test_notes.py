@@ -12,8 +12,10 @@ from torch.utils.data import TensorDataset
 import distpro
 from distpro.cli import main
 from distpro.models import build_model
+from distpro.tasks import Classification
 from distpro.train.trainer import Trainer
 from tests.digits import settings
+from tests.own_models import Mean
 
 pytestmark = pytest.mark.slow
 
@@ -181,3 +183,22 @@ def test_distpros_own_faults_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", None)  # calling it fails in distpro's file
     with pytest.raises(TypeError):
         main(["train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+
+
+class Undefined(Classification):
+    """Its metric divides by nothing."""
+
+    headline = "share"
+
+    def metrics(self):
+        return Mean(lambda output, batch: {"share": torch.tensor(torch.nan)})
+
+
+@pytest.mark.parametrize("task", [Undefined(), None])
+def test_a_metric_that_says_nothing_is_said(task, capsys):
+    given = settings(
+        changes={"data": {"name": "object:tuple", "augment": [], "samples": None}, "training": {"epochs": 1}}
+    )
+    distpro.train(given, data=(images(40), images(40)), student=Bright(), task=task)
+    said = any("the test share is nan in every evaluation" in line for line in notes(capsys))
+    assert said == isinstance(task, Undefined)
