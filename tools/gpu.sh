@@ -3,6 +3,7 @@
 #   bash tools/gpu.sh [FOLDER]               # default runs/gpu
 #   bash tools/gpu.sh --plan                 # says what it would do, the seconds that each part is expected to take, and its limit in brackets
 #   bash tools/gpu.sh --rehearse [FOLDER]    # on the CPU at toy size, with SLACK (6) times the time
+#   PARTS="teacher kd" bash tools/gpu.sh     # these parts alone
 # Parts: the environment; beside each other the tests marked cuda, and a teacher, a KD training and a search; then one by one where a step
 # waits (profile_gpu), bench_train plain and compiled, several trainings on one card (bench_seeds), bench_horizon and bench_search. Each
 # has its time limit, and one that fails does not stop the others; the status is that of the worst. Data: cifar10.npz in $DISTPRO_DATA if it
@@ -21,6 +22,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 part() { # NAME SECONDS LIMIT COMMAND...: its output in NAME.log, a line in summary.txt
     local name=$1 took=$2 limit=$(($3 * SLACK)) start=$SECONDS status=0 word=ok
     shift 3
+    [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
     if [ -n "$plan" ]; then
         [ "$name" = tests ] || total=$((total + took)) # which run beside others
         printf '%-14s %4d s [%3d]  %s\n' "$name" "$took" "$limit" "$(tr -s ' \n' ' ' <<<"$*" | cut -c1-90)"

@@ -1,0 +1,43 @@
+"""What a machine with a GPU is asked: the plan fits its slot, and the parts run, at toy size on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+REHEARSED = "environment data teacher kd search profile bench_train bench_seeds bench_horizon"
+"""All but the suite's own tests, a compiler, and two that repeat a benchmark in another setting."""
+
+
+def gpu(*arguments, **variables):
+    kept = {key: value for key, value in os.environ.items() if key != "DISTPRO_DATA"}
+    environment = {**kept, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
+    command = ["bash", str(ROOT / "tools" / "gpu.sh"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_the_plan_fits_ten_minutes():
+    done = gpu("--plan")
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"in all about (\d+) minutes", done.stdout)[1]) <= 10
+    named = re.findall(r"^(\w+) +\d+ s", done.stdout, re.MULTILINE)
+    assert set(REHEARSED.split()) < set(named) and "tests" in named
+
+
+@pytest.mark.slow
+def test_a_rehearsal_passes(tmp_path):
+    done = gpu("--rehearse", tmp_path / "out", PARTS=REHEARSED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert [line.split()[1] for line in lines] == ["ok"] * len(REHEARSED.split())
+    assert {line.split()[0] for line in lines} == set(REHEARSED.split())
+    assert "plain" in json.dumps(json.loads((tmp_path / "out" / "bench_train.json").read_text()))
+    assert json.loads((tmp_path / "out" / "kd" / "result.json").read_text())["step"] == 4
+    assert (tmp_path / "out" / "search" / "alpha.pt").is_file()
