@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.objective import Objective
@@ -43,11 +42,3 @@ def evaluate(
     objective.train(was_training)
     metrics.merge(distributed.gather(metrics.state()))
     return {name: float(value) for name, value in metrics.compute().items()}
-
-
-def mean_parts(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The parts of the task loss, of a task that has them, as means over passes and processes, named ``train/<part>``."""
-    names = list(passes[0]) if passes else []
-    means = {name: torch.stack([parts[name].float() for parts in passes]).mean() for name in names}
-    distributed.average(means.values())
-    return {f"train/{name}": mean.item() for name, mean in means.items()}

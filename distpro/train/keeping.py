@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
+from distpro.console import note
 from distpro.objective import Objective
 from distpro.train import distributed
 
@@ -143,6 +144,15 @@ class Keeper:
             self._kept = sorted([*self._kept, candidate], key=self._worth, reverse=True)[
                 :room
             ]  # stable: the earlier first
+
+    def leave(self) -> bool:
+        """Conclude, say what was done, and whether the student is another than that of the last step."""
+        said = [self.why_it_stopped()] if self.stops else []
+        kept = self.conclude()
+        if distributed.is_main():
+            for line in (*said, *([kept] if kept else [])):
+                note(line)
+        return bool(kept)
 
     def conclude(self) -> str:
         """Put what is kept into the student, and say in words what that is; "" where it is the student of the last step."""

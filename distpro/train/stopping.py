@@ -14,8 +14,9 @@ SIGNALS += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # what SLURM 
 class Interrupted(Exception):
     """The run was told to stop, and has written a checkpoint first."""
 
-    def __init__(self, signal_number: int, step: int, total: int):
-        super().__init__(f"stopped at step {step} of {total}; --resume goes on from here")
+    def __init__(self, signal_number: int, step: int, total: int, begun: int | None = None):
+        here = "here" if begun is None else f"step {begun}, where its horizon began"
+        super().__init__(f"stopped at step {step} of {total}; --resume goes on from {here}")
         self.signal_number = signal_number
 
 

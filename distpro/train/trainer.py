@@ -3,6 +3,7 @@ says what the weights of the terms are (`Weights`)."""
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import time
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from distpro.batch import Batch
-from distpro.console import note
 from distpro.features import TrainingPass
 from distpro.files import save_atomically
 from distpro.objective import Objective
@@ -24,10 +24,11 @@ from distpro.task import Metrics, Task
 from distpro.train import distributed
 from distpro.train.checkpoint import CHECKPOINT, PREVIOUS, VERSION, read_checkpoint
 from distpro.train.divergence import Diverged, check_student, divergence
-from distpro.train.evaluation import evaluate, mean_parts
+from distpro.train.evaluation import evaluate
 from distpro.train.keeping import BESIDE, Keeper, logged
 from distpro.train.progress import Progress
 from distpro.train.rates import LearningRate
+from distpro.train.rows import Row
 from distpro.train.state import random_state, set_random_state, snapshot
 from distpro.train.stopping import Cut, Interrupted, Stop
 from distpro.train.tracking import Tracker
@@ -91,12 +92,13 @@ class Trainer:
         self._stop = Stop()
         self._stopping = False
         self._checkpoint_due = False
+        self._anchor: dict[str, Any] | None = None
         self._kept: dict[str, float] = {}  # metrics of the student that is left, where a keeper has chosen it
         device = next(self.objective.student.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
         buffers = self.objective.student.model.named_buffers()
         self.finite_buffers = {n for n, b in buffers if b.is_floating_point() and bool(b.isfinite().all())}
-        self._start_row()
+        self._row = Row()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -126,6 +128,7 @@ class Trainer:
                 stops = False
                 batches = self.train_loader.epoch(epoch, start=first * self.accumulate)
                 while group := tuple(islice(batches, self.accumulate)):
+                    self._drop_anchor()
                     self.train_step(*group)
                     self.seconds = time.perf_counter() - start
                     self._log(progress)
@@ -144,34 +147,45 @@ class Trainer:
         return self.result()
 
     def _leave(self) -> NoReturn:
-        self.save()
-        raise Interrupted(self._stop.number or signal.SIGTERM, self.step, self.total_steps)
+        number, begun = self._stop.number or signal.SIGTERM, None
+        if self._resumable:
+            self.save()
+        else:
+            assert self._anchor is not None
+            begun = self._anchor["step"]
+            self._write(self._anchor)
+        raise Interrupted(number, self.step, self.total_steps, begun)
+
+    @property
+    def _resumable(self) -> bool:
+        """Whether the training can be gone on with from after this step."""
+        return self.step >= self.total_steps or self._ends_early or self.weights.resumable(self.step)
 
     @property
     def _ends_early(self) -> bool:
         return self.keeper is not None and self.keeper.stops
 
     def _conclude(self, keeper: Keeper) -> None:
-        said = [keeper.why_it_stopped()] if keeper.stops else []
-        said += [kept] if (kept := keeper.conclude()) else []
-        if distributed.is_main():
-            for line in said:
-                note(line)
-        if kept:
+        if keeper.leave():
             self._stop.number = None  # the training is over; what is kept is evaluated to its end
             self._kept = {**self.test(), **keeper.facts}
+
+    def _drop_anchor(self) -> None:
+        """Where the next step leads between steps that one hypergradient looks at: keep what a run that is stopped there goes
+        on from. (Several processes stop behind them.)"""
+        if distributed.world_size() == 1 and self.weights.resumable(self.step):
+            between = not self.weights.resumable(self.step + 1)
+            self._anchor = copy.deepcopy(self.state_dict()) if between else None
 
     def _stops(self) -> bool:
         """Whether to stop after this step: all ranks at the same one, so they ask each other now and then."""
         if distributed.world_size() == 1 or self.step % 10 == 0:
             self._stopping = distributed.any_of(self._stop.number is not None)
-        return self._stopping and self.weights.resumable(self.step)
+        return self._stopping and (self._resumable or self._anchor is not None)
 
     def _save_if_due(self) -> None:
         """The checkpoint of an epoch's end, there or at the next step from which a run can be gone on with."""
-        if self._checkpoint_due and (
-            self.step >= self.total_steps or self._ends_early or self.weights.resumable(self.step)
-        ):
+        if self._checkpoint_due and self._resumable:
             self.save()
             self._checkpoint_due = False
 
@@ -193,8 +207,7 @@ class Trainer:
         if self.keeper is not None:
             self.keeper.after_step()
         self.step += 1
-        self._losses.append(torch.cat([done.task.reshape(1), done.terms]))
-        self._samples += sum(batch.samples for batch in batches)
+        self._row.add(done, sum(batch.samples for batch in batches))
 
     def _backward(self, batches: Sequence[Batch], capture: bool) -> TrainingPass:
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,7 +224,7 @@ class Trainer:
     def _pass(self, batch: Batch, weights: Sequence[float] | Tensor, capture: bool, parts: int) -> TrainingPass:
         done = self.objective.training_pass(batch, weights, capture)
         if hasattr(self.task, "parts") and done.output is not None:
-            self._parts.append({name: value.detach() for name, value in self.task.parts(done.output).items()})
+            self._row.parts.append({name: value.detach() for name, value in self.task.parts(done.output).items()})
         if done.loss.requires_grad:  # else every weight is 0 at this step
             self._scaler.scale(done.loss if parts == 1 else done.loss / parts).backward()
         return done
@@ -231,24 +244,16 @@ class Trainer:
 
     # Numbers
 
-    def _start_row(self) -> None:
-        self._losses: list[Tensor] = []  # task and terms of each step since the last row; read only to log
-        self._parts: list[dict[str, Tensor]] = []  # of the task loss, of each pass
-        self._samples, self._since = 0, time.perf_counter()
-
     def _log(self, progress: Progress) -> None:
         if self.step % self.log_every and self.step < self.total_steps and self.step % self.steps_per_epoch:
             progress.update(self.step)
             return
-        losses = torch.stack(self._losses)
-        distributed.average([losses])
-        samples = self._samples * distributed.world_size()
-        task, *terms = losses.mean(0).tolist()
+        losses, (task, *terms), parts = self._row.means()
         values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
-        values |= mean_parts(self._parts)
+        values |= parts
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
-        values["images_per_second"] = samples / (time.perf_counter() - self._since)
+        values["images_per_second"] = self._row.rate()
         values |= self.weights.scalars()
         self._record(values)
         total = task + sum(terms)
@@ -257,7 +262,7 @@ class Trainer:
             loss=task if self.objective.computes_task else total,
             images_per_second=values["images_per_second"],
         )
-        self._start_row()
+        self._row.begin()
         if not math.isfinite(total):
             raise divergence(self, losses.cpu())
 
@@ -279,7 +284,7 @@ class Trainer:
             beside = {n for n in metrics if n.startswith(BESIDE) and not n.endswith(f"_{self.task.headline}")}
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name not in beside)
             progress.message(f"epoch {epoch}/{math.ceil(self.total_steps / self.steps_per_epoch)}  {shown}")
-            self._since = time.perf_counter()
+            self._row.go_on()
             self.on_evaluation(self.history[-1])
         if last or self._ends_early or epoch % self.checkpoint_every == 0:
             self._checkpoint_due = True
@@ -304,7 +309,7 @@ class Trainer:
     def test(self, loader: Any = None) -> dict[str, float]:
         """Metrics of the student, in evaluation mode, on the test set, or on what another loader gives."""
         metrics = self.task.metrics() if self.metrics is None else self.metrics()
-        alone = distributed.world_size() == 1 and (self.step >= self.total_steps or self.weights.resumable(self.step))
+        alone = distributed.world_size() == 1
         cut = (lambda: self._stop.number is not None) if alone else (lambda: False)
         if loader is not None:
             return evaluate(self.objective, metrics, loader, cut=cut)
@@ -336,15 +341,17 @@ class Trainer:
     def save(self) -> None:
         """Write everything that a resumed run needs to go on to the same numbers."""
         self._share_statistics()
-        distributed.average(self._losses)
-        distributed.average(value for parts in self._parts for value in parts.values())
+        self._row.share()
         if not distributed.is_main():
             return
+        self._write(self.state_dict())
+        self.on_checkpoint()
+
+    def _write(self, state: dict[str, Any]) -> None:
         if self.tracker is not None:
             self.tracker.flush()  # or the curves would lack what was done before the checkpoint
         if self.checkpoint_path is not None:
-            save_atomically(self.state_dict(), self.checkpoint_path, kept_as=self.checkpoint_path.with_name(PREVIOUS))
-        self.on_checkpoint()
+            save_atomically(state, self.checkpoint_path, kept_as=self.checkpoint_path.with_name(PREVIOUS))
 
     def _share_statistics(self) -> None:
         """Running statistics of the student as means over the ranks: each has seen its own part of the data."""
@@ -374,8 +381,7 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "random": random_state(self.objective.student),
             "history": self.history,
-            "losses": self._losses,
-            "parts": self._parts,
+            **self._row.state_dict(),
             "seconds": self.seconds,
             **({} if self.keeper is None else {"keeper": self.keeper.state_dict()}),
         }
@@ -390,7 +396,5 @@ class Trainer:
         if self.keeper is not None:
             self.keeper.load_state_dict(state["keeper"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
-        device = next(self.objective.student.parameters()).device
-        self._losses = [losses.to(device) for losses in state["losses"]]
-        self._parts = [{n: value.to(device) for n, value in parts.items()} for parts in state.get("parts", [])]
+        self._row.load_state_dict(state, self.objective.device)
         set_random_state(state["random"])

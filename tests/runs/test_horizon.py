@@ -12,6 +12,7 @@ import yaml
 import distpro
 from distpro.cli import main
 from distpro.config.reading import read_config
+from distpro.files import load_safely
 from distpro.schedule import Schedule
 from distpro.search.estimators.sweep import Sweep
 from distpro.train.trainer import Interrupted
@@ -61,12 +62,13 @@ def test_a_replay_takes_the_last_weights(teacher, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_that_is_stopped_in_a_window_ends_in_the_same_bytes(teacher, whole, tmp_path, monkeypatch):
-    """It stops after the window's sweep; a kill inside one goes back to the checkpoint before it."""
-    stop_after(monkeypatch, [4], signal.SIGTERM)
+    """It leaves at once, with a checkpoint of the step that its window of three began at."""
+    stop_after(monkeypatch, [5], signal.SIGTERM)
     with pytest.raises(Interrupted) as stopped:
         distpro.search(horizon(teacher), out=tmp_path / "run")
     monkeypatch.undo()
-    assert "step 6" in str(stopped.value)
+    assert str(stopped.value) == "stopped at step 5 of 12; --resume goes on from step 3, where its horizon began"
+    assert load_safely(tmp_path / "run" / "checkpoint.pt")["step"] == 3
     distpro.search(horizon(teacher), out=tmp_path / "run", resume=True)
     assert apart(whole, tmp_path / "run") == []
 

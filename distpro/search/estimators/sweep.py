@@ -49,7 +49,7 @@ class Sweep(Estimator):
     its plain form (the fused kernels have no second derivative). With a ``stretch`` of k steps only the first of every k is kept
     so, of the others the batch alone: the sweep does the k steps again, as the training did them, before it goes back
     through them. That costs the window's training once more, and with k = √N keeps 2 √N steps in the place of N.
-    A run stops, and keeps checkpoints, between windows only.
+    A run keeps checkpoints between windows only; one that is told to stop inside goes on from the window's beginning.
 
     Args:
         objective, optimizer, max_norm, clip_by: as of any `Estimator`.
