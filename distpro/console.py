@@ -8,8 +8,8 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,38 @@ def fail(message: str) -> None:
     """Print ``distpro: <message>`` to stderr; long lines are cut, and what is no text (a terminal's commands) is escaped."""
     lines = [shortened(_printable(line), LINE) for line in message.split("\n")]
     print("distpro: " + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+class _Stream:
+    """A stream that is written to for as long as somebody reads it: then, to nowhere."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._kept(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._kept(self._stream.flush)
+
+    def _kept(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            return None
+
+
+@contextmanager
+def unread_streams_ignored() -> Iterator[None]:
+    """Inside, a reader of stdout or stderr that goes away (``| head``) does not end the program."""
+    with redirect_stdout(_Stream(sys.stdout)), redirect_stderr(_Stream(sys.stderr)):  # type: ignore[type-var]
+        yield
 
 
 def shortened(text: str, most: int) -> str:

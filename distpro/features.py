@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from distpro.batch import Batch
 from distpro.task import Task
@@ -225,9 +227,17 @@ def check_apart(teacher: nn.Module, student: nn.Module) -> None:
     if any(p in trained for p in teacher.parameters()):
         raise UserError("objective: teacher and student share parameters, which would freeze the student's; copy them")
     own = set(student.modules())
-    shared = {type(m).__name__ for m in teacher.modules() if m in own and isinstance(m, _MODAL)}
+    shared = {type(m).__name__ for m in teacher.modules() if m in own and _has_modes(type(m))}
+    kept = {b for m in student.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+    shared |= {type(m).__name__ for m in teacher.modules() if kept & set(m.buffers(recurse=False))}
     if shared:
-        raise UserError(f"objective: teacher and student share a module ({', '.join(sorted(shared))}); copy it")
+        raise UserError(
+            f"objective: teacher and student share what works differently in training ({', '.join(sorted(shared))}); copy it"
+        )
 
 
-_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+def _has_modes(kind: type) -> bool:
+    """Whether modules of a class look at whether they are in training."""
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    functions = [f for base in own for f in vars(base).values() if isinstance(f, FunctionType)]
+    return any("training" in f.__code__.co_names for f in functions)

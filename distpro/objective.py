@@ -18,7 +18,7 @@ from distpro.process import Clock
 from distpro.schedule import Said, Schedule
 from distpro.task import Task, ask
 from distpro.tasks.classification import Classification
-from distpro.term import Entry, Moving, Term, as_term, entries_of
+from distpro.term import Entry, Moving, Term, as_term, check_moving_number, entries_of
 from distpro.weights import Scalars, Scale, columns_of, constants_of, strength_of, weights_of
 from pathways.compiled import begin_step, compiled, run, run_each
 from pathways.registry import UserError
@@ -78,7 +78,8 @@ class Objective(nn.Module):
         self.task: Task = Classification() if task is None else task
         self.task_loss, self.precision = task_loss, precision
         self.teacher_training = teacher_training
-        self.task_weight, self.prune, self.cache, self.clock = task_weight, prune, cache, clock
+        self.task_weight = check_moving_number("objective: task_weight", task_weight)
+        self.prune, self.cache, self.clock = prune, cache, clock
         self._frozen = tuple(frozen)
         for module in self._frozen:
             module.requires_grad_(False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,7 +68,7 @@ class Term(nn.Module):
         self.key = key
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
         self.student_last, self.teacher_last = tuple(student_last), tuple(teacher_last)
-        self.weight = weight
+        self.weight = check_moving_number(f"term '{key}': weight", weight)
         self.level = level
         self.per_level = per_level
         self.reduction = reduction
@@ -125,6 +127,15 @@ _DEFAULTS: dict[str, Any] = {
     "masked": False,
     "deploys": False,
 }
+
+
+def check_moving_number(what: str, value: Any) -> Any:
+    """A constant weight, a process, or None, as it is. Raises UserError for a constant that is no finite number."""
+    if value is None or callable(value) or isinstance(value, Tensor):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"{what}: expected a finite number or step → number, found {value!r}")
+    return value
 
 
 def as_term(module: nn.Module) -> nn.Module:

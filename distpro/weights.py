@@ -77,6 +77,9 @@ CONTROLS: dict[str, Callable[[Schedule, int], Schedule]] = {
 }
 """What a retrain does with a schedule, by the name in ``retrain.weights``."""
 
+OF_TIME = ("final", "mean", "shuffled")
+"""Those that change nothing where the weights are constant."""
+
 
 class Replay:
     """The weights that an objective's own processes say: constants, or the schedule that it follows."""

@@ -305,6 +305,11 @@ class Tapped(nn.Module):
             self._held.remove()
             self._held = None
 
+    def __getstate__(self) -> Any:
+        raise UserError(
+            f"a tapped {type(self.model).__name__} holds code that was made for it, and cannot be pickled: save its state_dict()"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tapped:
         """A copy that reads its own copy of the model."""
         copy = type(self).__new__(type(self))

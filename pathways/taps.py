@@ -104,7 +104,8 @@ def _response(output: Any, leaf: type | tuple[type, ...]) -> Any:
     if len({id(tensor) for tensor in found.values()}) > 1:
         raise UserError(
             f"the model's output has several tensors ({shown(found)}), none of them called 'logits' or 'out'; "
-            f"say which one is meant, for instance as tap 'logits[{list(found)[-1]}]'"
+            f"a term says which one it means as tap 'logits[{list(found)[-1]}]'; a task loss needs a model that returns "
+            "{'logits': ...}, or a task of its own"
         )
     return entry(output, None, f"tap '{LOGITS}'", leaf)
 

@@ -424,3 +424,15 @@ def test_evaluate_of_what_is_not_there(here, capsys):
     assert capsys.readouterr().err == "distpro: nowhere: no such run or config (and a checkpoint needs --config CFG)\n"
     assert main(["search", "retrain"]) == 2
     assert capsys.readouterr().err == "distpro: retrain: is a folder; a config is one YAML file\n"
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_does_not_end_a_training(tmp_path):
+    config = {"data": {"name": "digits", "samples": 40, "params": {"image_size": 8}}, "student": {"model": "resnet8"}}
+    config |= {"training": {"epochs": 3, "batch_size": 20}, "tracking": {"tensorboard": False}, "threads": 1}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    command = f"{sys.executable} -m distpro train c.yaml --out run 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "result.json").is_file() and len(done.stdout.splitlines()) == 1

@@ -16,6 +16,7 @@ from distpro.build.task import build_task
 from distpro.config.schema import Config
 from distpro.data import Blank, build_augment, load_data, split
 from distpro.data.augment import Crop
+from distpro.data.foreign import ForeignDataset
 from distpro.data.loading import make_loader
 from distpro.data.statistics import stated_by, stored_facts
 from distpro.data.tokens import as_trained
@@ -30,11 +31,11 @@ IMAGE_SETS = {"cifar10": (10, (3, 32, 32), 50000), "cifar100": (100, (3, 32, 32)
 def build_data(config: Config, given: Given | None = None) -> Any:
     """The config's data set, or the one that was handed over."""
     if given is not None and given.data is not None:
-        return given.data
+        return _with_classes(config, given.data)
     data = config.data
     refuse_object("data", data.name)
     root = {} if data.root is None else {"root": data.root}
-    return load_data(
+    found = load_data(
         data.name,
         samples=data.samples,
         classes=data.classes,
@@ -44,6 +45,15 @@ def build_data(config: Config, given: Given | None = None) -> Any:
         **root,
         **data.params,
     )
+    return _with_classes(config, found)
+
+
+def _with_classes(config: Config, data: Any) -> Any:
+    """Objects of somebody else with the number of classes that the config states, which they may not know."""
+    stated = config.data.num_classes
+    if stated is None or not isinstance(data, ForeignDataset) or data.num_classes == stated:
+        return data
+    return replace(data, names=None, classes=stated)
 
 
 def as_stored(config: Config, folder: Path | None, facts: Mapping[str, Any] | None = None) -> Config:

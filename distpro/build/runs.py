@@ -37,7 +37,7 @@ from distpro.train import distributed
 from distpro.train.checks import check_last_batch
 from distpro.train.rates import LearningRate
 from distpro.train.trainer import Trainer
-from distpro.weights import CONTROLS, Scale, Weights, replay
+from distpro.weights import CONTROLS, OF_TIME, Scale, Weights, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
@@ -273,6 +273,11 @@ def build_retrain(
     if schedule is not None and config.training.distill_warmup is None:
         schedule, scale = replace(schedule, strength=config.training.distill_weight), "schedule"
     replays = schedule is not None and retrain.weights in CONTROLS
+    if replays and retrain.start == 1 and retrain.weights in OF_TIME and distributed.is_main():
+        note(
+            f"retrain.weights: {retrain.weights} is what searched plays: of this schedule a replay takes the last weights alone "
+            "(retrain.start is 1; retrain.start=0 replays all of it)"
+        )
     if learned_of(config.task_weight) is not None and replays and TASK not in schedule.scalars:  # type: ignore[union-attr]
         raise UserError("task_weight: it is learned, but the schedule has no scalar 'task': state a number")
     weights = replay(

@@ -27,6 +27,9 @@ KINDS = (
     *("estimators", "augmentations", "optimizers", "presets"),
 )
 
+LONG = ("search", "retrain", "tune", "train", "distill", "compare")
+"""Commands that train: they go on when nobody reads what they print."""
+
 BOARD = 20  # trials of a leaderboard that are printed
 
 
@@ -48,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which get a message
     try:
         options = _parse(list(sys.argv[1:] if arguments is None else arguments))
-        return options.run(options) or 0
+        if options.command not in LONG:
+            return options.run(options) or 0
+        from distpro.console import unread_streams_ignored
+
+        with unread_streams_ignored():
+            return options.run(options) or 0
     except KeyboardInterrupt:
         return _failed("stopped; everything up to the last checkpoint is kept", 130)
     except BrokenPipeError:

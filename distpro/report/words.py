@@ -219,6 +219,8 @@ def _drops(s: Mapping[str, Any]) -> str:
 
 
 def _moves(s: Mapping[str, Any]) -> str:
+    if s["start"] == 1:
+        return "A replay takes the last weights alone, constant (start 1)."
     distance = f"on average the weights are {s['movement']:.2%} away from their mean over time"
     if s["movement"] < CONSTANT:
         return f"The process hardly differs from constant weights: {distance}."

@@ -60,7 +60,12 @@ def _without_gradient(trainer: Trainer) -> list[str]:
     objective, loader = trainer.objective, trainer.train_loader
     if not objective.entries or distributed.world_size() > 1 or objective.backend is not None:
         return []
-    if not isinstance(loader, Loader) or loader.streamed or objective.precision is not None:
+    if (
+        not isinstance(loader, Loader)
+        or loader.streamed
+        or objective.precision is not None
+        or objective.cache is not None
+    ):
         return []
     batch = next(iter(loader.epoch(0)))
     views: list[dict[str, Tensor]] = []
@@ -169,7 +174,7 @@ def _teacher(objective: Objective) -> Callable[[Batch], Tensor | None]:
         assert objective.teacher is not None
         model = objective.teacher.model
         with untouched(model), objective.autocast():
-            return objective.task.response(ask(objective.task, model.eval(), batch))
+            return _response(objective, ask(objective.task, model.eval(), batch))
 
     return answer
 
@@ -178,8 +183,16 @@ def _student(objective: Objective) -> Callable[[Batch], Tensor | None]:
     def answer(batch: Batch) -> Tensor | None:
         was_training = objective.training
         with untouched(objective.student):
-            response = objective.task.response(objective.eval().predict(batch))
+            response = _response(objective, objective.eval().predict(batch))
         objective.train(was_training)
         return response
 
     return answer
+
+
+def _response(objective: Objective, output: Any) -> Tensor | None:
+    """None where the task does not know which part of an output is meant: a term may name it as a tap."""
+    try:
+        return objective.task.response(output)
+    except UserError:
+        return None

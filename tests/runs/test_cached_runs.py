@@ -33,7 +33,7 @@ def passes(monkeypatch):
 
     def run_teacher(self, batch):
         teacher = self.teacher.forward
-        if batch.samples > 2:  # not the example
+        if batch.samples > 2 and batch.index is not None:  # neither the example nor a look before the training
             monkeypatch.setattr(self.teacher, "forward", lambda x: (count.append(1), teacher(x))[1])
         result = plain(self, batch)
         monkeypatch.setattr(self.teacher, "forward", teacher)

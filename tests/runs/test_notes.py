@@ -11,7 +11,9 @@ from torch.utils.data import TensorDataset
 
 import distpro
 from distpro.cli import main
+from distpro.files import load_safely
 from distpro.models import build_model
+from distpro.schedule import Schedule
 from distpro.tasks import Classification
 from distpro.train.trainer import Trainer
 from tests.digits import settings
@@ -202,3 +204,44 @@ def test_a_metric_that_says_nothing_is_said(task, capsys):
     distpro.train(given, data=(images(40), images(40)), student=Bright(), task=task)
     said = any("the test share is nan in every evaluation" in line for line in notes(capsys))
     assert said == isinstance(task, Undefined)
+
+
+class Two(nn.Module):
+    """Gives features and logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Bright()
+
+    def forward(self, x):
+        return x.mean((2, 3)), self.inner(x)
+
+
+def test_a_teacher_whose_answer_a_term_has_to_name_trains(capsys):
+    term = {"loss": "kd", "weight": 1, "teacher_taps": ["logits[1]"]}
+    given = config() | {"terms": [term], "retrain": {"weights": "constant"}}
+    given |= {"teacher": {"model": "object:Two"}, "data": {"name": "object:tuple", "num_classes": 3}}
+    distpro.retrain(given, data=(images(60), images(60)), teacher=Two(), student=Bright())
+    assert not any("teacher is right" in line for line in notes(capsys))
+    with pytest.raises(
+        distpro.UserError, match="a task loss needs a model that returns {'logits': ...}, or a task of its own"
+    ):
+        distpro.train(given, data=(images(60), images(60)), student=Two())
+
+
+def test_the_stated_number_of_classes_reaches_the_model(tmp_path):
+    given = settings(changes={"data": {"name": "object:tuple", "augment": [], "samples": None, "num_classes": 3}})
+    distpro.train(given, data=(images(40), images(40)), out=tmp_path / "run", overrides=["training.epochs=1"])
+    assert load_safely(tmp_path / "run" / "student.pt")["fc.weight"].shape == (3, 64)
+
+
+@pytest.mark.parametrize("control", ["mean", "shuffled", "final", "searched", "permuted"])
+def test_controls_of_time_on_a_schedule_of_constants_are_said(control, tmp_path, capsys):
+    schedule = Schedule(
+        ("kd",), torch.zeros(1, 3).long(), torch.zeros(4, 1), torch.ones(4, 1), (), 2.0, reading="log", start=1.0
+    )
+    given = config() | {"terms": [{"loss": "kd"}], "retrain": {"weights": control, "start": 1}}
+    given |= {"teacher": {"model": "object:Bright"}, "data": {"name": "object:tuple", "num_classes": 3}}
+    distpro.retrain(given, schedule=schedule, data=(images(60), images(60)), teacher=Bright(), student=Bright())
+    said = f"retrain.weights: {control} is what searched plays" in capsys.readouterr().out
+    assert said == (control in ("mean", "shuffled", "final"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from distpro.batch import Batch, batch_of
 from distpro.data.collating import check_targets
@@ -120,10 +124,38 @@ def test_parameters_that_teacher_and_student_share_are_refused():
     Objective(teacher, student, [Term(build_loss("kd"), "kd")])
 
 
-def test_modules_with_modes_that_teacher_and_student_share_are_refused():
-    shared = nn.Dropout(0.5)
-    with pytest.raises(UserError, match=r"share a module \(Dropout\); copy it"):
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
+@pytest.mark.parametrize("shared", [nn.Dropout(0.5), nn.RReLU(), StochasticDepth(0.5, "row"), Noisy()])
+def test_modules_with_modes_that_teacher_and_student_share_are_refused(shared):
+    name = type(shared).__name__
+    with pytest.raises(UserError, match=rf"share what works differently in training \({name}\); copy it"):
         Objective(network(0).append(shared), network(1).append(shared), [Term(build_loss("kd"), "kd")])
+
+
+def test_statistics_that_teacher_and_student_share_are_refused():
+    teacher, student = network(0).append(nn.BatchNorm1d(3)), network(1).append(nn.BatchNorm1d(3))
+    teacher[-1].running_mean = student[-1].running_mean
+    with pytest.raises(UserError, match=r"share what works differently in training \(BatchNorm1d\)"):
+        Objective(teacher, student, [Term(build_loss("kd"), "kd")])
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "yes", True])
+def test_a_weight_is_a_finite_number(weight):
+    with pytest.raises(UserError, match="term 'kd': weight: expected a finite number or step → number"):
+        Term(build_loss("kd"), "kd", weight=weight)
+    with pytest.raises(UserError, match="objective: task_weight: expected a finite number"):
+        Objective(None, network(0), [], task_weight=weight)
+
+
+def test_an_objective_is_not_pickled():
+    objective = Objective(None, network(0), [], torch.randn(2, 3, 8, 8))
+    with pytest.raises(UserError, match=r"a tapped Sequential .* cannot be pickled: save its state_dict\(\)"):
+        pickle.dumps(objective)
+    copy.deepcopy(objective)
 
 
 def test_features_and_logits_need_no_name_where_no_term_reads_logits():
