@@ -121,7 +121,9 @@ class Tapped(nn.Module):
         model: any module.
         names: taps, see `pathways.taps`. May be empty.
         example_input: anything that `Call.of` takes. If given, traced and plain output are compared on it once, in
-            evaluation and in training mode, and hooks take over if they differ.
+            evaluation and in training mode, and hooks take over if they differ; where hooks change what the model gives, it is
+            refused. Without one nothing is compared: a model that keeps a tap's tensor under another name too, and writes to one
+            of the two in place, then goes on with a copy.
         output: whether the model's output is wanted. `logits` among the taps is always given.
         frozen: the model is no longer trained: without gradients, in evaluation mode and on the CPU, its convolutions
             run as one operation with what follows them (`pathways.fusing`), if the example shows the same result. It is

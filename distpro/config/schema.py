@@ -48,7 +48,11 @@ class DataConfig(Section):
     std: list[float] | None = Field(None, description="likewise")
     workers: int = Field(0, ge=0, description="processes that load a streamed set; 0: none")
     params: Params = Field({}, description="options of the data set, or of a function of your own")
-    num_classes: int | None = Field(None, gt=0, description="for a dry run where the data are not there")
+    num_classes: int | None = Field(
+        None,
+        gt=0,
+        description="for a dry run where the data are not there, and of data of one's own that do not say it",
+    )
     image_shape: tuple[int, int, int] | None = Field(None, description="likewise, (C, H, W)")
 
 
