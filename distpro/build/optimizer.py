@@ -44,6 +44,8 @@ def build_optimizer(
     try:
         optimizer = kind(groups, lr=o.lr, **more)
     except (AssertionError, TypeError, ValueError) as error:
+        if is_code(o.name):  # whose place is said
+            raise
         raise UserError(f"optimiser '{o.name}': {str(error).splitlines()[0]}") from None
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimiser '{o.name}' gives {type(optimizer).__name__}, not a torch.optim.Optimizer")

@@ -57,7 +57,7 @@ def schedule_of(runs):
 def test_what_a_run_leaves(run, runs):
     folder, result = runs / run, json.loads((runs / run / "result.json").read_text())
     files = {"config.yaml", "environment.json", "metrics.jsonl", "result.json", "checkpoint.pt", "data.json"}
-    files |= {"log.txt"}
+    files |= {"log.txt", "checkpoint.previous.pt"}
     assert {path.name for path in folder.iterdir()} == files | {"alpha.pt" if run == "search" else "student.pt"}
     config = read_config(folder / "config.yaml")
     assert config.retrain.weights == ("none" if run == "teacher" else "searched")
