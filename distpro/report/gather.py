@@ -22,6 +22,10 @@ from pathways.registry import UserError
 NOT_METRICS = ("epoch", "step", "seconds", "trials", "spent", "budget", "search_seconds", "loss", "calibrated_loss")
 SAME = ("seed", "name", "device", "tracking.", "retrain.schedule", "threads", "data.num_classes", "data.image_shape")
 """Keys of a config, or their beginnings, that may differ between runs of one group."""
+AFTER_A_SEARCH = (*SAME, "retrain.", "tune.")
+"""Those of a search's config that do not make its schedule another one."""
+
+ITS_SEARCH = "its search: "
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Run:
         metrics: final ones; empty where it has not ended.
         rows: of its metrics.jsonl.
         schedule: learned (of a search) or replayed; None: none, or not found.
+        searched: of a retrain that replays a schedule: the settings of the search behind it; None: unknown.
         search_seconds: of a retrain: what the search of its schedule took; None: unknown.
         learned: of a row: ``keys`` and ``weights`` over time of a search.
         trials: of a tuning.
@@ -48,6 +53,7 @@ class Run:
     metrics: Mapping[str, float] = field(default_factory=dict)
     rows: Sequence[Mapping[str, float]] = ()
     schedule: Schedule | None = None
+    searched: Mapping[str, Any] | None = None
     learned: Mapping[str, Any] | None = None
     trials: Sequence[Mapping[str, Any]] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -65,7 +71,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone; retrains also in their schedules, where these are of searches that do."""
 
     label: str
     runs: Sequence[Run]
@@ -97,10 +103,13 @@ def gather(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def groups_of(runs: Sequence[Run]) -> list[Group]:
-    """Runs that differ in their seed alone together, in the order given."""
+    """Runs that differ in their seed alone together, in the order given. Retrains of schedules of which nobody knows how they
+    were searched are together where they replay one file."""
     found: dict[Any, list[Run]] = {}
     for run in runs:
         own = {k: v for k, v in run.settings.items() if not k.startswith(SAME)}
+        if _replays(run):
+            own["its search"] = _file_of(run) if run.searched is None else run.searched
         key: tuple[Any, ...] = (
             (run.kind, run.label) if run.kind == "row" else (run.kind, json.dumps(own, sort_keys=True, default=str))
         )
@@ -112,16 +121,43 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 
 def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """The settings that differ between groups: a value for each, None where it has none."""
-    firsts = [group.runs[0].settings for group in groups]
+    firsts = [_with_search(group.runs[0]) for group in groups]
     keys = [k for k in dict.fromkeys(k for one in firsts for k in one) if not k.startswith(SAME)]
     found = {key: [None if one.get(key) in ({}, []) else one.get(key) for one in firsts] for key in keys}
     searching = [group.runs[0].kind == "search" for group in groups]  # nobody else reads those keys
 
     def of_interest(key: str, values: list[Any]) -> bool:
         read = [v for v, reads in zip(values, searching, strict=True) if reads or not key.startswith("search.")]
+        if key.startswith(ITS_SEARCH):
+            read = [one[key] for one in firsts if key in one]
+            values = read
         return any(v != read[0] for v in read)
 
     return {key: values for key, values in found.items() if of_interest(key, values)}
+
+
+def _replays(run: Run) -> bool:
+    """Whether it is a retrain that plays a schedule from a file, or a control of it."""
+    plays = run.settings.get("retrain.weights") not in ("constant", "none")
+    return run.kind == "retrain" and plays and run.settings.get("retrain.schedule") is not None
+
+
+def _file_of(run: Run) -> str:
+    """The schedule's file; of one that is not there nobody knows whether two runs mean the same: the run itself."""
+    path = Path(str(run.settings["retrain.schedule"]))
+    return f"file {path.resolve()}" if path.is_file() else f"run {run.label}"
+
+
+def _searched(schedule: Schedule | None) -> dict[str, Any] | None:
+    """The settings of the search that a schedule is of; None where it says nothing."""
+    stored = None if schedule is None else schedule.meta.get("config")
+    if not isinstance(stored, Mapping):
+        return None
+    return {k: v for k, v in flat(stored).items() if not k.startswith(AFTER_A_SEARCH)}
+
+
+def _with_search(run: Run) -> dict[str, Any]:
+    return {**run.settings, **{f"{ITS_SEARCH}{k}": v for k, v in (run.searched or {}).items()}}
 
 
 def _common(labels: Sequence[str]) -> str:
@@ -171,6 +207,7 @@ def _run(folder: Path) -> Run:
         metrics=metrics,
         rows=rows,
         schedule=schedule,
+        searched=_searched(schedule) if kind == "retrain" else None,
         trials=trials,
         environment=environment,
         facts=stored_facts(folder),

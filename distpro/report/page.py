@@ -159,7 +159,9 @@ def _results(groups: Sequence[Group], metric: str | None, baseline: str | None) 
     base = next((g for g in compared if g.label == baseline), compared[0] if compared else None)
     digits = DIGITS.get(metric, 2 if any(abs(v) >= 10 for g in measured for v in g.values(metric).values()) else 4)
     against = f"difference to {base.label}" if base is not None and len(compared) > 1 else None
-    columns = ["run", f"test {title_of(metric)}", *([against] if against else []), "best epoch's", "seconds"]
+    keeping = any(_kept(g) for g in measured)
+    columns = ["run", f"test {title_of(metric)}", *([against] if against else [])]
+    columns += [*(["of the student", "last epoch's"] if keeping else []), "best epoch's", "seconds"]
     rows = []
     for group in measured:
         values = group.values(metric)
@@ -169,10 +171,15 @@ def _results(groups: Sequence[Group], metric: str | None, baseline: str | None) 
             row.append("" if searching or group is base else _difference(values, base.values(metric), digits))
         best = list(group.values(f"best_{metric}").values())
         seconds = list(group.values("seconds").values())
+        if keeping:
+            last = list((group.values(f"last_{metric}") or ({} if _kept(group) else values)).values())
+            row += [_kept(group) or "of the last epoch", f"{statistics.mean(last):.{digits}f}" if last else ""]
         row += [f"{statistics.mean(best):.{digits}f}" if best else "", statistics.mean(seconds) if seconds else ""]
         rows.append(row)
-    said = "Values are of the last epoch, on the test part; ±: half of the mean's 95 % interval (Student's t). "
-    said += "The best epoch's value is chosen by the test part itself, and too good."
+    of = "the student that a run leaves, which the table names" if keeping else "the last epoch"
+    said = f"Values are of {of}, on the test part; ±: half of the mean's 95 % interval (Student's t). "
+    said += "The best epoch's value is chosen by the test part itself, and too good"
+    said += "; it is of the student in training, not of a moving average or a mean." if keeping else "."
     said += " Seconds are of a run alone; its search has a row of its own."
     if any(_is_search(g) for g in measured):
         said += " In parentheses: searches, whose student has seen only a part of the training data."
@@ -183,6 +190,23 @@ def _results(groups: Sequence[Group], metric: str | None, baseline: str | None) 
     if len(found) < len(compared):
         dots = ""  # two groups of one name cannot be told apart in a figure
     return _section("Results", dots, _table(columns, rows), f'<p class="small">{escape(said)}</p>')
+
+
+def _kept(group: Group) -> str:
+    """The student that runs leave where it need not be that of the last step, as `training.keep` and `training.ema` say; else ""."""
+    run = group.runs[0]
+    left = [run for run in group.runs if any(name.startswith("last_") for name in run.metrics)]
+    if not left:  # nothing is kept, or the run has not ended: its numbers are of the student in training
+        return ""
+    epochs = group.values("kept_epoch")
+    if epochs:
+        averaged = group.values("kept_ema")
+        said = [f"{epoch:g}{' (moving average)' if averaged.get(n) else ''}" for n, epoch in epochs.items()]
+        return f"best on validation data: epoch {', '.join(dict.fromkeys(said))}"
+    keep = run.settings.get("training.keep")
+    if keep == "average":
+        return f"mean of the {run.settings.get('training.average_of', 10)} best on validation data"
+    return "moving average of the last step" if keep == "last" else "another than the last epoch's"
 
 
 def _difference(values: Mapping[int, float], base: Mapping[int, float], digits: int) -> str:

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -95,6 +96,46 @@ def test_groups_are_runs_that_differ_in_their_seed_alone(study):
         ("plain", {0: 70.0, 1: 71.0, 2: 75.0}),
         ("taught", {0: 72.0, 1: 73.5, 2: 75.5}),
     ]
+
+
+def test_retrains_are_together_where_their_searches_differ_in_the_seed_alone(tmp_path):
+    """The schedule's file says how it was searched; where none does, one file is one schedule."""
+    searches = {"a0": {"seed": 0}, "a1": {"seed": 1}, "b1": {"seed": 1, "search": {"every": 4}}, "u": None, "v": None}
+    for name, config in searches.items():
+        schedule = two_terms([[0.0, 1.0], [0.5, 0.5]])
+        search = config and {"search": {"every": 1}, "retrain": {"weights": "searched"}, **config}
+        replace(schedule, meta={} if search is None else {"config": search}).save(tmp_path / f"{name}.pt")
+    played = ["a0", "a1", "b1", "u", "u", "v", "gone", "gone"]
+    for seed, name in enumerate(played):
+        write_run(
+            tmp_path / f"run{seed}",
+            70.0 + seed,
+            seed,
+            retrain={"weights": "searched", "schedule": str(tmp_path / f"{name}.pt")},
+        )
+    runs = gather([tmp_path / f"run{n}" for n in range(len(played))])
+    groups = groups_of(runs)
+    assert [sorted(g.values("accuracy")) for g in groups] == [[0, 1], [2], [3, 4], [5], [6], [7]]
+    assert rows_of(page(runs[:3], "t"))["its search: search.every"][1:] == ["1", "4"]
+
+
+@pytest.mark.parametrize(
+    ("training", "kept", "said"),
+    [
+        ({"keep": "best"}, {"kept_epoch": 3, "kept_ema": 1}, "best on validation data: epoch 3 (moving average)"),
+        ({"keep": "average", "average_of": 4}, {}, "mean of the 4 best on validation data"),
+        ({"keep": "last", "ema": {"decay": 0.9}}, {}, "moving average of the last step"),
+    ],
+)
+def test_a_value_is_of_the_student_that_a_run_leaves(tmp_path, training, kept, said):
+    runs = [write_run(tmp_path / "plain", 60.0), write_run(tmp_path / "kept", 70.0, training=training)]
+    result = json.loads((runs[1] / "result.json").read_text())
+    (runs[1] / "result.json").write_text(json.dumps({**result, "last_accuracy": 65.0, **kept}))
+    html = page(gather(runs), "t")
+    found = {name.rpartition("/")[2]: row for name, row in rows_of(html).items()}
+    assert found["kept"][3:6] == [said, "65.00", "71.00"]
+    assert found["plain"][3:6] == ["of the last epoch", "60.00", "61.00"]
+    assert "Values are of the student that a run leaves" in html and "Values are of the last epoch" not in html
 
 
 def test_means_intervals_and_paired_differences(study):
