@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def add_commands(add: Add, add_run_options: Callable[[argparse.ArgumentParser], 
 
 def _distill(options: argparse.Namespace) -> None:
     from distpro.console import table
-    from distpro.runs.composing import EPOCHS, Wish, compose, of_both
+    from distpro.runs.composing import EPOCHS, Wish, compose
     from distpro.runs.distilling import distill
 
     given = {
@@ -73,7 +73,7 @@ def _distill(options: argparse.Namespace) -> None:
     folder = Path(options.out or "runs/distilled")
     if options.dry_run:
         plan = compose(Wish(options.teacher, options.student, options.data, folder, **given), options.overrides)
-        parts = {"teacher, trained first": (plan.teacher, of_both(options.overrides))} if plan.teacher else {}
+        parts = {"teacher, trained first": (plan.teacher, plan.of_teacher)} if plan.teacher else {}
         parts["student"] = (plan.student, options.overrides)
         for what, (config, overrides) in parts.items():
             _show(what, config, overrides)
@@ -96,7 +96,7 @@ def _distill(options: argparse.Namespace) -> None:
     )
 
 
-def _show(what: str, config: dict[str, Any], overrides: list[str]) -> None:
+def _show(what: str, config: dict[str, Any], overrides: Sequence[str]) -> None:
     import yaml
 
     from distpro.config.reading import read_config

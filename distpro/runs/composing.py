@@ -55,10 +55,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Plan:
-    """The configs of the teacher's own training (None where it has its weights) and of the student's."""
+    """The configs of the teacher's own training (None where it has its weights) and of the student's, and the overrides of the
+    former."""
 
     teacher: dict[str, Any] | None
     student: dict[str, Any]
+    of_teacher: Sequence[str] = ()
 
 
 def compose(wish: Wish, overrides: Sequence[str] = ()) -> Plan:
@@ -76,20 +78,23 @@ def compose(wish: Wish, overrides: Sequence[str] = ()) -> Plan:
     config["terms"] = [{"loss": name, "weight": 1.0 if name == "kd" else usual_weight(name)} for name in wish.losses]
     epochs = _teacher_epochs(wish)
     config["teacher"] = _model(wish.teacher, None if epochs else taught)
-    if of_teacher is not None and of_teacher != images:
+    in_files = isinstance(wish.data, (str, Path))  # objects may be normalised already, which nothing says
+    if of_teacher is not None and (in_files or of_teacher != images):  # whatever data.mean and std become
         config["teacher"]["input"] = {"mean": list(of_teacher.mean), "std": list(of_teacher.std)}
     checkpoint = wish.out / "teacher" / "student.pt" if epochs else wish.teacher_weights
     if checkpoint is not None and isinstance(wish.teacher, str):
         config["teacher"]["checkpoint"] = str(checkpoint)
-    own = None
+    own, taken = None, of_both(overrides)
+    if of_teacher is not None and in_files:
+        taken = [said for said in taken if said.partition("=")[0] not in ("data.mean", "data.std")]
     if epochs:
         fine = taught is not None or wish.teacher_weights is not None or isinstance(wish.teacher, nn.Module)
         own = _trained(common, wish.teacher, taught, epochs, of_teacher or images, fine)
         if wish.teacher_weights is not None:
             own["student"]["checkpoint"] = str(wish.teacher_weights)
-        read_config(own, of_both(overrides))
+        read_config(own, taken)
     _check_pair(config, overrides)
-    return Plan(own, config)
+    return Plan(own, config, taken)
 
 
 def of_both(overrides: Sequence[str]) -> list[str]:

@@ -5,7 +5,8 @@ Each training is an ordinary run with a config of its own in its folder, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from distpro.build.given import Given
 from distpro.console import note
 from distpro.models import load_checkpoint
 from distpro.runs import commands
-from distpro.runs.composing import EPOCHS, Wish, compose, of_both
+from distpro.runs.composing import EPOCHS, Plan, Wish, compose
 from distpro.runs.export import export
 from distpro.runs.training import Result
 
@@ -63,6 +64,8 @@ def distill(
         search: learn the weights of the default losses first, in place of ``losses``; costs a dozen trainings.
         baseline: train the student without its teacher as well, for comparison.
 
+    A teacher that is a module is not trained, nor changed otherwise: a copy of it is, where ``teacher_epochs`` says so.
+
     Returns the student's final metrics and the folder. Raises UserError for bad input, `distpro.train.trainer.Interrupted` after
     SIGINT or SIGTERM.
     """
@@ -81,12 +84,35 @@ def distill(
         losses,
     )
     plan = compose(wish, overrides)
+    with _as_it_was(teacher):
+        return _distill(wish, plan, overrides, resume, search, baseline)
+
+
+@contextmanager
+def _as_it_was(teacher: str | nn.Module) -> Iterator[None]:
+    """A module's parameters ask for gradients, and its parts are in training, afterwards as before."""
+    if not isinstance(teacher, nn.Module):
+        yield
+        return
+    asks = [(p, p.requires_grad) for p in teacher.parameters()]
+    modes = [(module, module.training) for module in teacher.modules()]
+    try:
+        yield
+    finally:
+        for parameter, asked in asks:
+            parameter.requires_grad_(asked)
+        for module, training in modes:
+            module.training = training
+
+
+def _distill(wish: Wish, plan: Plan, overrides: Sequence[str], resume: bool, search: bool, baseline: bool) -> Result:
+    teacher, student, data, folder = wish.teacher, wish.student, wish.data, wish.out
     given: dict[str, Any] = {"data": None if isinstance(data, (str, Path)) else data}
     pair: dict[str, Any] = {
         name: model for name, model in (("teacher", teacher), ("student", student)) if isinstance(model, nn.Module)
     }
     if plan.teacher is not None:
-        pair |= _taught(plan.teacher, folder / "teacher", of_both(overrides), resume, pair.get("teacher"), given)
+        pair |= _taught(plan.teacher, folder / "teacher", plan.of_teacher, resume, pair.get("teacher"), given)
     if baseline:
         alone, first = folder / "alone", Given(student=pair.get("student")).copied().student
         note(f"the student without its teacher: {alone}")

@@ -97,6 +97,17 @@ def test_a_pair_of_two_normalisations(photographs, unbuilt):
     assert plan.teacher["data"]["mean"] == [0.5] * 3
 
 
+def test_a_teacher_s_known_normalisation_is_stated_whatever_the_data_s_becomes(photographs, unbuilt):
+    pytest.importorskip("timm")
+    say = ["data.mean=[0.1, 0.1, 0.1]", "data.std=[0.1, 0.1, 0.1]", "seed=1"]
+    for epochs in (0, 1):
+        plan = compose(wish(photographs, teacher="timm:resnet18", teacher_pretrained=True, teacher_epochs=epochs), say)
+        assert plan.student["teacher"]["input"] == {"mean": IMAGENET[0], "std": IMAGENET[1]}
+        assert plan.of_teacher == ["seed=1"]  # its own training is on what it knows
+    plan = compose(wish(photographs), say)
+    assert "input" not in plan.student["teacher"] and plan.of_teacher == say
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -272,7 +283,14 @@ def test_modules_and_a_resumed_run(photographs, tmp_path, monkeypatch):
     def run(out, resume=False):
         torch.manual_seed(0)
         teacher, student = build_model("resnet8", num_classes=3), build_model("resnet8", num_classes=3)
-        return distpro.distill(teacher, student, photographs, out, QUICK, resume, teacher_epochs=1, epochs=2)
+        teacher.train()
+        teacher.fc.eval()
+        teacher.fc.bias.requires_grad_(False)
+        try:
+            return distpro.distill(teacher, student, photographs, out, QUICK, resume, teacher_epochs=1, epochs=2)
+        finally:  # what the caller's own teacher was, it is
+            assert teacher.training and not teacher.fc.training
+            assert [name for name, p in teacher.named_parameters() if not p.requires_grad] == ["fc.bias"]
 
     whole = run(tmp_path / "whole")
     config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
