@@ -27,14 +27,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distpro.config.reading import read_yaml
+from distpro.report.study_file import check_content, check_names
 from pathways.registry import UserError, nearest
-
-KEYS = {"config", "metric", "seeds", "baseline", "set", "searches", "epochs", "reach", "shared", "figures", "runs"}
 
 
 def at_budget(label: str, epochs: int) -> str:
     """The label of a run at one of a study's budgets."""
     return f"{label}, {epochs} epochs"
+
+
+def _folder(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "_", label)
 
 
 class Search(NamedTuple):
@@ -69,7 +72,7 @@ class StudyFile:
     def __init__(self, path: Path, results: Path, root: Path):
         self.name, self.path, self.root = path.stem, path, root
         self.content: dict[str, Any] = read_yaml(path)
-        _check(path, self.content)
+        check_content(path, self.content)
         self.seeds: list[int] = self.content["seeds"]
         self.searches: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content.get("searches", {}).items()}
         self.runs: dict[str, dict[str, Any]] = {k: v or {} for k, v in self.content["runs"].items()}
@@ -81,6 +84,7 @@ class StudyFile:
             }
         if both := self.runs.keys() & self.searches.keys():
             raise UserError(f"{path}: name of a search and of a run: {', '.join(both)}")
+        check_names(path, self.content, self.searches, {k: _folder(k) for k in (*self.searches, *self.runs)})
         self.results = results / f"{self.name}.jsonl"
         self.folder = root / "runs" / self.name
         self.metric = str(self.content.get("metric", "accuracy"))
@@ -118,11 +122,17 @@ class StudyFile:
         if not search:
             return None
         study, _, name = search.partition("/")
-        foreign = name and search not in self.searches  # names may have a / in them
-        return Search(self.other(study), name) if foreign else Search(self, search)
+        if not name or search in self.searches:  # names may have a / in them
+            return Search(self, search)
+        other = self.other(study)
+        if name not in other.searches:
+            raise UserError(
+                f"{self.path}: runs: {label}: {other.path} has no search '{name}'{nearest(name, other.searches)}"
+            )
+        return Search(other, name)
 
     def out(self, label: str, seed: int) -> Path:
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', label)}-{seed}"
+        return self.folder / f"{_folder(label)}-{seed}"
 
     def command(self, label: str, seed: int) -> list[str]:
         """The command that makes a row."""
@@ -174,25 +184,3 @@ class StudyFile:
         found = self.found()
         rows = {n: found.get(at_budget(base, n), {}).values() for n in sorted(self.content["epochs"])}
         return {n: [r[self.metric] for r in there] for n, there in rows.items() if there}
-
-
-def _check(path: Path, content: dict[str, Any]) -> None:
-    """Raise UserError unless a file says what to run, and only what a study may say."""
-    for key in content:
-        if key not in KEYS:
-            raise UserError(
-                f"{path}: unknown key '{key}'{nearest(str(key), KEYS)} (allowed: {', '.join(sorted(KEYS))})"
-            )
-    for key, kind, example in (
-        ("config", str, "a path"),
-        ("seeds", list, "[0, 1, 2]"),
-        ("runs", dict, "{equal: {...}}"),
-    ):
-        if not isinstance(content.get(key), kind) or not content[key]:
-            raise UserError(f"{path}: {key} is {content.get(key)!r}: expected {example}")
-    if not all(isinstance(seed, int) for seed in content["seeds"]):
-        raise UserError(f"{path}: seeds is {content['seeds']}: expected whole numbers")
-    for part in ("searches", "runs"):
-        for label, own in (content.get(part) or {}).items():
-            if not isinstance(own, (dict, type(None))):
-                raise UserError(f"{path}: {part}: {label} is {own!r}: expected overrides, {{key: value}}")

@@ -69,12 +69,33 @@ def test_a_plan(here, capsys):
         ({"runs": {}}, "study.yaml: runs is {}"),
         ({"runs": {"a": 3}}, "study.yaml: runs: a is 3: expected overrides"),
         ({"searches": {"alone": {}}}, "name of a search and of a run: alone"),
+        ({"searches": None}, "study.yaml: searches is None: expected {search: {...}}, or no such key"),
+        ({"searches": ["a"]}, "study.yaml: searches is ['a']: expected"),
+        ({"set": None}, "study.yaml: set is None: expected overrides"),
+        ({"shared": ["a"]}, "study.yaml: shared is ['a']: expected"),
+        ({"shared": {"a": "b"}}, "study.yaml: shared: a is 'b': expected STUDY/LABEL"),
+        ({"metric": ["a"]}, "study.yaml: metric is ['a']: expected a metric's name"),
+        ({"runs": {1: {}}}, "study.yaml: runs: the label 1 is no text: write it in quotes"),
+        ({"epochs": 2}, "study.yaml: epochs is 2: expected budgets"),
+        ({"epochs": []}, "study.yaml: epochs is []: expected budgets"),
+        ({"epochs": [0]}, "study.yaml: epochs is [0]: expected budgets"),
+        ({"seeds": [0, 0]}, "study.yaml: seeds is [0, 0]: expected whole numbers, each once"),
+        ({"seeds": [True]}, "study.yaml: seeds is [True]: expected whole numbers"),
+        ({"baseline": "alon"}, "study.yaml: baseline: no run 'alon'; did you mean 'alone'"),
+        (
+            {"searches": {"search": {}}, "runs": {"a": {"search": "serch"}}, "baseline": []},
+            "no search 'serch'; did you mean",
+        ),
+        ({"runs": {"a": {"search": "x"}}, "baseline": []}, "runs: a: no search 'x' (there are none"),
+        ({"runs": {"a": {"search": "study/x"}}, "baseline": []}, "runs: a: study.yaml has no search 'x'"),
+        ({"runs": {"KD 3": {}, "KD,3": {}}, "baseline": "KD 3"}, "'KD 3' and 'KD,3' would have one folder, KD_3-SEED"),
     ],
 )
 def test_a_file_that_is_no_study(here, capsys, change, said):
     (here / "study.yaml").write_text(yaml.safe_dump({**STUDY, **change}))
-    assert main(["compare", "study.yaml"]) == 2
-    assert said in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert main(["compare", "study.yaml", *more]) == 2
+        assert said in capsys.readouterr().err
     assert not (here / "runs").exists()
 
 

@@ -74,7 +74,7 @@ def test_rows_may_be_shared_with_another_study(example, tmp_path):
 
 
 def test_every_run_at_every_budget(example, tmp_path):
-    example.path.write_text(CONTENT + "epochs: [2, 4]\nfigures: [budgets]\n")
+    example.path.write_text(CONTENT.replace("baseline: equal\n", "") + "epochs: [2, 4]\nfigures: [budgets]\n")
     budgets = study.Study(example.path, tmp_path)
     assert list(budgets.runs) == [f"{k}, {n} epochs" for k in ("equal", "searched") for n in (2, 4)]
     assert "training.epochs=4" in budgets.command("equal, 4 epochs", 0)
@@ -82,7 +82,7 @@ def test_every_run_at_every_budget(example, tmp_path):
 
 
 def test_epochs_to_an_accuracy_are_interpolated_in_their_logarithm(example, tmp_path):
-    example.path.write_text(CONTENT + "epochs: [2, 8]\nreach: ['equal, 8 epochs']\n")
+    example.path.write_text(CONTENT.replace("baseline: equal\n", "") + "epochs: [2, 8]\nreach: ['equal, 8 epochs']\n")
     budgets = study.Study(example.path, tmp_path)
     accuracies = {
         "equal, 2 epochs": 40.0,
