@@ -1,7 +1,7 @@
 """A study's file: its runs, their commands, and the rows that are there.
 
     config: search_configs/x.yaml       # pair, data, search and training
-    metric: accuracy                    # what tables show, in percent or its own unit; the default
+    metric: accuracy                    # what tables show, in percent or its own unit; absent: accuracy, `distpro compare`: the task's
     seeds: [0, 1, 2]
     baseline: equal                     # label, or list of them, that the others are compared with, seed by seed
     set: {threads: 1}                   # overrides of every run
@@ -89,10 +89,14 @@ class StudyFile:
         self.folder = root / "runs" / self.name
         self.metric = str(self.content.get("metric", "accuracy"))
 
+    def own_rows(self) -> list[dict[str, Any]]:
+        """All rows of its results file."""
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        return [json.loads(line) for line in lines]
+
     def rows(self) -> list[dict[str, Any]]:
         """Rows of this study's labels and seeds: of its results file, and those that it shares with other studies."""
-        lines = self.results.read_text().splitlines() if self.results.exists() else []
-        rows = [json.loads(line) for line in lines]
+        rows = self.own_rows()
         for label, source in self.content.get("shared", {}).items():
             study, _, theirs = source.partition("/")
             rows += [{**r, "label": label} for r in self.other(study).rows() if r["label"] == theirs]

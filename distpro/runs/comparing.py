@@ -7,16 +7,22 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from distpro import build
+from distpro.build.data import example_of
+from distpro.build.models import build_network
 from distpro.config.reading import default_space, for_retrain, read_config
+from distpro.config.schema import Config
 from distpro.report.cost import describe
 from distpro.report.page import write_page
 from distpro.report.study import Search, StudyFile
 from distpro.schedule import Schedule
-from pathways.registry import UserError
+from distpro.task import ask
+from pathways.registry import UserError, nearest
 
 
 class Study(StudyFile):
@@ -76,6 +82,7 @@ class Study(StudyFile):
         with open(self.results, "a") as file:
             file.write(json.dumps(row) + "\n")
         (self.out(label, seed) / "checkpoint.pt").unlink(missing_ok=True)
+        check_metric(self, row)
         print(f"{self.name}: {label}, seed {seed}: {row[self.metric]:.2f} ({row['seconds']:.0f} s)", flush=True)
 
     def run_all(self, jobs: list[tuple[str, int]], side_by_side: int) -> None:
@@ -157,9 +164,96 @@ def compare(path: str | Path, out: str | Path | None = None, jobs: int = 1, only
 
 
 def open_study(path: str | Path, out: str | Path | None = None) -> Study:
-    """The study in a file, with its rows in ``out``."""
+    """The study in a file, with its rows in ``out``. Raises UserError for rows that are not its own, and for a metric that no run
+    gives."""
     path, here = Path(path), Path.cwd()
-    return Study(path, here / "runs" / path.stem if out is None else Path(out), here)
+    study = Study(path, here / "runs" / path.stem if out is None else Path(out), here)
+    check_rows(study)
+    configs = {study.config(label): label for label in reversed([*study.runs])}
+    for n, label in enumerate(reversed(configs.values())):
+        config = for_retrain(read_config(study.root / study.config(label), study.overrides(label, study.seeds[0])))
+        if n == 0 and "metric" not in study.content:
+            study.metric = build.build_task(config).headline
+        known = _metrics_of(config, study.metric)
+        if known is not None:
+            check_metric(study, known)
+    return study
+
+
+def check_rows(study: StudyFile, only: Collection[str] | None = None) -> None:
+    """Raise UserError where rows, of ``only`` these labels, are not of what a study would run now: it has been edited since, or is
+    another one of the same name."""
+    rows = {(row["label"], row["seed"]): row for row in study.own_rows()}
+    replaying: dict[str, list[str]] = {}
+    for label in study.runs:
+        if (search := study.search_of(label)) and search.study is study:
+            replaying.setdefault(search.label, []).append(label)
+    for label in [*study.searches, *study.runs]:
+        for seed in study.seeds if only is None or label in only else ():
+            if (row := rows.get((label, seed))) is None:
+                continue
+            before, now = _essence(str(row.get("command", ""))), _essence(shlex.join(study.command(label, seed)))
+            if before != now:
+                gone, new = (
+                    " ".join(w for w in a if w not in b) or "nothing" for a, b in ((before, now), (now, before))
+                )
+                too = f" and those of what replays it ({', '.join(replaying[label])})" if label in replaying else ""
+                raise UserError(
+                    f"{study.results}: the row of '{label}' with seed {seed} is of another command than {study.path} says now "
+                    f"(in the row alone: {gone}; now: {new}): remove the row{too}, or give the study's file another name"
+                )
+            search = study.search_of(label)
+            if search and search.study is study and (search.label, seed) not in rows:
+                raise UserError(
+                    f"{study.results}: the row of '{label}' with seed {seed} replays '{search.label}', which has no row and would be "
+                    "run anew: remove that row as well"
+                )
+    for label, source in study.content.get("shared", {}).items():
+        name, _, theirs = source.partition("/")
+        if only is None or label in only:
+            check_rows(study.other(name), {theirs})
+
+
+def _essence(command: str) -> list[str]:
+    """The words of a command from its verb on, without --out."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return [command]
+    verb = next((n for n, word in enumerate(words) if word in ("search", "retrain", "tune")), 0)
+    words = words[verb:]
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return words
+
+
+def check_metric(study: StudyFile, row: Mapping[str, Any]) -> None:
+    """Raise UserError where a row has no such metric."""
+    if not isinstance(row.get(study.metric), (int, float)):
+        names = [name for name, value in row.items() if isinstance(value, float)]
+        raise UserError(
+            f"{study.path}: metric: the runs give no '{study.metric}'{nearest(study.metric, names)} (there are: {', '.join(names)})"
+        )
+
+
+def _metrics_of(config: Config, wanted: str) -> dict[str, float] | None:
+    """The metrics of a config's runs, by an evaluation of two made-up samples; None where these do not tell, or need not."""
+    task = build.build_task(config)
+    if wanted == task.headline or wanted.startswith(("best_", "last_", "kept_", "ema_", "validation_")):
+        return None
+    try:
+        config = config.model_copy(update={"device": "cpu"})
+        data, _ = build.blank_data(config)
+        batch = example_of(config, data)
+        student = build_network(config.student, task.model_arguments(data), load=False).eval()
+        metrics = build.metrics_of(config, task)()
+        metrics.update(ask(task, student, batch), batch)
+        metrics.merge([metrics.state()])
+        found = {name: float(value) for name, value in metrics.compute().items()}
+    except Exception:  # whatever a metric makes of samples that are none
+        return None
+    return {**found, "seconds": 0.0} if task.headline in found else None
 
 
 def missing(study: Study, only: list[str] | None = None) -> list[tuple[str, int]]:

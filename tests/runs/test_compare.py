@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from distpro.cli import main
 from distpro.runs import comparing
+from pathways.registry import UserError
 from tests.digits import random_teacher, settings
 
 STUDY = {
@@ -104,3 +106,74 @@ def test_a_label_and_a_file_that_are_not_there(here, capsys):
     assert "no run or search 'alon'; did you mean 'alone'" in capsys.readouterr().err
     assert main(["compare", "stdy.yaml"]) == 2
     assert "stdy.yaml: no such config file; did you mean 'study.yaml'" in capsys.readouterr().err
+
+
+def with_rows(here, out="runs/study", **changes):
+    """The study, and a row of each run as it is run now."""
+    path = here / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **changes}))
+    study = comparing.Study(path, here / out, here)
+    rows = [
+        {
+            "label": label,
+            "seed": seed,
+            "accuracy": 50.0,
+            "seconds": 1.0,
+            "command": shlex.join(study.command(label, seed)),
+        }
+        for label in (*study.searches, *study.runs)
+        for seed in study.seeds
+    ]
+    (here / out).mkdir(parents=True, exist_ok=True)
+    study.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return study, rows
+
+
+def test_rows_of_another_study_or_of_one_that_was_edited_are_refused(here, capsys):
+    study, rows = with_rows(here, searches={"search": {}}, metric="accuracy")
+    comparing.check_rows(study)
+    moved = [{**row, "command": "python -m " + row["command"].replace("--out runs", "--out else")} for row in rows]
+    study.results.write_text("".join(json.dumps(row) + "\n" for row in moved))
+    comparing.check_rows(study)  # where it was run, and by what, is all the same
+    (here / "study.yaml").write_text(yaml.safe_dump({**study.content, "set": {"training.max_steps": 3}}))
+    for more in ([], ["--dry-run"]):
+        assert main(["compare", "study.yaml", *more]) == 2
+        said = capsys.readouterr().err
+        assert "study.jsonl: the row of 'search' with seed 0 is of another command than study.yaml says now" in said
+        assert "training.max_steps=2" in said and "now: training.max_steps=3" in said
+        assert "remove the row and those of what replays it (taught), or give the study's file another name" in said
+    study.results.write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
+    with pytest.raises(UserError, match="the row of 'taught' with seed 0 replays 'search', which has no row"):
+        comparing.check_rows(study)
+
+
+def test_rows_that_another_study_shares_are_checked_as_well(here):
+    with_rows(here, "runs/other")[0].results.rename(here / "runs" / "other" / "study.jsonl")
+    (here / "second.yaml").write_text(yaml.safe_dump({**STUDY, "shared": {"alone": "study/alone"}}))
+    second = comparing.Study(here / "second.yaml", here / "runs" / "other", here)
+    comparing.check_rows(second)
+    (here / "study.yaml").write_text(yaml.safe_dump({**STUDY, "seeds": [1, 0], "set": {}}))
+    with pytest.raises(UserError, match="the row of 'alone' with seed 1 is of another command"):
+        comparing.check_rows(second)
+
+
+def test_a_metric_that_no_run_gives_is_refused_before_anything_is_run(here, capsys):
+    (here / "study.yaml").write_text(yaml.safe_dump({**STUDY, "metric": "acuracy"}))
+    assert main(["compare", "study.yaml"]) == 2
+    assert "study.yaml: metric: the runs give no 'acuracy'; did you mean 'accuracy'" in capsys.readouterr().err
+    assert not (here / "runs").exists()
+    (here / "study.yaml").write_text(yaml.safe_dump({**STUDY, "metric": "loss"}))
+    assert comparing.open_study("study.yaml").metric == "loss"
+
+
+def test_without_a_metric_it_is_the_task_s(here, monkeypatch):
+    config = settings("teacher.pt", {"task": {"name": "regression", "outputs": 10, "headline": "mae"}})
+    (here / "pair.yaml").write_text(yaml.safe_dump({**config, "pathways": None, "terms": []}))
+    study = comparing.open_study("study.yaml")
+    assert study.metric == "mae"
+    row = {"label": "alone", "seed": 0, "accuracy": 1.0}
+    monkeypatch.setattr(study, "execute", lambda label, seed, out: row)
+    study.out("alone", 0).mkdir(parents=True)
+    with pytest.raises(UserError, match="the runs give no 'mae'"):  # said at the end, and the row is kept
+        study.run_all([("alone", 0)], 1)
+    assert study.own_rows() == [row]
