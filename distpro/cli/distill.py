@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distpro.runs.distill_parts import Part
 
 Add = Callable[[str, Any, str], argparse.ArgumentParser]
 
@@ -59,8 +62,12 @@ def add_commands(add: Add, add_run_options: Callable[[argparse.ArgumentParser], 
 def _distill(options: argparse.Namespace) -> None:
     from distpro.console import table
     from distpro.runs.composing import EPOCHS, Wish, compose
+    from distpro.runs.distill_parts import check_parts, parts_of
     from distpro.runs.distilling import distill
+    from pathways.registry import UserError
 
+    if options.search and options.loss:
+        raise UserError("--loss: a search learns the weights of the default losses; say --search or --loss, not both")
     given = {
         "epochs": EPOCHS if options.epochs is None else options.epochs,
         "teacher_weights": options.teacher_weights,
@@ -68,15 +75,17 @@ def _distill(options: argparse.Namespace) -> None:
         "teacher_epochs": options.teacher_epochs,
         "student_pretrained": options.student_pretrained,
         "image_size": options.image_size,
-        "losses": tuple(options.loss or ["kd"]),
     }
     folder = Path(options.out or "runs/distilled")
     if options.dry_run:
-        plan = compose(Wish(options.teacher, options.student, options.data, folder, **given), options.overrides)
-        parts = {"teacher, trained first": (plan.teacher, plan.of_teacher)} if plan.teacher else {}
-        parts["student"] = (plan.student, options.overrides)
-        for what, (config, overrides) in parts.items():
-            _show(what, config, overrides)
+        wish = Wish(
+            options.teacher, options.student, options.data, folder, **given, losses=tuple(options.loss or ["kd"])
+        )
+        plan = compose(wish, options.overrides)
+        parts = parts_of(plan, folder, options.overrides, options.search, options.baseline)
+        check_parts(parts, wish, options.resume)
+        for part in parts.values():
+            _show(part)
         return
     result = distill(
         options.teacher,
@@ -87,6 +96,7 @@ def _distill(options: argparse.Namespace) -> None:
         options.resume,
         search=options.search,
         baseline=options.baseline,
+        losses=options.loss,
         **given,
     )
     table(str(folder), ["metric", "value"], [[name, f"{value:.6g}"] for name, value in result.metrics.items()])
@@ -96,20 +106,19 @@ def _distill(options: argparse.Namespace) -> None:
     )
 
 
-def _show(what: str, config: dict[str, Any], overrides: Sequence[str]) -> None:
+def _show(part: Part) -> None:
     import yaml
 
-    from distpro.config.reading import read_config
     from distpro.report.cost import as_text, describe
 
-    print(f"# {what}\n{yaml.safe_dump(config, sort_keys=False)}")
-    checked = read_config(config, overrides)
+    print(f"# {part.what}\n{yaml.safe_dump(dict(part.config), sort_keys=False)}")
+    checked = part.checked()
     for member in filter(None, (checked.teacher, checked.student)):
         member.params = {
             k: v for k, v in member.params.items() if k not in ("pretrained", "weights")
         }  # nothing is fetched
     if checked.data.num_classes is not None:
-        print(as_text(describe(checked, searching=False)), "\n")
+        print(as_text(describe(checked, part.searching)), "\n")
 
 
 def _report(options: argparse.Namespace) -> None:

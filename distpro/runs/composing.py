@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from distpro import build
+from distpro.build.models import build_network
 from distpro.config.reading import merge, read_config
 from distpro.data import DATASETS
 from distpro.data.classification import image_tree
@@ -17,7 +18,7 @@ from distpro.data.datasets import locate
 from distpro.data.files import ImageFiles, Store, open_store
 from distpro.data.statistics import Statistics, stated_by, stored_facts
 from distpro.losses.usual import usual_weight
-from distpro.models.loading import stored_metadata
+from distpro.models.loading import load_checkpoint, stored_metadata
 from distpro.models.pretrained import Pretrained, pretrained
 from pathways.registry import UserError, nearest
 
@@ -93,7 +94,7 @@ def compose(wish: Wish, overrides: Sequence[str] = ()) -> Plan:
         if wish.teacher_weights is not None:
             own["student"]["checkpoint"] = str(wish.teacher_weights)
         read_config(own, taken)
-    _check_pair(config, overrides)
+    _check_pair(config, overrides, wish.teacher_weights)
     return Plan(own, config, taken)
 
 
@@ -235,16 +236,20 @@ def _size_of(store: Store, file: str) -> tuple[int, int]:
     return height, width
 
 
-def _check_pair(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+def _check_pair(config: Mapping[str, Any], overrides: Sequence[str], weights: str | Path | None = None) -> None:
     """Build the pair with random weights where the data's shapes are known, or its mistakes would show only when its teacher has
-    been trained."""
+    been trained; and load ``weights``, the teacher's file, into the teacher."""
     checked = read_config(config, overrides)
     build.check_names(checked)
     objects = any(m and m.model.startswith(build.given.OBJECT) for m in (checked.teacher, checked.student))
-    if objects or checked.data.num_classes is None or checked.data.image_shape is None:
+    unknown = checked.data.num_classes is None or checked.data.image_shape is None
+    if objects or (unknown and weights is None):
         return
     for member in (checked.teacher, checked.student):
         for key in ("pretrained", "weights"):  # of which nothing is fetched for a look
             member.params.pop(key, None)  # type: ignore[union-attr]
     data, _ = build.blank_data(checked)
     build.compose(checked, data, load=False)
+    if weights is not None and checked.teacher is not None:
+        network = build_network(checked.teacher, build.build_task(checked).model_arguments(data), load=False)
+        load_checkpoint(network, locate("teacher_weights", weights), weights=checked.teacher.weights)

@@ -17,9 +17,11 @@ from distpro.build.given import Given
 from distpro.console import note
 from distpro.models import load_checkpoint
 from distpro.runs import commands
-from distpro.runs.composing import EPOCHS, Plan, Wish, compose
+from distpro.runs.composing import EPOCHS, Wish, compose
+from distpro.runs.distill_parts import Part, check_parts, parts_of
 from distpro.runs.export import export
 from distpro.runs.training import Result
+from pathways.registry import UserError
 
 
 def distill(
@@ -36,7 +38,7 @@ def distill(
     teacher_epochs: int | None = None,
     student_pretrained: bool = False,
     image_size: int | None = None,
-    losses: Sequence[str] = ("kd",),
+    losses: Sequence[str] | None = None,
     search: bool = False,
     baseline: bool = False,
 ) -> Result:
@@ -60,8 +62,8 @@ def distill(
             many as the student's.
         image_size: side of the images; default: as they are, if they are of one size and not above 224, else what pretrained
             weights want, or 224.
-        losses: distillation losses by name, at their usual weights (KD at 1).
-        search: learn the weights of the default losses first, in place of ``losses``; costs a dozen trainings.
+        losses: distillation losses by name, at their usual weights; default: KD at 1.
+        search: learn the weights of the default losses first, in the place of ``losses``; costs a dozen trainings.
         baseline: train the student without its teacher as well, for comparison.
 
     A teacher that is a module is not trained, nor changed otherwise: a copy of it is, where ``teacher_epochs`` says so.
@@ -69,6 +71,8 @@ def distill(
     Returns the student's final metrics and the folder. Raises UserError for bad input, `distpro.train.trainer.Interrupted` after
     SIGINT or SIGTERM.
     """
+    if search and losses is not None:
+        raise UserError("losses: a search learns the weights of the default losses; say search or losses, not both")
     folder = Path(out)
     wish = Wish(
         teacher,
@@ -81,11 +85,13 @@ def distill(
         teacher_epochs,
         student_pretrained,
         image_size,
-        losses,
+        ("kd",) if losses is None else losses,
     )
     plan = compose(wish, overrides)
+    parts = parts_of(plan, folder, overrides, search, baseline)
+    check_parts(parts, wish, resume)
     with _as_it_was(teacher):
-        return _distill(wish, plan, overrides, resume, search, baseline)
+        return _distill(wish, parts, resume)
 
 
 @contextmanager
@@ -105,53 +111,41 @@ def _as_it_was(teacher: str | nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _distill(wish: Wish, plan: Plan, overrides: Sequence[str], resume: bool, search: bool, baseline: bool) -> Result:
-    teacher, student, data, folder = wish.teacher, wish.student, wish.data, wish.out
+def _distill(wish: Wish, parts: Mapping[str, Part], resume: bool) -> Result:
+    teacher, student, data = wish.teacher, wish.student, wish.data
     given: dict[str, Any] = {"data": None if isinstance(data, (str, Path)) else data}
     pair: dict[str, Any] = {
         name: model for name, model in (("teacher", teacher), ("student", student)) if isinstance(model, nn.Module)
     }
-    if plan.teacher is not None:
-        pair |= _taught(plan.teacher, folder / "teacher", plan.of_teacher, resume, pair.get("teacher"), given)
-    if baseline:
-        alone, first = folder / "alone", Given(student=pair.get("student")).copied().student
-        note(f"the student without its teacher: {alone}")
-        commands.train(
-            plan.student,
-            alone,
-            overrides,
-            _begun(alone, resume),
-            student=first,
-            **given,
-        )
-    config, how, schedule = plan.student, [*overrides, "retrain.weights=constant"], None
-    if search:
-        config, how = {key: value for key, value in config.items() if key != "terms"}, list(overrides)
-        schedule = folder / "search" / "alpha.pt"
-        note(f"the search: {schedule.parent}")
-        commands.search(config, schedule.parent, overrides, _begun(schedule.parent, resume), **given, **pair)
-    note(f"the student: {folder}")
-    result = commands.retrain(config, schedule, folder, how, _begun(folder, resume), **given, **pair)
-    if find_spec("safetensors") and (folder / "student.pt").is_file():
-        export(folder, "safetensors")
+    if part := parts.get("teacher"):
+        pair |= _taught(part, resume, pair.get("teacher"), given)
+    if part := parts.get("alone"):
+        first = Given(student=pair.get("student")).copied().student
+        note(f"the student without its teacher: {part.folder}")
+        commands.train(part.config, part.folder, part.overrides, _begun(part.folder, resume), student=first, **given)
+    schedule = None
+    if part := parts.get("search"):
+        schedule = part.folder / "alpha.pt"
+        note(f"the search: {part.folder}")
+        commands.search(part.config, part.folder, part.overrides, _begun(part.folder, resume), **given, **pair)
+    part = parts["student"]
+    note(f"the student: {part.folder}")
+    result = commands.retrain(
+        part.config, schedule, part.folder, part.overrides, _begun(part.folder, resume), **given, **pair
+    )
+    if find_spec("safetensors") and (part.folder / "student.pt").is_file():
+        export(part.folder, "safetensors")
     return result
 
 
-def _taught(
-    config: Mapping[str, Any],
-    folder: Path,
-    overrides: Sequence[str],
-    resume: bool,
-    teacher: nn.Module | None,
-    given: Mapping[str, Any],
-) -> dict[str, nn.Module]:
+def _taught(part: Part, resume: bool, teacher: nn.Module | None, given: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Train the teacher; what takes its place where it is a module."""
-    note(f"the teacher: {folder}")
+    note(f"the teacher: {part.folder}")
     own = Given(student=teacher).copied().student
-    commands.train(config, folder, overrides, _begun(folder, resume), student=own, **given)
+    commands.train(part.config, part.folder, part.overrides, _begun(part.folder, resume), student=own, **given)
     if own is None:
         return {}
-    load_checkpoint(own, folder / "student.pt")
+    load_checkpoint(own, part.folder / "student.pt")
     return {"teacher": own}
 
 

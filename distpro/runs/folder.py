@@ -86,12 +86,22 @@ def _check_place(folder: Path, resume: bool) -> None:
 
 def _check_run(folder: Path, config: Config, resume: bool) -> None:
     if not resume:
-        if (folder / CONFIG).exists():
-            raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
+        _check_empty(folder)
         return
     differing = _differences(_completed(recorded(folder)), json.loads(config.model_dump_json()))
     if differing:
         raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
+
+
+def _check_empty(folder: Path) -> None:
+    if (folder / CONFIG).exists():
+        raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError where a new run could not take a folder, before what comes before that run is computed."""
+    _check_place(folder, resume=False)
+    _check_empty(folder)
 
 
 def recorded(folder: Path) -> Mapping[str, Any]:

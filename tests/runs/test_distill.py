@@ -70,7 +70,7 @@ def test_a_folder_without_parts_is_split(unparted):
 @pytest.fixture
 def unbuilt(monkeypatch):
     """Configs alone: large models are not built."""
-    monkeypatch.setattr("distpro.runs.composing._check_pair", lambda config, overrides: None)
+    monkeypatch.setattr("distpro.runs.composing._check_pair", lambda *args: None)
 
 
 def test_pretrained_weights_bring_their_normalisation_size_and_a_small_rate(photographs, unbuilt):
@@ -133,6 +133,43 @@ def test_mistakes_are_found_before_anything_is_trained(photographs, more, said):
         compose(wish(photographs, **more))
 
 
+@pytest.mark.parametrize(
+    ("more", "overrides", "said"),
+    [
+        ({}, ["training.keep=best"], "training.keep: chooses by validation data, never by test data"),
+        ({}, ["training.patience=3"], "training.patience: chooses by validation data"),
+        ({"search": True}, ["training.ema={}"], "training.ema: a search keeps a schedule and no student"),
+        ({"search": True}, ["training.optimizer.name=rmsprop"], "the step of rmsprop has no known derivative"),
+        ({"search": True, "losses": ["kd"]}, [], "say search or losses, not both"),
+    ],
+)
+def test_what_a_later_training_cannot_do_is_refused_before_the_first(
+    photographs, tmp_path, monkeypatch, more, overrides, said
+):
+    monkeypatch.setattr("distpro.runs.commands.train", None)
+    with pytest.raises(UserError, match=re.escape(said)):
+        distpro.distill("resnet8", "resnet8", photographs, tmp_path, [*QUICK, *overrides], baseline=True, **more)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_taken_and_weights_that_do_not_fit_are_said_first(photographs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distpro.runs.commands.train", None)
+    torch.save(build_model("resnet8", num_classes=3).state_dict(), tmp_path / "fit.pt")
+    torch.save(build_model("resnet8", num_classes=4).state_dict(), tmp_path / "other.pt")
+    command = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--data", str(photographs), "--baseline"]
+    for more in ([], ["--dry-run"], ["--teacher-epochs", "1"]):
+        weights = ["--teacher-weights", str(tmp_path / "other.pt"), "--out", str(tmp_path / "out"), *more]
+        assert main([*command, *weights]) == 2
+        assert "other.pt does not fit ResNet: 2 of another shape" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").touch()  # of a run that has ended
+    assert main([*command, "--teacher-weights", str(tmp_path / "fit.pt"), "--out", str(tmp_path / "out")]) == 2
+    assert "out: holds a run already" in capsys.readouterr().err
+    assert main([*command, "--teacher-weights", str(tmp_path / "fit.pt"), "--search", "--loss", "kd"]) == 2
+    assert "say --search or --loss, not both" in capsys.readouterr().err
+
+
 def test_a_folder_without_images_is_said(tmp_path):
     with pytest.raises(UserError, match="no image files in train/<class>/ or <class>/"):
         compose(wish(tmp_path))
@@ -165,8 +202,11 @@ def test_a_dry_run_writes_nothing(photographs, tmp_path, capsys):
         "--out",
         str(out),
     ]
-    assert main([*command, "--dry-run"]) == 0
+    assert main([*command, "--dry-run", "--search", "--baseline"]) == 0
     shown = capsys.readouterr().out
+    parts = re.findall(r"^# (.*)$", shown, re.MULTILINE)
+    assert parts[1:] == ["student without its teacher", "search", "student, with what the search learns"]
+    assert len(re.findall("^recipe", shown, re.MULTILINE)) == 4  # with what each of them costs
     assert "# teacher, trained first" in shown and "student  resnet8: 77,587 parameters" in shown and not out.exists()
 
 
