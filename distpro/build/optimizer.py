@@ -80,6 +80,11 @@ def find_optimizer(o: OptimizerConfig) -> Callable[..., Any]:
                 f"training.optimizer.params: for other optimisers; {o.name} takes its parameters beside its name"
             )
         return OPTIMIZERS[o.name]
+    for key in ("lr", "weight_decay"):
+        if key in o.params and not (key == "weight_decay" and is_code(o.name)):
+            raise UserError(
+                f"training.optimizer.params.{key}: has a key of its own beside params, training.optimizer.{key}"
+            )
     kind = OPTIMIZERS[o.name] if is_code(o.name) else _of_library(o)
     check_parameters(f"optimiser '{o.name}'", kind, o.params)
     try:

@@ -61,7 +61,12 @@ def read_config(
     if space is not None and not {"pathways", "terms"} & content.keys():
         content = merge(space(content) if callable(space) else space, content, clears=False)
     config = check(content, str(path))
-    for_retrain(config, str(path))  # or its mistakes would show only when the search is over
+    merged = for_retrain(config, str(path))  # or its mistakes would show only when the search is over
+    training, usual = merged.training, type(merged.training).model_fields["average_of"].default
+    if (
+        training.average_of != usual and training.keep != "average" and not config.stages
+    ):  # which may keep what they like
+        raise UserError(f"{path}: training.average_of: is of keep: average, not of keep: {training.keep}")
     return config
 
 

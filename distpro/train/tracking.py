@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distpro.files import naming, write_atomically
 from distpro.train.sinks import SINKS, Sink, floats
+from distpro.train.stopping import Interrupted
 from pathways.registry import UserError
 from pathways.space import Spec, parse_spec
 
@@ -112,7 +113,7 @@ class Tracker:
             sink.flush()
 
     def close(self, failed: bool = False) -> None:
-        """Flush and close all files and sinks. ``failed``: after an error."""
+        """Flush and close all files and sinks. ``failed``: after an error, which a signal to stop is not."""
         self._file.close()
         for sink in self._sinks:
             sink.close(failed)
@@ -120,8 +121,8 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: object, *rest: object) -> None:
-        self.close(failed=kind is not None)
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(failed=kind is not None and not issubclass(kind, Interrupted))
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:

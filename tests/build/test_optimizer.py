@@ -121,6 +121,11 @@ def test_optimisers_of_torch_and_timm_by_name(name):
             {"name": "lamb", "params": {"betas": [0.9]}},
             "optimiser 'lamb' cannot step with these training.optimizer.params (not enough",
         ),
+        (
+            {"name": "nadam", "params": {"weight_decay": 0.1}},
+            "training.optimizer.params.weight_decay: has a key of its own",
+        ),
+        ({"name": "nadam", "params": {"lr": 0.1}}, "training.optimizer.params.lr: has a key of its own"),
         ({"name": "sgd", "params": {"lr": 1}}, "training.optimizer.params: for other optimisers; sgd takes"),
     ],
 )

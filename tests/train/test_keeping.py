@@ -215,6 +215,8 @@ def test_a_training_without_improvement_ends_early(tmp_path):
     [
         ({"keep": "best"}, "training.keep: chooses by validation data, never by test data"),
         ({"patience": 3}, "training.patience: chooses by validation data, never by test data"),
+        ({"average_of": 4}, "training.average_of: is of keep: average, not of keep: last"),
+        ({"keep": "best", "average_of": 4}, "training.average_of: is of keep: average, not of keep: best"),
         ({"keep": "best", "validation_fraction": 0.001}, "leaves one part of the split empty"),
     ],
 )

@@ -12,6 +12,7 @@ from distpro.build import check_names
 from distpro.config.reading import read_config
 from distpro.console import LOG, logged, note, warn
 from distpro.train.sinks import IDENTITIES
+from distpro.train.stopping import Interrupted
 from distpro.train.tracking import Tracker, read_metrics
 from pathways.registry import UserError
 
@@ -101,9 +102,12 @@ def test_a_resumed_run_goes_on_in_the_same_one_and_an_error_is_told(tmp_path, wa
     assert wandb.of("init")[1][1]["id"] == "abc" and wandb.of("init")[1][1]["resume"] == "allow"
     assert mlflow.of("start_run")[1][1] == {"run_id": "r1"}
     assert wandb.of("finish")[1][1] == {"exit_code": 1} and mlflow.of("end_run")[1][0] == ("FAILED",)
+    with pytest.raises(Interrupted), Tracker(tmp_path, resume_step=2, tensorboard=False, sinks=both):
+        raise Interrupted(15, 2, 4)  # stopped, to be gone on with
+    assert wandb.of("finish")[2][1] == {"exit_code": 0} and mlflow.of("end_run")[2][0] == ("FINISHED",)
     with Tracker(tmp_path, tensorboard=False, sinks=both):
         pass
-    assert "id" not in wandb.of("init")[2][1]  # a new run in an old folder is another
+    assert "id" not in wandb.of("init")[3][1]  # a new run in an old folder is another
 
 
 def test_sinks_are_checked_before_a_run(monkeypatch):
