@@ -220,7 +220,7 @@ def test_a_recipe_resumes_in_any_stage(teacher, tmp_path, monkeypatch, stop):
         plain(self, batch)
         steps.append(self.step)
         if len(steps) == stop:
-            self._stop_signal = 15
+            self._stop.number = 15
 
     monkeypatch.setattr(Trainer, "train_step", counting)
     with pytest.raises(Interrupted):

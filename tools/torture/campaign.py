@@ -161,7 +161,7 @@ def apart(run: Path, truth: Path) -> list[str]:
 
 def _names(folder: Path) -> set[str]:
     kept = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    timed = ("events.out", "environment.json", ".previous.pt", "trials.journal", ".png", "leaderboard.md")
+    timed = ("events.out", "environment.json", "log.txt", ".previous.pt", "trials.journal", ".png", "leaderboard.md")
     kept = {name for name in kept if not any(word in name for word in timed)}
     return kept | ({"tensorboard"} if list(folder.glob("events.out*")) else set())
 
