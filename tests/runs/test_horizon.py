@@ -81,11 +81,19 @@ def test_a_horizon_that_does_not_fit_is_shortened(teacher, capsys):
     assert len(schedule.weights.unique(dim=0)) > 4
 
 
+FEWER = {"crd": {"nce_k": 256}}
+"""Parameters of losses: CRD's 16,384 negatives of each sample take seconds a step."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [None, "crd", "sskd"])
 def test_steps_that_are_done_again_lead_to_the_same_bytes(teacher, loss, tmp_path):
     """Of a whole horizon every third step is kept; the others are done again, augmentation, teacher and all."""
-    space = {} if loss is None else {"pathways": None, "terms": [{"loss": "kd"}, {"loss": loss}]}
+    space = (
+        {}
+        if loss is None
+        else {"pathways": None, "terms": [{"loss": "kd"}, {"loss": loss, "params": FEWER.get(loss, {})}]}
+    )
     for name, search in (("kept", {}), ("again", {"estimator": {"sweep": {"stretch": 3}}})):
         distpro.search({**horizon(teacher, horizon="whole", **search), **space}, out=tmp_path / name)
     assert {path.rsplit(".", 1)[-1] for path in apart(tmp_path / "kept", tmp_path / "again")} == {"estimator"}
@@ -128,7 +136,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing(teacher, monkeypatch, capsy
 @pytest.mark.parametrize("loss", ["crd", "sskd"])
 def test_losses_that_ask_for_more_than_images(teacher, loss):
     """For the samples' numbers and a memory of them, or for rotated images."""
-    found = distpro.search({**horizon(teacher), "pathways": None, "terms": [{"loss": loss}]})
+    found = distpro.search(
+        {**horizon(teacher), "pathways": None, "terms": [{"loss": loss, "params": FEWER.get(loss, {})}]}
+    )
     assert (found.weights[2] != found.weights[3]).all() and found.weights.isfinite().all()
 
 
