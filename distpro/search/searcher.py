@@ -294,6 +294,7 @@ class Searcher:
             "alpha_tilde": self.alpha_tilde.detach().clone(),
             "optimizer": self.optimizer.state_dict(),
             "scales": self.scales.clone(),
+            "measured": self._measure is None,
             "history": self.history[:, : self.steps_done].clone(),
             "signal": self.signal.state_dict(),
             "validation_steps": self.validation_steps,
@@ -305,7 +306,8 @@ class Searcher:
         with torch.no_grad():
             self.alpha_tilde.copy_(state["alpha_tilde"])
             self.scales.copy_(state["scales"])
-            self._measure = None
+            if state.get("measured", True):  # not of a run that was stopped inside its first window
+                self._measure = None
             self.steps_done = state["history"].shape[1]
             self.history[:, : self.steps_done] = state["history"].to(self.history.device)
         if len(self.beside):

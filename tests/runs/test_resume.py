@@ -205,11 +205,12 @@ def test_other_searches_resume_as_well(search, teacher, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("window", "every", "kept"), [(3, 3, [3, 6, 6]), (2, 5, [2, 5, 5])])
+@pytest.mark.parametrize(("window", "every", "kept"), [(3, 3, [0, 6, 6]), (2, 5, [2, 5, 5])])
 def test_a_run_keeps_checkpoints_between_the_windows_of_unrolled_only(
     window, every, kept, teacher, tmp_path, monkeypatch
 ):
-    """Asked to stop after step 2, killed after 6 and, resumed, after 7. The first epoch ends at 4, in a window."""
+    """Asked to stop after step 2 (in a window of three it goes on from its beginning), killed after 6 and, resumed, after 7. The first
+    epoch ends at 4, in a window."""
     config = settings(teacher, {"search": {"estimator": {"unrolled": {"steps": window}}, "every": every}})
     distpro.search(config, out=tmp_path / "whole")
     stop_after(monkeypatch, [2])

@@ -12,8 +12,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-REHEARSED = "environment data teacher kd search profile bench_train bench_seeds bench_horizon"
-"""All but the suite's own tests, a compiler, and two that repeat a benchmark in another setting."""
+REHEARSED = "environment data teacher kd profile"
+"""Of the parts, those that take seconds; the others are rehearsed by hand."""
 
 
 def gpu(*arguments, **variables):
@@ -38,6 +38,4 @@ def test_a_rehearsal_passes(tmp_path):
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     assert [line.split()[1] for line in lines] == ["ok"] * len(REHEARSED.split())
     assert {line.split()[0] for line in lines} == set(REHEARSED.split())
-    assert "plain" in json.dumps(json.loads((tmp_path / "out" / "bench_train.json").read_text()))
     assert json.loads((tmp_path / "out" / "kd" / "result.json").read_text())["step"] == 4
-    assert (tmp_path / "out" / "search" / "alpha.pt").is_file()
