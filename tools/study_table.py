@@ -8,7 +8,7 @@ from pathlib import Path
 from study_figures import FIGURES
 
 from distpro.files import write_atomically
-from distpro.report.intervals import half_width
+from distpro.report.intervals import difference_text
 from distpro.report.page import DIGITS, title_of
 from distpro.report.study import StudyFile
 
@@ -36,7 +36,7 @@ def render(study: StudyFile) -> str:
             _spread([r[study.metric] for r in mine.values()], digits),
             str(len(mine)),
             *(
-                _interval([r[study.metric] - b[s][study.metric] for s, r in mine.items() if s in b], digits)
+                difference_text([r[study.metric] - b[s][study.metric] for s, r in mine.items() if s in b], digits)
                 for b in against
             ),
             f"{statistics.mean(r['seconds'] for r in mine.values()):.0f}",
@@ -91,16 +91,6 @@ def epochs_to(goal: float, curve: dict[int, float]) -> str:
 def _spread(values: list[float], digits: int) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def _interval(differences: list[float], digits: int) -> str:
-    if not differences:
-        return ""
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.{digits}f}"
-    half = half_width(differences)
-    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
 
 
 def seen_from(page: Path, table: str) -> str:

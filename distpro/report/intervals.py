@@ -16,6 +16,21 @@ T95: tuple[float, ...] = (
 # fmt: on
 
 
+def difference_text(differences: Sequence[float], digits: int) -> str:
+    """The mean of some differences, with its 95 % interval where there are several; "" of none.
+
+    >>> difference_text([1.0, 2.0, 3.0], 1)
+    '+2.0 [-0.5, +4.5]'
+    """
+    if not differences:
+        return ""
+    mean = statistics.mean(differences)
+    if len(differences) == 1:
+        return f"{mean:+.{digits}f}"
+    half = half_width(differences)
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+
+
 def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % interval of the mean of two or more values, by Student's t.
 

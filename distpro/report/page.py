@@ -13,7 +13,7 @@ from distpro.config.flat import setting_text
 from distpro.console import number_text
 from distpro.files import write_atomically
 from distpro.report.gather import Group, Run, differing, finite, gather, groups_of
-from distpro.report.intervals import half_width
+from distpro.report.intervals import difference_text
 from distpro.report.plots import heatmap_figure, scalars_figure, schedule_figure
 from distpro.report.result_plots import Curve, as_svg, curves_figure, dots_figure, learned_figure, mean_text
 from distpro.report.tuning import board
@@ -212,13 +212,7 @@ def _kept(group: Group) -> str:
 def _difference(values: Mapping[int, float], base: Mapping[int, float], digits: int) -> str:
     """Paired by seed, with a 95 % interval where there are several."""
     pairs = [values[seed] - base[seed] for seed in values if seed in base]
-    if not pairs:
-        return "no common seed"
-    mean = statistics.mean(pairs)
-    if len(pairs) < 2:
-        return f"{mean:+.{digits}f}"
-    half = half_width(pairs)
-    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+    return difference_text(pairs, digits) or "no common seed"
 
 
 def _curves(groups: Sequence[Group], metric: str | None) -> str:

@@ -88,9 +88,10 @@ class Rounds:
         for number in range(1, self.rounds + 1):
             self._move(self._kept(number))
             if not self._signals():
-                note(
-                    f"round {number}: no weight's gradient is more than noise over {number} trainings; the search ends"
-                )
+                if distributed.is_main():
+                    note(
+                        f"round {number}: no weight's gradient is more than noise over {number} trainings; the search ends"
+                    )
                 self.log.copy_(best)
                 break
             value = self._judge(number, self.process())
@@ -120,7 +121,7 @@ class Rounds:
             log = self.process()
             found = self.hats @ (log.exp() * self._gradient(number, log).to(log))
             if path is not None and distributed.is_main():
-                save_atomically({"gradient": found.cpu(), "log": self.log.cpu().clone()}, path)
+                save_atomically({"gradient": found.cpu()}, path)
         return found.to(self.log)
 
     @torch.no_grad()

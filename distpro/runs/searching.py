@@ -31,6 +31,7 @@ from distpro.search.strength import Strength
 from distpro.train import distributed
 from distpro.train.state import random_state, set_random_state
 from distpro.train.trainer import Trainer
+from pathways.registry import UserError
 from pathways.space import parse_spec
 
 BELOW = 0.1
@@ -108,6 +109,11 @@ def _rounds(
     """
     searcher, search, parts = first.weights, config.search, search_parts(config, data)
     assert isinstance(searcher, Searcher)
+    if searcher.estimator.window < first.total_steps:
+        raise UserError(
+            f"search.rounds: a gradient is of the whole training, {first.total_steps} steps, of which search.memory, "
+            f"{search.memory:g} GB, holds {searcher.estimator.window}: more of it, or a shorter training"
+        )
 
     def gradient(number: int, process: Tensor) -> Tensor:
         trainer, of = first, searcher

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.tasks.labels import check_weights
+from distpro.tasks.metrics import OfPairs
 from pathways.call import Call
 from pathways.registry import UserError
 from pathways.taps import response_of
@@ -76,27 +77,15 @@ def _pair(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return response, target
 
 
-class LabelMetrics:
+class LabelMetrics(OfPairs):
     """Mean average precision over the classes that occur, F1 at a probability of 1/2 as the mean over classes (``f1``) and of all
     decisions together (``f1_micro``), in percent; and the mean binary cross entropy. Every score is kept: a precision is of the
     whole set, and several processes put theirs together first. A target above 1/2 counts as 1."""
 
     def __init__(self) -> None:
-        self._pairs: list[Tensor] = []  # (2, N, K) float64
+        super().__init__(_pair)
 
-    def update(self, output: Any, batch: Batch) -> None:
-        self._pairs.append(torch.stack(_pair(output, batch)).double())
-
-    def state(self) -> dict[str, Any]:
-        return {"pairs": torch.cat(self._pairs, 1).cpu()} if self._pairs else {}
-
-    def merge(self, states: Sequence[Any]) -> None:
-        self._pairs = [state["pairs"] for state in states if state]
-
-    def compute(self) -> dict[str, float]:
-        if not self._pairs:
-            return {}
-        scores, targets = torch.cat([pair.cpu() for pair in self._pairs], 1)
+    def measure(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
         said, true = scores > 0, targets > 0.5
         precisions = [average_precision(s, t) for s, t in zip(scores.T, true.T, strict=True) if t.any()]
         hits, both = (said & true).sum(0).double(), (said.sum(0) + true.sum(0)).double()

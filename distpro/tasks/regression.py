@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.batch import Batch
+from distpro.tasks.metrics import OfPairs
 from pathways.call import Call
 from pathways.registry import UserError, nearest
 from pathways.taps import response_of
@@ -79,28 +79,16 @@ def _pair(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return response, target.to(response.dtype)
 
 
-class Errors:
+class Errors(OfPairs):
     """Mean absolute error, root of the mean squared error, both over all numbers, and the coefficient of determination R², the mean
     over the D numbers (of targets that are all the same: 1 where they are met, else 0); and the mean loss. Every pair is kept, for
     R² is of the whole set; several processes put theirs together first."""
 
     def __init__(self, loss: Any = F.mse_loss) -> None:
+        super().__init__(_pair)
         self._loss = loss
-        self._pairs: list[Tensor] = []  # (2, N, D) float64
 
-    def update(self, output: Any, batch: Batch) -> None:
-        self._pairs.append(torch.stack(_pair(output, batch)).double())
-
-    def state(self) -> dict[str, Any]:
-        return {"pairs": torch.cat(self._pairs, 1).cpu()} if self._pairs else {}
-
-    def merge(self, states: Sequence[Any]) -> None:
-        self._pairs = [state["pairs"] for state in states if state]
-
-    def compute(self) -> dict[str, float]:
-        if not self._pairs:
-            return {}
-        said, true = torch.cat([pair.cpu() for pair in self._pairs], 1)
+    def measure(self, said: Tensor, true: Tensor) -> dict[str, float]:
         squares = (said - true).square().sum(0)
         spread = (true - true.mean(0)).square().sum(0)
         constant = torch.where(squares == 0, 1.0, 0.0).double()

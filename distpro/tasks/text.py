@@ -12,6 +12,7 @@ from torch import Tensor
 from distpro.batch import Batch
 from distpro.tasks.classification import Classification
 from distpro.tasks.labels import as_labels, check_range
+from distpro.tasks.metrics import OfPairs
 from pathways.call import Call
 from pathways.registry import UserError, nearest
 from pathways.taps import response_of
@@ -168,26 +169,14 @@ class ClassCounts:
         return {**found, "loss": self._loss.item() / samples.item()}
 
 
-class Correlations:
+class Correlations(OfPairs):
     """Pearson's and Spearman's correlation of predictions and targets, times 100, and the mean squared error. Every pair is kept,
     for ranks are of the whole set; several processes put theirs together first."""
 
     def __init__(self) -> None:
-        self._pairs: list[Tensor] = []  # (2, N) float64
+        super().__init__(_scores)
 
-    def update(self, output: Any, batch: Batch) -> None:
-        self._pairs.append(torch.stack(_scores(output, batch)).double())
-
-    def state(self) -> dict[str, Any]:
-        return {"pairs": torch.cat(self._pairs, 1).cpu()} if self._pairs else {}
-
-    def merge(self, states: Sequence[Any]) -> None:
-        self._pairs = [state["pairs"] for state in states if state]
-
-    def compute(self) -> dict[str, float]:
-        if not self._pairs:
-            return {}
-        said, true = torch.cat([pair.cpu() for pair in self._pairs], 1)
+    def measure(self, said: Tensor, true: Tensor) -> dict[str, float]:
         return {
             "pearson": 100 * _pearson(said, true),
             "spearman": 100 * _pearson(_ranks(said), _ranks(true)),

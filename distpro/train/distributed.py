@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from pathways.registry import UserError
 
-LOST = r"(?i)gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe|store"
+LOST = r"(?i)gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe|\b(tcp)?store\b"
 """What PyTorch says where another process does not answer."""
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pathways.call import tensors_in
 from pathways.registry import UserError
 
 if TYPE_CHECKING:
@@ -69,9 +70,11 @@ def _source(trainer: Trainer, step: int) -> str:
     batches = islice(trainer.train_loader.epoch(epoch, start=first * count), count)
     for batch in batches:
         for what, value in (("an input", batch.inputs), ("a target", batch.target)):
-            for tensor in _tensors(value):
-                wrong = (~tensor.isfinite()).reshape(len(tensor), -1).any(1) if tensor.is_floating_point() else None
-                if wrong is not None and wrong.any():
+            for tensor in tensors_in(value):
+                if not tensor.dim() or not tensor.is_floating_point():
+                    continue
+                wrong = (~tensor.isfinite()).reshape(len(tensor), -1).any(1)
+                if wrong.any():
                     row = int(wrong.nonzero()[0])
                     sample = f" (sample {int(batch.index[row])})" if batch.index is not None else ""
                     return f"{what} of that step's batch is not finite{sample if len(wrong) == batch.samples else ''}"
@@ -82,15 +85,3 @@ def _source(trainer: Trainer, step: int) -> str:
             weight = "" if own is None else first_of(dict(own.named_parameters()))
             return f"the teacher's '{broken}' is not finite" + (f", for its weight {weight} is not" if weight else "")
     return ""
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        if value.dim():
-            yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _tensors(inner)

@@ -74,14 +74,13 @@ class Replay:
 
     def snapshot(self) -> Snapshot:
         """A copy of where the training is."""
-        return Snapshot(
-            [p.detach().clone() for p in self.params],
-            [
-                {k: v.detach().clone() for k, v in self.optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
-                for p in self.params
-            ],
-            [b.detach().clone() for b in self.buffers()],
-        )
+        theta, buffers = ([t.detach().clone() for t in tensors] for tensors in (self.params, self.buffers()))
+        return Snapshot(theta, self.states(), buffers)
+
+    def states(self) -> list[State]:
+        """A copy of the optimiser's state of each parameter."""
+        known = [self.optimizer.state.get(p, {}) for p in self.params]
+        return [{k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)} for state in known]
 
     def gradients(self) -> list[Tensor | None]:
         """A copy of the parameters' gradients."""

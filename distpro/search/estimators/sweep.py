@@ -15,7 +15,7 @@ L_t is linear: all are one row, by the same product. (Kemaev et al. 2025 call th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -91,16 +91,24 @@ class Sweep(Estimator):
         self._max_norm = max_norm
         self.over_reverse: bool | None = None
         self._kept: list[Kept] = []
-        self._before: Snapshot | None = None
+        self._buffers: list[Tensor] = []
 
     def before_pass(self) -> None:
         """Before the forward pass of a step that counts."""
-        self._before = self._replay.snapshot() if len(self._kept) % self.stretch == 0 else None
+        self._buffers = [b.detach().clone() for b in self._replay.buffers()] if self._keeps_whole else []
+
+    @property
+    def _keeps_whole(self) -> bool:
+        """Whether the next step is the first of a stretch."""
+        return len(self._kept) % self.stretch == 0
 
     def before_step(self, step: TrainingStep) -> None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         lean = replace(step.done, loss=step.done.task, output=None, views=[], teacher={})  # without the graph
-        kept = Kept(replace(step, done=lean, theta={}), groups, self._before)
+        before = None
+        if self._keeps_whole:
+            before = Snapshot([step.theta[p] for p, _ in self._params], self._replay.states(), self._buffers)
+        kept = Kept(replace(step, done=lean, theta={}), groups, before)
         if self.stretch == 1:
             kept.gradients, kept.teacher = self._replay.gradients(), step.done.teacher
         self._kept.append(kept)
@@ -112,7 +120,8 @@ class Sweep(Estimator):
                 v = self.validation_gradient(validation)
             a = [v[p] if p in v else torch.zeros_like(p) for p, _ in self._params]
             b: list[State] = [{} for _ in a]
-            with self._replay.put_back() as then:
+            with ExitStack() as stack:
+                then = stack.enter_context(self._replay.put_back()) if self.stretch > 1 else []
                 while self._kept:
                     start = (len(self._kept) - 1) // self.stretch * self.stretch
                     stretch, self._kept = self._kept[start:], self._kept[:start]
