@@ -143,3 +143,13 @@ def test_learned_numbers_want_one_pass(teacher):
     terms = [{"loss": "kd", "params": {"temperature": "learned"}}]
     with pytest.raises(distpro.UserError, match="search.rounds: kd.temperature can be learned by a search in one pass"):
         distpro.search({**searching(teacher), "terms": terms})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [({"memory": 0.003}, "a gradient is of the whole training, 12 steps"), ({"every": 2}, "search.every")],
+)
+def test_a_round_is_a_whole_training(teacher, search, said):
+    with pytest.raises(distpro.UserError, match=said):
+        distpro.search(searching(teacher, **{"trials": 0, **search}))
