@@ -55,6 +55,7 @@ def train(objective, optimizer, loader, rate, backward, follow):
     return losses
 
 
+@pytest.mark.slow
 def test_it_trains_as_without(tmp_path):
     objective, optimizer, loader, rate, schedule = parts_of()
     start = copy.deepcopy(objective.student.model.state_dict())

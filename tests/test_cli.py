@@ -63,6 +63,7 @@ def metrics_in(text):
 # Mistakes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -143,6 +144,7 @@ def test_a_mistake_ends_with_status_2_one_message_and_no_folder(here, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_installed_command_keeps_tracebacks_to_itself(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "distpro.cli", "search", "nothing.yaml"], cwd=tmp_path, capture_output=True, text=True
@@ -203,6 +205,7 @@ def test_inspect_a_schedule(here, capsys):
     assert "9 terms over 4 steps" in out and "resnet8" in out and "layer3:pre_relu<-layer3@conv1x1" in out
 
 
+@pytest.mark.slow
 def test_inspect_a_config_says_shapes_and_parameters(here, capsys):
     assert main(["inspect", "search.yaml"]) == 0
     out = capsys.readouterr().out
@@ -210,6 +213,7 @@ def test_inspect_a_config_says_shapes_and_parameters(here, capsys):
     assert re.search(r"^terms    9: ", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "terms"),
     [("search search.yaml", 9), ("retrain search.yaml", 9), ("train search.yaml", 0), ("train teacher.yaml", 0)],
@@ -223,6 +227,7 @@ def test_a_dry_run_writes_nothing(here, capsys, command, terms):
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "magic"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml")])
 def test_plot_writes_figures_of_the_format(here, tmp_path, capsys, kind, magic):
     assert main(["plot", "search/alpha.pt", "--out", str(tmp_path), "--format", kind]) == 0
@@ -293,6 +298,7 @@ def test_a_folder_with_a_run_is_not_written_to(here, capsys):
     assert (here / "retrain" / "student.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(here, tmp_path, capsys):
     (tmp_path / "config.yaml").write_bytes((here / "retrain" / "config.yaml").read_bytes())
     again = ["retrain", "--schedule", "search/alpha.pt", "--out", str(tmp_path)]
@@ -350,6 +356,7 @@ def test_seeds_of_a_search_are_schedules_of_their_own(here, tmp_path, capsys):
         assert list(result[seed].values()) == pytest.approx([float(x) for x in expected], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_shell_completes_commands_and_options(tmp_path):
     pytest.importorskip("argcomplete")
     for line, wanted in (("distpro retr", "retrain "), ("distpro search x.yaml --dr", "--dry-run ")):
@@ -412,6 +419,7 @@ def test_a_schedule_may_lie_under_any_path(here, tmp_path, monkeypatch, capsys):
     assert main(["evaluate", str(place / "out")]) == 0
 
 
+@pytest.mark.slow
 def test_the_next_command_that_a_search_prints_can_be_pasted(here, tmp_path, capsys):
     out = tmp_path / "a b"
     assert main(["search", "search.yaml", "--out", str(out), "training.max_steps=1"]) == 0

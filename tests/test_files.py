@@ -125,6 +125,7 @@ def test_objects_are_refused_and_not_built(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_bytes_are_an_error_and_nothing_else(tmp_path):
     """Every file with some bytes overwritten either loads or is answered with a UserError."""

@@ -112,6 +112,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", FILES)
 def test_imports_run_down(module):
     """Also those inside of functions and for type checkers."""
@@ -132,6 +133,7 @@ def test_pathways_know_nothing_of_distpro(module):
     assert [name for _, name in imports(FILES[module], FILES) if place(name) != "pathways"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [FILES, TOOLS], ids=["distpro and pathways", "tools"])
 def test_there_is_no_circle(known):
     at_once = known is FILES  # tools are small enough to have none at all

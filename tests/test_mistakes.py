@@ -78,6 +78,7 @@ def marked(arguments, said):
     return pytest.param(arguments, said, marks=marks, id=re.sub(r"\W+", "_", arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), [marked(*mistake) for mistake in MISTAKES])
 def test_a_mistake_gets_one_message_with_the_fix(place, arguments, said, monkeypatch, capsys):
     monkeypatch.chdir(place)

@@ -102,6 +102,7 @@ def test_no_loss_sees_padding(name):
     check(measured(terms))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", list(DISTANCES))
 def test_no_pathway_sees_padding(distance):
     def terms(teacher, student):

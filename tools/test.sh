@@ -14,5 +14,6 @@ for word in "$@"; do
     case $word in -n* | --numprocesses* | --pdb) share=() ;; esac
 done
 python -c "import xdist" 2>/dev/null || share=()
+unset PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: each would compile all modules again
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # small tensors: more threads would only wait for each other
 exec python -m pytest ${share[@]+"${share[@]}"} "$@"

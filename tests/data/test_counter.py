@@ -46,6 +46,7 @@ def pairs(of):
     return tuple(torch.stack([offsets(torch.tensor([7]), e)[0] for e in range(4000)]).unbind(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "of",
     [

@@ -128,6 +128,7 @@ def test_choices_from_a_streamed_set(tree):
     assert len(set(train.index.tolist()) | set(val.index.tolist())) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streaming_has_no_state(tree, workers):
     data = load(pack(tree, tree.parent / f"workers{workers}.zip"), stream=True)

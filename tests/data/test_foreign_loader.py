@@ -23,6 +23,7 @@ from pathways.registry import UserError
 from tests.data.foreign_sets import Boxes, Noisy, Stream, Texts, assert_same, foreign, states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_is_replayed_exactly(workers):
     usual = list(foreign(Noisy()).epoch(4))
@@ -169,6 +170,7 @@ def loaders():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(loaders()))
 def test_a_dataloader_is_replayed_exactly(name):
     part = loaders()[name]()

@@ -153,6 +153,7 @@ def rectangles(size, **params):
     return torch.tensor(found, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
 def test_the_rectangles_have_the_distribution_of_torchvisions(size):
     found = rectangles(size, p=0.7)

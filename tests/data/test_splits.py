@@ -37,6 +37,7 @@ def test_unbalanced_classes_keep_their_proportions(count):
     assert ((shares - sizes * count / 120).abs() < 1).all()
 
 
+@pytest.mark.slow
 def test_each_sample_is_as_likely():
     labels = torch.arange(2).repeat(10)
     drawn = torch.cat([stratified(labels, 4, seed) for seed in range(2000)])

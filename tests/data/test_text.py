@@ -207,6 +207,7 @@ def test_the_vocabulary_is_the_same_in_every_process(table):
     assert load(table, samples=4).tokenizer.digest == load(table).tokenizer.digest  # of all training texts
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_a_folder_and_of_a_run(table, tmp_path):
     own = load(table)
     own.tokenizer.fast.save_pretrained(tmp_path / "saved")

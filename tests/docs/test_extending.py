@@ -138,6 +138,7 @@ def test_a_package_of_one_s_own(package, teacher, capsys):  # noqa: F811
     assert "'mylab.pefd' has no 'Projector'; did you mean 'ProjectorEnsemble'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_distance_a_transform_and_a_model(package, teacher, capsys):  # noqa: F811
     exec(PARTS, {})
     content = merge(yaml.safe_load(BASE.read_text(encoding="utf-8")), yaml.safe_load(PARTS_CONFIG))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 import yaml
 
@@ -59,6 +60,7 @@ def test_the_commands_exist(capsys):
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.slow
 def test_own_data_and_models_run_as_objects(tmp_path, monkeypatch):
     """The block on data and models of one's own, with a config of a few steps."""
     monkeypatch.chdir(tmp_path)

@@ -228,6 +228,7 @@ def test_maps_of_different_sizes(name, scale):
     assert value.isfinite() and all(s.grad.isfinite().all() for s in sample.student)
 
 
+@pytest.mark.slow
 @names
 def test_forward_and_backward_need_no_value_on_the_host(name):
     """Tensors without content: any ``.item()`` or truth value of a tensor, which stalls an accelerator, raises."""

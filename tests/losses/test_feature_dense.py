@@ -397,6 +397,7 @@ def test_cwd_is_the_mean_divergence_of_channel_distributions():
     torch.testing.assert_close(loss(s + torch.randn(4, 3, 1, 1, dtype=torch.float64), t), expected)  # per-channel shift
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "nodes"), [(0.5, 2), (0.3, 4), (0.01, 7)])
 def test_structured_is_the_squared_difference_of_pairwise_cosines(scale, nodes):
     loss = build_loss("structured", scale=scale)

@@ -119,6 +119,7 @@ def test_token_pathways_between_transformers_of_unlike_width_and_depth():
     torch.testing.assert_close(pathway(s["blocks.3"], t["blocks.3"]), (expected - t["blocks.3"]).square().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["transformer teaches", "transformer learns"])
 def test_tokens_and_maps_meet_as_grids(direction):
     vit, cnn, x = deit(), build_model("resnet8", num_classes=5).eval(), images(2)

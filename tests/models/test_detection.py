@@ -48,6 +48,7 @@ def test_a_pyramid_has_the_strides_that_it_says(backbone, levels):
     assert model.anchor_generator.sizes == tuple((float(stride),) for stride in strides)
 
 
+@pytest.mark.slow
 def test_a_backbone_s_weights(tmp_path):
     torch.manual_seed(0)
     classifier = build_model("torchvision:resnet18")

@@ -80,6 +80,7 @@ def test_encoders_of_timm(encoder):
     assert torch.equal(features(x), model.encoder(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_taps_are_the_steps_of_the_decoder(decoder):
     model, x = build(decoder=decoder).eval(), torch.randn(2, 3, 96, 128)

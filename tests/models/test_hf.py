@@ -52,6 +52,7 @@ def folder(tmp_path):
     return tmp_path / "bert"
 
 
+@pytest.mark.slow
 def test_a_class_with_the_parameters_of_its_config():
     model = build_model(BERT, num_classes=3, tokens=Tokens(), **SMALL)
     config = model.config
@@ -65,6 +66,7 @@ def test_a_class_with_the_parameters_of_its_config():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_stages_and_embedding_are_stated():
     model = build_model(BERT, num_classes=3, tokens=Tokens(), **SMALL)
     taps = stage_taps(model)
@@ -92,6 +94,7 @@ def test_an_image_model_is_one_as_any():
         build_model(name, tokens=Tokens(), image_size=16, patch_size=8, **sizes)
 
 
+@pytest.mark.slow
 def test_a_config_file_gives_random_weights(folder):
     model = build_model(f"hf:{folder / 'config.json'}", num_classes=2, tokens=Tokens())
     assert (
@@ -101,6 +104,7 @@ def test_a_config_file_gives_random_weights(folder):
     assert not torch.equal(model.bert.embeddings.word_embeddings.weight, stored.embeddings.word_embeddings.weight)
 
 
+@pytest.mark.slow
 def test_a_folder_gives_its_weights_where_that_is_asked_for(folder, capsys):
     stored = transformers.BertModel.from_pretrained(folder).state_dict()
     capsys.readouterr()
@@ -113,6 +117,7 @@ def test_a_folder_gives_its_weights_where_that_is_asked_for(folder, capsys):
     assert not torch.equal(random.bert.embeddings.word_embeddings.weight, own["embeddings.word_embeddings.weight"])
 
 
+@pytest.mark.slow
 def test_a_whole_classifier_of_a_folder(tmp_path, capsys):
     model = build_model(BERT, num_classes=3, tokens=Tokens(), **SMALL)
     model.save_pretrained(tmp_path / "three")
@@ -134,6 +139,7 @@ def test_it_is_no_code_of_the_user_s():
     assert accepted(BERT, facts) == accepted("hf:some/folder", facts) == facts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [

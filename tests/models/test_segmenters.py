@@ -32,6 +32,7 @@ def test_a_model_of_segmentation_models_pytorch(name):
     assert [taps[stage].shape[-2:] for stage in stages] == sorted((taps[s].shape[-2:] for s in stages), reverse=True)
 
 
+@pytest.mark.slow
 def test_classes_of_its_own_and_weights_are_passed_on(monkeypatch):
     smp = pytest.importorskip("segmentation_models_pytorch")
     asked = []
@@ -104,6 +105,7 @@ def test_the_pyramid_by_hand(pspnet):
         torch.testing.assert_close(pspnet.pooling(x), pspnet.pooling.join(joined), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pspnets_taps(pspnet):
     taps, x = stage_taps(pspnet), torch.randn(2, 3, 64, 80)
     _, values = Tapped(pspnet, [taps.stem, *taps.post, *taps.pre, taps.embedding], x)(x)

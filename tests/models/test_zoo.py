@@ -56,6 +56,7 @@ def test_known_counts(name, params, parameters):
     assert count(build_model(name, **params)) == parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_traces_alike_in_training_and_evaluation(name):
     model = build_model(name, **REQUIRED.get(name, {}))

@@ -50,6 +50,7 @@ def passes(model, x, run):
     return results
 
 
+@pytest.mark.slow
 def test_a_segmenter_is_traced_and_gives_the_same_to_the_last_bit(segmenter):
     model, taps, x = segmenter
     tapped = Tapped(model, taps, x)
@@ -282,6 +283,7 @@ def test_buffers_of_another_size_are_put_back(fails):
     assert model.none is None and torch.equal(model.shared, torch.ones(4))
 
 
+@pytest.mark.slow
 def test_compiled_models_are_probed(compiler):
     model, x = nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.ReLU()), torch.zeros(2, 3)
     model[0].compile(backend="eager")

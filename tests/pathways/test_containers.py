@@ -278,6 +278,7 @@ def test_a_traced_model_is_told_what_it_does_not_take():
             tapped(torch.zeros(1, 3), **wrong)
 
 
+@pytest.mark.slow
 def test_logits_are_chosen_by_rule_or_key():
     class Net(nn.Module):
         def __init__(self, form):

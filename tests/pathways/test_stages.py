@@ -181,6 +181,7 @@ def test_terms_give_losses_maps_with_their_channels_first():
     assert torch.allclose(parts["at"], (a - b).square().mean().float())
 
 
+@pytest.mark.slow
 def test_a_config_reads_them_too():
     """The terms of a Swin student fit what it gives, and the dry run says what that is."""
     config = {

@@ -285,6 +285,7 @@ def test_hooks_registered_before_compilation_read_the_compiled_model(compiler):
     torch.testing.assert_close({n: taps[n] for n in names}, {n: expected[n] for n in names})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outside", ["DDP", "Tapped", "tap"])
 def test_ddp(one_process, outside):
     model, names = resnet(), ["layer1", "layer3:pre_relu"]

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("trusted_tests")
 # Values and gradients
 
 
+@pytest.mark.slow
 @READERS
 @pytest.mark.parametrize("training", [True, False])
 def test_values_and_gradients_are_those_of_a_hand_written_forward(read, training):
@@ -47,6 +48,7 @@ def test_values_and_gradients_are_those_of_a_hand_written_forward(read, training
     torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
 
 
+@pytest.mark.slow
 @READERS
 @pytest.mark.parametrize("name", ["conv1:input", "bn1", "layer1", "layer2.0.bn2", "layer3.0.relu:input", "logits"])
 def test_a_tap_lies_on_the_way_to_the_output(read, name):

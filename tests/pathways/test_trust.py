@@ -50,6 +50,7 @@ def test_models_of_plain_layers_are_traced_and_fused(build):
         assert Tapped(model.eval().requires_grad_(False), [], x, frozen=True).eval().runs_fused
 
 
+@pytest.mark.slow
 def test_timms_models_of_plain_layers_are_traced_and_fused():
     timm = pytest.importorskip("timm")
     for name in ("resnet18", "convnext_atto"):
@@ -113,6 +114,7 @@ def test_a_checkpointed_block_is_not_traced(monkeypatch):
     assert not Tapped(model, ["layer1"], x).traced
 
 
+@pytest.mark.slow
 def test_timms_checkpointing_and_drop_path():
     timm = pytest.importorskip("timm")
     model, x = timm.create_model("resnet18", num_classes=4), torch.randn(2, 3, 64, 64)
@@ -272,6 +274,7 @@ def test_a_copy_of_what_has_changed_is_changed_too():
 # Compiled
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_itself_is_read_in_every_pass(compiler):
     model, x = user(), images(size=8)
     expected = [model[0](x + n) for n in range(3)]

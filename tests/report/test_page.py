@@ -98,6 +98,7 @@ def test_groups_are_runs_that_differ_in_their_seed_alone(study):
     ]
 
 
+@pytest.mark.slow
 def test_retrains_are_together_where_their_searches_differ_in_the_seed_alone(tmp_path):
     """The schedule's file says how it was searched; where none does, one file is one schedule."""
     searches = {"a0": {"seed": 0}, "a1": {"seed": 1}, "b1": {"seed": 1, "search": {"every": 4}}, "u": None, "v": None}
@@ -119,6 +120,7 @@ def test_retrains_are_together_where_their_searches_differ_in_the_seed_alone(tmp
     assert rows_of(page(runs[:3], "t"))["its search: search.every"][1:] == ["1", "4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "kept", "said"),
     [
@@ -174,6 +176,7 @@ def test_a_stranger_s_text_is_no_html(tmp_path):
     assert reader.refers and all(where.startswith("data:image/svg+xml;base64,") for where in reader.refers)
 
 
+@pytest.mark.slow
 def test_figures_are_whole_and_refer_to_nothing(study):
     html = page(gather(study), "t")
     for found in re.findall(r"base64,([^\"]*)", html):
@@ -183,6 +186,7 @@ def test_figures_are_whole_and_refer_to_nothing(study):
     assert page(gather(study), "t") == html  # and come out the same again
 
 
+@pytest.mark.slow
 def test_one_run_its_schedule_commands_and_versions(tmp_path):
     two_terms([[0.0, 1.0], [0.5, 0.5]]).save(tmp_path / "alpha.pt")
     retrain = {"weights": "searched", "schedule": str(tmp_path / "alpha.pt")}
@@ -196,6 +200,7 @@ def test_one_run_its_schedule_commands_and_versions(tmp_path):
     assert f"distpro retrain {tmp_path / 'run' / 'config.yaml'}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -246,6 +251,7 @@ def test_bad_input_is_one_message(tmp_path, capsys, name, text, said):
     assert not list(tmp_path.rglob("*.html"))
 
 
+@pytest.mark.slow
 def test_the_baseline_and_the_file_can_be_chosen(study, tmp_path, capsys):
     taught = str(study[1])
     assert main(["report", *map(str, study), "--baseline", taught, "--out", str(tmp_path / "p.html")]) == 0

@@ -71,6 +71,7 @@ def test_each_term_is_one_line_in_the_panel_of_its_teacher_level(case, what):
     assert sorted(seen) == list(range(len(case.keys)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [schedule_figure, heatmap_figure])
 def test_every_case_draws_without_warning_inside_the_page(case, draw):
     figure = draw(case)
@@ -138,6 +139,7 @@ def test_unknown_quantity():
         schedule_figure(CASES["paper"], "weigths")
 
 
+@pytest.mark.slow
 def test_heat_map_shows_terms_by_time(case):
     ax = heatmap_figure(case).axes[0]
     (image,) = ax.images
@@ -154,6 +156,7 @@ def test_one_file(tmp_path, suffix):
     assert path == tmp_path / "new" / f"fig6.{suffix}" and path.read_bytes().startswith(start)
 
 
+@pytest.mark.slow
 def test_folder_gets_all_figures_in_all_formats(tmp_path):
     paths = save_figures(CASES["one term"], tmp_path, formats=("png", "svg"))
     expected = {"alpha.png", "alpha.svg", "alpha_heatmap.png", "alpha_heatmap.svg"}

@@ -106,6 +106,7 @@ def test_every_estimator_searches(runs, estimator):
     assert not torch.equal(schedule.alpha_tilde[0], schedule.alpha_tilde[-1])
 
 
+@pytest.mark.slow
 def test_a_horizon_searches_with_its_trials(runs):
     kind, folder = runs
     schedule = distpro.search(settings(kind, folder, {"search": {"horizon": 3, "trials": 2}}))
@@ -113,6 +114,7 @@ def test_a_horizon_searches_with_its_trials(runs):
     assert (schedule.weights[2] != schedule.weights[3]).all()  # an update after three steps
 
 
+@pytest.mark.slow
 def test_estimators_agree_on_the_first_update(runs):
     """By plain gradient descent, so that α̃ shows the hypergradient itself, not its sign. Without dropout, which the
     estimators replay each in its own way."""
@@ -159,6 +161,7 @@ def test_losses_that_read_logits_name_what_is_missing(tmp_path):
         distpro.search(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["search", "retrain"])
 def test_interrupted_and_resumed(runs, command, tmp_path, monkeypatch):
     """To the same bytes, the second time after a step in the middle of an epoch."""
@@ -227,6 +230,7 @@ def test_a_training_without_a_teacher(runs):
 # Export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["safetensors", "pt2"])
 def test_the_student_leaves_with_its_arguments(runs, format, tmp_path):
     kind, folder = runs

@@ -54,6 +54,7 @@ def test_what_is_missing_is_run_and_shown(here, capsys):
     assert "difference to alone" in html and "(search)" in html and "taught" in html
 
 
+@pytest.mark.slow
 def test_a_plan(here, capsys):
     assert main(["compare", "study.yaml", "--dry-run", "--only", "taught"]) == 0
     first, second, total = capsys.readouterr().out.splitlines()

@@ -152,6 +152,7 @@ def test_what_a_later_training_cannot_do_is_refused_before_the_first(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_taken_and_weights_that_do_not_fit_are_said_first(photographs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("distpro.runs.commands.train", None)
     torch.save(build_model("resnet8", num_classes=3).state_dict(), tmp_path / "fit.pt")

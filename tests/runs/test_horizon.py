@@ -51,6 +51,7 @@ def test_the_default_space_and_its_schedule(teacher, whole):
     assert torch.allclose(w.log(), schedule.alpha_tilde, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_replay_takes_the_last_weights(teacher, whole, tmp_path):
     schedule = Schedule.load(whole / "alpha.pt")
     kept = schedule.played(7)

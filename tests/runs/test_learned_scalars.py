@@ -102,10 +102,12 @@ def test_a_retrain_plays_them(teacher, whole, tmp_path):
         assert 0 <= result.metrics["accuracy"] <= 100
 
 
+@pytest.mark.slow
 def test_a_control_without_a_schedule_leaves_them_where_they_start(teacher):
     assert distpro.retrain(searching(teacher), overrides=["retrain.weights=constant"]).metrics
 
 
+@pytest.mark.slow
 def test_they_are_said_and_drawn(whole, tmp_path):
     schedule = Schedule.load(whole / "alpha.pt")
     assert "kd.temperature: 3, " in explain_schedule(schedule)
@@ -169,6 +171,7 @@ def kd(temperature, **more):
     return {"terms": [{"loss": "kd", "params": {"temperature": temperature, **more}}], "task_weight": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -224,6 +224,7 @@ def by_name(own, module, data="parts", changes=None):
 # As objects
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parts", "loaders"])
 def test_objects_through_every_command(kind, own, tmp_path, monkeypatch):
     module = module_of(own, monkeypatch, tmp_path)
@@ -307,6 +308,7 @@ def test_lower_is_better(own, tmp_path, monkeypatch):
     assert result.metrics["best_hinge"] == min(hinges) and result.metrics["hinge"] == hinges[-1]
 
 
+@pytest.mark.slow
 def test_the_recorded_config_says_that_they_were_objects(own, tmp_path, monkeypatch):
     module = module_of(own, monkeypatch, tmp_path)
     objects = {"data": module.parts(), "student": student_of(module), "teacher": teacher_of(module)}
@@ -349,6 +351,7 @@ def test_the_command_line_cannot_repeat_objects(own, tmp_path, monkeypatch, caps
     assert "was handed over as an object" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_objects_resume_to_the_same_bytes(own, tmp_path, monkeypatch):
     module = module_of(own, monkeypatch, tmp_path)
 
@@ -370,6 +373,7 @@ def test_objects_resume_to_the_same_bytes(own, tmp_path, monkeypatch):
 # By name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parts", "loaders"])
 def test_names_through_every_command(kind, own, tmp_path, monkeypatch, capsys):
     """From the command line, and to the numbers of the objects."""
@@ -409,6 +413,7 @@ def test_the_optimiser_of_ones_own_moves_the_student(own, tmp_path, monkeypatch)
 # Orders that nobody can repeat
 
 
+@pytest.mark.slow
 def test_a_run_says_that_it_cannot_be_repeated(own, tmp_path, monkeypatch, capsys):
     module = module_of(own, monkeypatch, tmp_path)
     words = "a resumed run will not come to the same numbers: the order comes from "

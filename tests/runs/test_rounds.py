@@ -139,6 +139,7 @@ def test_what_rounds_cannot_do(teacher, changes, said):
         distpro.search(searching(teacher, **changes))
 
 
+@pytest.mark.slow
 def test_learned_numbers_want_one_pass(teacher):
     terms = [{"loss": "kd", "params": {"temperature": "learned"}}]
     with pytest.raises(distpro.UserError, match="search.rounds: kd.temperature can be learned by a search in one pass"):

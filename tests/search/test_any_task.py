@@ -131,6 +131,7 @@ def estimate(make, name, **params):
     return estimator(step, [batches[3]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [dense, tokens])
 def test_all_estimators_agree(make):
     truth = estimate(make, "unrolled")

@@ -66,6 +66,7 @@ def test_forward_mode_is_exact(case):
     assert relative(case.differences(), truth) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_sweep_is_exact(case):
     assert relative(case.estimate_all("sweep")[1], case.estimate_all("unrolled")[1]) < 1e-8
 

@@ -150,6 +150,7 @@ def relative(found, truth):
     return ((found - truth).norm() / truth.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_forward_mode_is_exact(name, steps_before):

@@ -108,6 +108,7 @@ def test_the_gradient_of_every_step_is_exact(name, over_reverse):
     assert torch.allclose(h, truth.sum(0), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_what_is_right_is_found_out():
     """Forward over reverse is taken after a comparison with double backward, and the objective has its numbers back."""
     case = Learning("nesterov")
@@ -118,6 +119,7 @@ def test_what_is_right_is_found_out():
     assert case.objective.terms[-1].loss.level_weights[1] == VALUES[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nesterov", "adamw"])
 def test_real_trainings_agree(name):
     """In which a scalar is moved at one step alone, by a little to both sides."""

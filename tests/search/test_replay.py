@@ -39,6 +39,7 @@ def tensors(tree):
     return [x for part in parts for x in tensors(part)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nesterov", "nesterov, clipped by module", "adamw"])
 def test_stretches_give_the_same_bits(name):
     case = Horizon(name, dropout=0.5, dtype=torch.float32)

@@ -105,6 +105,7 @@ def searched(factors, how):
     return searcher, {k: v.clone() for k, v in objective.student.model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gradient", "loss"])
 def test_a_search_does_not_see_the_units(how):
     """The same α̃, weights and student whether a loss is in units a thousand times as small or not; without
@@ -140,6 +141,7 @@ def test_factors_mean_nothing_to_another_loss():
     assert objective.weights_at(0) == pytest.approx([0.5])
 
 
+@pytest.mark.slow
 def test_a_resumed_search_keeps_its_factors():
     searcher, _ = searched([("2", 10.0), ("5", 0.1)], "gradient")
     other, _ = searched([("2", 1.0), ("5", 1.0)], None)

@@ -93,6 +93,7 @@ def test_repeats_is_the_literal_algorithm_1(float64, every):
     compare("forward_mode", repeats=True, every=every)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_taken_again_leaves_the_traces_of_one(float64):
     """With α̃ held in place it changes nothing: BatchNorm statistics, momentum, random numbers of dropout."""
     results = []

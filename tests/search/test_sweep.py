@@ -55,6 +55,7 @@ def test_dropout_draws_its_masks_again():
     assert relative(case.estimate_all("sweep")[1], case.estimate_all("unrolled")[1]) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nesterov, clipped by module", "adamw"])
 def test_each_step_has_its_own_gradient(name):
     """By real trainings in which one weight is moved at one step alone."""
@@ -77,6 +78,7 @@ def test_each_step_has_its_own_gradient(name):
         assert estimator.per_step[at, entry].item() == pytest.approx(difference, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_step_is_the_one_step_search(name):
     case = Horizon(name)
@@ -180,6 +182,7 @@ class Forgetful(Opaque):
         return torch.zeros_like(tangent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [None, Opaque, Forgetful])
 def test_the_product_is_taken_by_a_way_that_is_right(function):
     """Forward over reverse where it is; double backward where an operator has no tangent, or a wrong one."""

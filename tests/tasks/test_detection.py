@@ -126,6 +126,7 @@ def test_the_numbers_are_coco_s(seed):
     assert measured(split).compute() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_by_hand():
     """Two truths. The surest prediction overlaps the first by 0.8 (80 of 100 pixels), the second one nothing, the third is the
     second truth itself. Up to IoU .80 the hits are 1, 0, 1: precision 1 to recall 1/2 (51 of the 101 points), then 2/3. Above,

@@ -124,6 +124,7 @@ def config(**training):
     return settings(changes=changes)
 
 
+@pytest.mark.slow
 def test_steps_and_epochs_are_counted_in_steps(tmp_path):
     """100 samples: 13 batches of 8, 5 steps of 3."""
     assert clock_of(read_config(config()), range(13)) == Clock(10, 5)
@@ -171,6 +172,7 @@ def test_poly_is_its_formula(power):
     assert warmed(0.5, 3.0) == pytest.approx(0.5 * (1 - 0.5 / 3) ** power) and warmed(2.0, 3.0) == rate(2.0, 3.0)
 
 
+@pytest.mark.slow
 def test_poly_moves_every_step_of_a_run(tmp_path):
     changed = config(accumulate=1, batch_size=50, optimizer={"lr": 0.05}, learning_rate={"name": "poly", "power": 0.9})
     changed["tracking"]["log_every"] = 1

@@ -99,6 +99,7 @@ def test_strides_come_back_for_any_batch_size(tmp_path, layout, views):
         assert same(cache.read(index, 0)["a"], given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "mobilenet_v2", "shufflenet_v2"])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
@@ -204,6 +205,7 @@ def fill(cache):
     return cache.read(torch.arange(N), 0)["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, width", [("tap-0.bin", 20), ("sums.bin", 8)])
 def test_a_changed_bit_makes_the_row_absent(tmp_path, name, width):
     whole = fill(open_cache(tmp_path / "c"))
