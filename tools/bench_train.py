@@ -8,20 +8,25 @@ transforms on one PIL image at a time, the losses as loops over layers, SGD as i
 runs: `distpro.train.trainer.Trainer` on `distpro.data.Loader`. Both see the same random uint8 images (crop, flip, normalise) and
 random weights; time does not depend on them. All are timed in turn in one process; a round is ``--steps`` steps of each.
 KD also runs in torchdistill's own DistillationBox, if that is installed (``pip install torchdistill``).
+
+On a CPU it also says what bounds our steps: the share of convolutions in them (from a profile of one step), their speed, and that of a
+matrix product. Convolutions are the same mathematics in both forms, so a step cannot become faster than they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmark import measure, medians, parser, repeated, save
+from benchmark import hardware, measure, medians, parser, repeated, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from distpro.data import Loader, Split
 from distpro.losses import build_loss
@@ -249,6 +254,45 @@ class Ours:
         self.trainer.train_step(next(self.batches))
 
 
+def convolutions(step: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of one step's convolutions, forward and backward (the folded teacher's have BatchNorm and ReLU in them), and of
+    all its operations."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    times = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+    return sum(seconds for name, seconds in times.items() if "conv" in name), sum(times.values())
+
+
+def operations(model: nn.Module, batch: int) -> int:
+    """Floating-point operations of the convolutions of one forward pass, a multiplication and an addition counted as two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(batch, 3, 32, 32))
+    return sum(n for name, n in counter.get_flop_counts()["Global"].items() if "conv" in str(name))
+
+
+def bounds(made: Mapping[str, Ours], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Share and speed of the convolutions of our steps, printed beside the speed of a matrix product."""
+    forward = {
+        name: operations(build_model(name, num_classes=100), options.batch)
+        for name in (options.teacher, options.student)
+    }
+    a = torch.randn(2048, 2048, dtype=getattr(torch, options.precision))
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    product = 5 * 2 * 2048**3 / (time.perf_counter() - start) / 1e9
+    print(f"\n  a matrix product of 2048²: {product:.0f} GFLOP/s")
+    found = {}
+    for method, ours in made.items():
+        seconds, everything = min(convolutions(ours.step) for _ in range(3))
+        passes = 3 * forward[options.student] + (forward[options.teacher] if method == "kd" else 0)
+        found[method] = {"share": seconds / everything, "gflops": passes / seconds / 1e9, "product": product}
+        print(
+            f"  {method}: convolutions are {seconds / everything:.0%} of our step, at {passes / seconds / 1e9:.0f} GFLOP/s"
+        )
+    return found
+
+
 def main() -> None:
     command = parser(__doc__, "bench_train")
     command.add_argument("--teacher", default="resnet56")
@@ -266,6 +310,7 @@ def main() -> None:
     images = torch.randint(0, 256, (SAMPLES, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(100, (SAMPLES,), generator=generator)
     runs: dict[str, Callable[[], None]] = {}
+    ours_of: dict[str, Ours] = {}
     for method in options.methods:
         made = {"ours": Ours(options, method, images, labels)}
         if method != "distpro":
@@ -275,28 +320,32 @@ def main() -> None:
                 made["torchdistill"] = Torchdistill(options, images, labels)  # type: ignore[assignment]
             except ImportError as error:
                 print(f"without torchdistill, which is not installed here ({error})")
+        ours_of[method] = made["ours"]
         for who, setup in made.items():
             runs[f"{method}: {who}"] = repeated(setup.step, options.steps)
     seconds = measure(runs, options.rounds, torch.device(options.device))
     print(f"{options.teacher} -> {options.student}, batch {options.batch}, {options.device}, {options.threads} threads, "
-          f"{options.precision}; a run is {options.steps} steps\n")  # fmt: skip
+          f"{options.precision} ({hardware(torch.device(options.device))}); a run is {options.steps} steps\n")  # fmt: skip
     median = medians(seconds)
     speed = {name: options.steps * options.batch / value for name, value in median.items()}
     ratios = {}
     print("\n  images/s   reference      ours   ratio")
     for method in options.methods:
-        ours, reference = speed[f"{method}: ours"], speed.get(f"{method}: reference", speed.get("kd: reference"))
+        own, reference = speed[f"{method}: ours"], speed.get(f"{method}: reference", speed.get("kd: reference"))
         if reference is None:
             continue
-        ratios[method] = ours / reference
+        ratios[method] = own / reference
         note = " (reference: KD)" if method == "distpro" else ""
-        print(f"  {method:10} {reference:9.0f} {ours:9.0f} {ours / reference:7.2f}{note}")
+        print(f"  {method:10} {reference:9.0f} {own:9.0f} {own / reference:7.2f}{note}")
     if "kd: torchdistill" in speed:
         ratios["kd against torchdistill"] = speed["kd: ours"] / speed["kd: torchdistill"]
         print(
             f"  torchdistill's KD {speed['kd: torchdistill']:.0f}, ours {ratios['kd against torchdistill']:.2f} times that"
         )
-    save(options, seconds, ratios, images_per_second=speed)
+    bound = {}
+    if options.device == "cpu" and not options.compile:
+        bound = bounds({method: ours_of[method] for method in ("plain", "kd") if method in ours_of}, options)
+    save(options, seconds, ratios, images_per_second=speed, bounds=bound)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from distpro.build.device import native_precisions
+
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     """A command line with what every benchmark takes: rounds, threads, device, and the JSON file's path."""
@@ -23,6 +25,12 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--json", type=Path, default=Path(f"runs/{name}.json"))
     return made
+
+
+def hardware(device: torch.device) -> str:
+    """The card, or the processor's instruction set as PyTorch uses it, and the precisions that run in hardware."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{name}, native: {', '.join(native_precisions(device))}"
 
 
 def measure(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -64,6 +72,7 @@ def save(options: argparse.Namespace, seconds: Mapping[str, list[float]], ratios
     content = {
         "machine": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
+        "hardware": hardware(torch.device(options.device)),
         "gpu": torch.cuda.get_device_name() if options.device != "cpu" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
