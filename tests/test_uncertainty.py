@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 import distpro
 from distpro.build.optimizer import build_optimizer
+from distpro.cli import main
 from distpro.config.reading import read_config
 from distpro.files import load_safely
 from distpro.losses import build_loss
@@ -202,6 +204,14 @@ def test_a_loss_that_may_be_negative(name):
     terms[1].weight = 1.0
     replay(objective, "uncertainty", 3)
     assert objective.uncertainty.keys == ["a"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_refuses_it_too(teacher, tmp_path, capsys):
+    config = settings(teacher, {"retrain": {"weights": "uncertainty"}, "terms": [{"loss": "vid"}]})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["retrain", str(tmp_path / "config.yaml"), "--dry-run"]) == 2
+    assert "the loss of term 'vid' may be negative" in capsys.readouterr().err
 
 
 def test_nothing_to_learn():
