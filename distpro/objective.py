@@ -19,7 +19,7 @@ from distpro.schedule import Said, Schedule
 from distpro.task import Task, ask
 from distpro.tasks.classification import Classification
 from distpro.term import Entry, Moving, Term, as_term, check_moving_number, entries_of
-from distpro.weights import Scalars, Scale, columns_of, constants_of, strength_of, weights_of
+from distpro.weights import Scalars, Scale, Uncertainty, columns_of, constants_of, strength_of, weights_of
 from pathways.compiled import begin_step, compiled, run, run_each
 from pathways.registry import UserError
 from pathways.space import Pathway
@@ -92,6 +92,7 @@ class Objective(nn.Module):
             check_apart(teacher, student)
             teacher.requires_grad_(False)
         self._weights_at, self._scalars = weights_of(self._given, {}), Scalars({}, ())
+        self.uncertainty: Uncertainty | None = None
         self._set_terms(self._given, student, teacher)
         self.train()
 
@@ -145,19 +146,18 @@ class Objective(nn.Module):
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the student, then of the terms: what the optimiser is to train (Section 3.1)."""
+        """Parameters of the student, of the terms, and of weights that are trained: the optimiser's (Section 3.1)."""
         found = [*self.student.parameters(), *self.terms.parameters()]
+        found += [] if self.uncertainty is None else self.uncertainty.parameters()
         return [p for p in found if p.requires_grad]
 
     def clip_groups(self, by: str = "all") -> list[list[nn.Parameter]]:
-        """Parameters whose gradients are clipped together.
-
-        By ``module`` the student's and each term's own (transforms, regressors) are apart: else a regressor with a
-        large gradient shrinks the steps of the student and of all other terms.
-        """
+        """Parameters whose gradients are clipped together: all; or by ``module`` the student's and each term's own (transforms,
+        regressors) apart, else a regressor with a large gradient shrinks the steps of the student and of all other terms."""
         if by == "all":
             return [self.trainable_parameters()]
-        groups = [[p for p in module.parameters() if p.requires_grad] for module in (self.student, *self.terms)]
+        modules = [m for m in (self.student, *self.terms, self.uncertainty) if m is not None]
+        groups = [[p for p in module.parameters() if p.requires_grad] for module in modules]
         return [group for group in groups if group]
 
     # Weights
@@ -197,7 +197,7 @@ class Objective(nn.Module):
         """
         driven = [term for term in self._given if term.weight is None]
         columns, scalars = columns_of(schedule.saying(threshold, start).played(total_steps), driven, mapping)
-        self._scalars, self._next_step = self._scalars.then(scalars, self._given), 0
+        self._scalars, self._next_step, self.uncertainty = self._scalars.then(scalars, self._given), 0, None
         self.keep([t for t in self._given if t not in driven or any(columns[e.key].any() for e in entries_of(t))])
         self._weights_at = weights_of(self.terms, columns, total_steps, strength_of(schedule, total_steps, scale))
 
@@ -207,12 +207,19 @@ class Objective(nn.Module):
         driven = [e.key for t in self.terms if t.weight is None for e in entries_of(t)]
         columns = {key: torch.tensor([(scales or {}).get(key, 1.0) / len(driven)]).double() for key in driven}
         self._weights_at, self._scalars = weights_of(self.terms, columns, 1, scale), self._scalars.then({}, ())
+        self.uncertainty = None
+
+    def follow_uncertainty(self, scale: Scale = 1.0, scales: Mapping[str, float] | None = None) -> None:
+        """Train the weights of the task and of every entry without a constant weight beside the student, see `Uncertainty`:
+        call it before the optimiser is made, which should not decay ``uncertainty.parameters()``."""
+        self.uncertainty = Uncertainty([*self.terms], scale, scales).to(self.device)
+        self._weights_at, self._scalars = self.uncertainty.weights, self._scalars.then({}, ())
 
     def keep(self, terms: Sequence[nn.Module]) -> None:
         """Take all but these terms out, and the taps that only the others have read."""
         self._set_terms(terms, self.student.model, None if self.teacher is None else self.teacher.model)
 
-    def weights_at(self, step: int) -> Sequence[float]:
+    def weights_at(self, step: int) -> Sequence[float] | Tensor:
         """Weight of each entry at a training step."""
         return self._weights_at(step)
 
@@ -337,7 +344,7 @@ class Objective(nn.Module):
         Args:
             batch: what to compute on.
             weights: λ·w of each entry, or none. A term with zeros in a list of numbers is not computed, and without any
-                term the teacher does not run; a tensor of weights (searched ones) computes every term.
+                term the teacher does not run; a tensor of weights (searched or trained) computes every term.
             capture: keep each term's own gradient with respect to what it reads, see `TrainingPass.views`.
             teacher: the teacher's tensors for this batch, if they are known.
         """
@@ -351,7 +358,8 @@ class Objective(nn.Module):
         reader = Reader(self.task, batch)
         computes = output is not None and self.computes_task
         task = self.task_loss_of(output, batch, reader) if computes else torch.zeros((), device=self.device)
-        loss = task * self.task_weight_at(self._step)
+        weight = self.task_weight_at(self._step)
+        loss = task * weight if self.uncertainty is None else self.uncertainty.of_task(task, weight, self._step)
         views: list[dict[str, Tensor]] = [] if needed else [{} for _ in self.terms]
         values = torch.zeros(len(self.entries), device=task.device)
         if needed:
@@ -365,9 +373,7 @@ class Objective(nn.Module):
                 values = stacked.detach().float()
             else:
                 loss = loss + sum(weights[n] * value for n, value in zip(chosen, stacked.unbind(), strict=True))
-                nothing = stacked.new_zeros(
-                    ()
-                )  # an index of the entries that count would have to be sent to the device
+                nothing = stacked.new_zeros(())  # an index of those that count would have to be sent to the device
                 values = torch.stack([nothing if x is None else x.detach().to(task.dtype) for x in losses]).float()
         return TrainingPass(loss, task.detach(), values, output, teacher or {}, views)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from distpro.batch import Batch
@@ -51,7 +52,9 @@ class Weights(Protocol):
 class Followed(Protocol):
     """What a replay needs of an objective."""
 
-    def weights_at(self, step: int) -> Sequence[float]: ...
+    uncertainty: Uncertainty | None
+
+    def weights_at(self, step: int) -> Sequence[float] | Tensor: ...
 
     def keep(self, terms: Sequence[nn.Module]) -> None: ...
 
@@ -65,6 +68,8 @@ class Followed(Protocol):
     ) -> None: ...
 
     def follow_equal(self, scale: Scale = 1.0, scales: Mapping[str, float] | None = None) -> None: ...
+
+    def follow_uncertainty(self, scale: Scale = 1.0, scales: Mapping[str, float] | None = None) -> None: ...
 
 
 CONTROLS: dict[str, Callable[[Schedule, int], Schedule]] = {
@@ -82,14 +87,14 @@ OF_TIME = ("final", "mean", "shuffled")
 
 
 class Replay:
-    """The weights that an objective's own processes say: constants, or the schedule that it follows."""
+    """The weights that an objective says itself: constants, the schedule that it follows, or those that are trained with it."""
 
     needs_views = repeats = False
 
     def __init__(self, objective: Followed):
         self.objective = objective
 
-    def weights(self, step: int) -> Sequence[float]:
+    def weights(self, step: int) -> Sequence[float] | Tensor:
         return self.objective.weights_at(step)
 
     def watches(self, step: int) -> bool:
@@ -105,13 +110,78 @@ class Replay:
         return False
 
     def scalars(self) -> dict[str, Tensor]:
-        return {}
+        trained = self.objective.uncertainty
+        return {} if trained is None else trained.scalars()
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        trained = self.objective.uncertainty
+        return {} if trained is None else trained.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        if self.objective.uncertainty is not None:
+            self.objective.uncertainty.load_state_dict(state)
+
+
+class Uncertainty(nn.Module):
+    """Weights that are trained with the student: uncertainty weighting (Kendall, Gal & Cipolla, *Multi-task learning using
+    uncertainty to weigh losses for scene geometry and semantics*, CVPR 2018). Each loss has a number s = log σ², 0 at first:
+
+        L = w_task (exp(-s_task) L_task + ½ s_task) + λ Σ_j (½ exp(-s_j) c_j ℓ_j + ½ s_j)
+
+    c_j is a term's scale. With all of w_task, λ and c_j 1 this is the paper's Eq. 10, the task a classification, 1/σ², and each
+    term a regression on what the teacher says, 1/(2σ²). At its own minimum over s every loss ℓ weighs 1/(2ℓ).
+
+    Args:
+        terms: of the objective. A term with a constant weight keeps it and has no s.
+        scale: λ, or a function of the step. scales: entry's key → c; 1 where there is none.
+
+    Raises UserError where no term's weight is to be learned, and for a loss that may be negative: its s would fall for ever.
+    """
+
+    # The task has an s of its own, as every task has in the paper. Without one, the terms' weights would grow while their
+    # losses fall and the task's would not. That its factor is 1/σ² for a task that is no classification too only moves the
+    # start: with ½ everything is the same at s + log 2. The same holds for a term that compares classes.
+
+    def __init__(self, terms: Sequence[Any], scale: Scale = 1.0, scales: Mapping[str, float] | None = None):
+        super().__init__()
+        free = [term for term in terms if term.weight is None]
+        if not free:
+            raise UserError(
+                "retrain.weights is 'uncertainty', but no weight is to be learned: give pathways or terms without a constant weight, "
+                "or --schedule alpha.pt, which knows those of its search"
+            )
+        for term in free:
+            if getattr(getattr(term, "loss", None), "signed", False):
+                raise UserError(
+                    f"retrain.weights is 'uncertainty', but the loss of term '{term.key}' may be negative, and its weight would "
+                    "grow for ever: give it a constant weight, or leave it out"
+                )
+        self.keys = [entry.key for term in free for entry in entries_of(term)]
+        self._all, self._scale = tuple(terms), scale
+        self.scales: Tensor
+        self.register_buffer(
+            "scales", torch.tensor([(scales or {}).get(key, 1.0) for key in self.keys]), persistent=False
+        )
+        self.task, self.terms = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(len(self.keys)))
+
+    def weights(self, step: int) -> Tensor:
+        """Weight of every entry (N,), λ ½ exp(-s) c or its constant, with a graph to s."""
+        learned = iter((self._strength(step) / 2 * self.scales * self.terms.neg().exp()).unbind())
+        fixed = constants_of(self._all, step)
+        return torch.stack([next(learned) if w is None else self.terms.new_tensor(w) for w in fixed])
+
+    def of_task(self, loss: Tensor, weight: float, step: int) -> Tensor:
+        """The sum without the terms' losses, scalar: w_task (exp(-s_task) L_task + ½ s_task) + λ Σ ½ s."""
+        return weight * (self.task.neg().exp() * loss + self.task / 2) + self._strength(step) / 2 * self.terms.sum()
+
+    def scalars(self) -> dict[str, Tensor]:
+        """exp(-s) of every loss, under the tags that a search has for its weights."""
+        values = self.terms.detach().neg().exp().cpu()
+        named = {f"alpha/{key}": value for key, value in zip(self.keys, values, strict=True)}
+        return {"scalar/task": self.task.detach().neg().exp().cpu(), **named}
+
+    def _strength(self, step: int) -> float:
+        return self._scale(step) if callable(self._scale) else self._scale
 
 
 def replay(
@@ -130,8 +200,9 @@ def replay(
     Args:
         how: ``searched`` (the schedule), one of its controls ``final`` (its last weights at every step), ``mean``,
             ``shuffled``, ``permuted`` and ``random`` (see `Schedule`), ``equal`` (1/L for each of the L terms without a
-            constant weight, times its scale and λ if there is a schedule), ``constant`` (every term's own weight) or
-            ``none`` (no term at all). The last three leave the objective's scalars alone.
+            constant weight, times its scale and λ if there is a schedule), ``uncertainty`` (weights that are trained with
+            the student, times the same: `Uncertainty`), ``constant`` (every term's own weight) or ``none`` (no term at
+            all). The last four leave the objective's scalars alone.
         threshold, scale, mapping, start: see `Objective.follow`.
         seed: of the random controls.
 
@@ -139,9 +210,13 @@ def replay(
     """
     if how == "none":
         objective.keep([])
-    elif how == "equal":
+    elif how in ("equal", "uncertainty"):
         scales = {} if schedule is None else dict(zip(schedule.keys, schedule.scales.tolist(), strict=True))
-        objective.follow_equal(strength_of(schedule, total_steps, scale), scales)
+        strength = strength_of(schedule, total_steps, scale)
+        if how == "uncertainty":
+            objective.follow_uncertainty(strength, scales)
+        else:
+            objective.follow_equal(strength, scales)
     elif how in CONTROLS:
         if schedule is None:
             raise UserError(f"retrain.weights is '{how}', which needs a schedule: give --schedule alpha.pt")
@@ -174,7 +249,7 @@ def weights_of(
     columns: Mapping[str, Tensor],
     total_steps: int = 1,
     scale: Scale = 1.0,
-) -> Callable[[int], list[float]]:
+) -> Callable[[int], Sequence[float] | Tensor]:
     """step → weight of each entry of the terms: ``scale`` times its row of ``columns`` (T,), else its constant, else 1.
     The last row stands for all later steps."""
     terms = list(terms)

@@ -81,6 +81,11 @@ def check_search(config: Config) -> None:
         )
     if config.stages:
         raise UserError("stages: a search is one training; stages are for a retrain")
+    if config.retrain.weights == "uncertainty":
+        raise UserError(
+            "retrain.weights: uncertainty trains its weights in the retrain and would ignore those of a search; leave it out here, and "
+            "say retrain.weights=uncertainty to the retrain"
+        )
     for n, term in enumerate(config.terms):
         if term.weight == "schedule" or reduction_of(term.weight) is not None:
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,22 +12,28 @@ from distpro.config.schema import OptimizerConfig
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def parameter_groups(o: OptimizerConfig, params: Sequence[nn.Parameter], model: nn.Module | None = None) -> list[Any]:
+def parameter_groups(
+    o: OptimizerConfig,
+    params: Sequence[nn.Parameter],
+    model: nn.Module | None = None,
+    undecayed: Collection[nn.Parameter] = (),
+) -> list[Any]:
     """The parameters as an optimiser takes them: as they are, or in groups {params, lr, weight_decay}, those of the full
     learning rate first.
 
     With ``no_decay: norms_and_biases`` parameters of one dimension (biases, norms, layer scales) and those that the model's
     ``no_weight_decay()`` names (timm's embeddings of positions and classes) have no weight decay, as in timm. With
     ``layer_decay`` a student's layer has the rate lr · decay^(layers behind it); what is no parameter of ``model`` has lr.
+    ``undecayed``: those that have no weight decay whatever the config says.
     """
-    if o.no_decay == "none" and o.layer_decay == 1:
+    if o.no_decay == "none" and o.layer_decay == 1 and not undecayed:
         return list(params)
     depths = depths_of(model) if model is not None and o.layer_decay != 1 else {}
     last = max(depths.values(), default=0)
-    spared = _spared(model) if o.no_decay != "none" else set()
+    spared = {*undecayed, *(_spared(model) if o.no_decay != "none" else ())}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for p in params:
-        decays = o.no_decay == "none" or not (p.dim() <= 1 or p in spared)
+        decays = p not in spared and (o.no_decay == "none" or p.dim() > 1)
         groups.setdefault((last - depths.get(p, last), decays), []).append(p)
     return [
         {"params": found, "lr": o.lr * o.layer_decay**behind, **({} if decays else {"weight_decay": 0.0})}

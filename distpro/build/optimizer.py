@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -26,18 +26,22 @@ OWN_KEYS = ("momentum", "nesterov", "dampening", "betas", "eps")
 
 
 def build_optimizer(
-    config: Config, params: list[nn.Parameter], model: nn.Module | None = None
+    config: Config,
+    params: list[nn.Parameter],
+    model: nn.Module | None = None,
+    undecayed: Collection[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """The config's optimiser, in its fused form where there is one that serves; one of torch.optim and timm.optim is called with
     the parameters, ``lr``, ``weight_decay`` and the config's ``params``, ``package.module:name`` without weight decay.
 
-    ``model``: the student, whose layers are told apart where the config asks for that.
+    ``model``: the student, whose layers are told apart where the config asks for that. ``undecayed``: those of the parameters
+    that are never to have weight decay.
     """
     o = config.training.optimizer
     if not params:
         raise UserError("there is nothing to train: neither the student nor a term has a parameter that is not frozen")
     kind = find_optimizer(o)
-    groups = parameter_groups(o, params, model)
+    groups = parameter_groups(o, params, model, undecayed)
     if o.name in OPTIMIZERS:
         return kind(groups, o)
     more = o.params if is_code(o.name) else {"weight_decay": o.weight_decay, **o.params}

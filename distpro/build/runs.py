@@ -294,7 +294,8 @@ def build_retrain(
     if not objective.computes_task and not objective.entries:
         raise UserError("task_weight is 0 and there is no term: nothing to train")
     objective.cache = build_cache(config, data, objective, example_of(config, data))
-    optimizer = build_optimizer(config, objective.trainable_parameters(), objective.student.model)
+    trained = [] if objective.uncertainty is None else [*objective.uncertainty.parameters()]
+    optimizer = build_optimizer(config, objective.trainable_parameters(), objective.student.model, trained)
     test = build_loader(config, data, test_part, training=False)
     name = "train" if retrain.weights == "none" else f"retrain ({retrain.weights})"
     trainer = _trainer(config, objective, optimizer, weights, train, test, folder, name, train.why_not)

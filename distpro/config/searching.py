@@ -183,9 +183,9 @@ class RetrainConfig(Section):
     """How a schedule is replayed (Section 3.4). Start and threshold are what a search writes into its schedule; a retrain
     whose config says nothing of them, nor of λ (`training.distill_weight`, `distill_warmup`), takes the schedule's."""
 
-    weights: Literal["searched", "final", "mean", "shuffled", "permuted", "random", "equal", "constant", "none"] = (
-        Field("searched", description="the schedule, or a control, see distpro.weights.replay")
-    )
+    weights: Literal[
+        "searched", "final", "mean", "shuffled", "permuted", "random", "equal", "uncertainty", "constant", "none"
+    ] = Field("searched", description="the schedule, or a control, see distpro.weights.replay")
     start: float | None = Field(
         None,
         ge=0,

@@ -50,6 +50,7 @@ class DistillationLoss(nn.Module):
     masked: ClassVar[bool] = False  # forward, levels and pretrain take `mask`, the positions that count; see `Mask`
     deploys: ClassVar[bool] = False  # the deployed student answers through its `predict(student) -> logits (N, K)`
     pretrain_reads: ClassVar[str] = ""  # what `pretrain` reads: teacher | both
+    signed: ClassVar[bool] = False  # may be below zero, as a negative log-likelihood may
     once_only: ClassVar[str] = ""  # why the derivative of its gradient is not what autograd makes of it; "" where it is
     scalars: ClassVar[tuple[str, ...]] = ()  # options, numbers or lists of them, that may change from call to call
     ranges: ClassVar[Mapping[str, Range]] = {}  # what numbers options may be; any finite one where nothing is said

@@ -35,6 +35,7 @@ class PrimeAwareL2(DistillationLoss):
     reads = "embedding"
     taps = ("embedding",)
     pretrain_reads = "both"
+    signed = True
     formula = "mean (e - t)^2 / (eps + exp(v)) + v, e = project(s), v = BN(W e)"
     stages = 2
     ranges = {"eps": NOT_NEGATIVE}

@@ -33,6 +33,7 @@ class SimpleRecipe(DistillationLoss):
     taps = ("logits", "last")
     compares_classes = True
     scalars = ("exponent", "temperature")
+    signed = True
     formula = "2 log sum |BN(W f_s) - BN(f_t)|^a + KL(softmax(t/T) || softmax(s/T))"
     ranges = {"exponent": POSITIVE, "temperature": POSITIVE}
 

@@ -58,6 +58,7 @@ class VariationalInformation(MaskedLevels):
     family = "feature"
     reads = "features of all stages"
     taps = ("stages",)
+    signed = True
     formula = "mean 1/2 ((mu(s) - t)^2 / var_c + log var_c)"
     ranges = {"mid_channels": COUNT, "variance": POSITIVE, "eps": NOT_NEGATIVE}
 

@@ -103,6 +103,8 @@ def describe(config: Config, searching: bool) -> Description:
     elif config.retrain.schedule is not None and config.retrain.weights in CONTROLS:
         followed = [term for term in objective.terms if term.weight is None]  # type: ignore[union-attr]
         columns_of(Schedule.load(config.retrain.schedule), followed, config.retrain.mapping)
+    elif config.retrain.weights == "uncertainty":
+        objective.follow_uncertainty()  # refuses what cannot be
     terms = _term_costs(objective, pair.example)
     steps = None
     if samples is not None:

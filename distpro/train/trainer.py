@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.features import TrainingPass
@@ -212,8 +211,7 @@ class Trainer:
     def _backward(self, batches: Sequence[Batch], capture: bool) -> TrainingPass:
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.at(self.step)
-        weights = self.weights.weights(self.step)
-        passes = [self._pass(batch, weights, capture, len(batches)) for batch in batches]
+        passes = [self._pass(batch, capture, len(batches)) for batch in batches]
         done = passes[0]
         if len(passes) > 1:
             done.task = torch.stack([p.task for p in passes]).mean()
@@ -221,8 +219,8 @@ class Trainer:
         distributed.average_gradients(self.objective.trainable_parameters())
         return done
 
-    def _pass(self, batch: Batch, weights: Sequence[float] | Tensor, capture: bool, parts: int) -> TrainingPass:
-        done = self.objective.training_pass(batch, weights, capture)
+    def _pass(self, batch: Batch, capture: bool, parts: int) -> TrainingPass:
+        done = self.objective.training_pass(batch, self.weights.weights(self.step), capture)
         if hasattr(self.task, "parts") and done.output is not None:
             self._row.parts.append({name: value.detach() for name, value in self.task.parts(done.output).items()})
         if done.loss.requires_grad:  # else every weight is 0 at this step

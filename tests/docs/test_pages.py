@@ -69,7 +69,7 @@ def test_own_data(arrays):
 def test_schedules(arrays):
     torch.manual_seed(0)
     save_atomically(build_model("resnet14", num_classes=4).state_dict(), arrays / "teacher.pt")
-    assert run_page(DOCS / "howto/schedules.md", FEW, trials=["horizon.yaml"]) == 12
+    assert run_page(DOCS / "howto/schedules.md", FEW, trials=["horizon.yaml"]) == 13
 
 
 @pytest.mark.slow

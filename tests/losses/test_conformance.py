@@ -125,6 +125,20 @@ def test_needs_labels_and_sample_numbers_where_it_says(name, given):
         assert sample().isfinite()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in available_losses() if not LOSSES[name].signed])
+def test_is_negative_only_where_it_says(name):
+    """By descent, on what it reads and on its own parameters. Rounding aside."""
+    sample = Sample(name, dtype=torch.float64).tracked()
+    optimizer = torch.optim.Adam([*sample.student, *sample.teacher, *sample.loss.parameters()], lr=0.3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        value = sample()
+        assert value >= -1e-9
+        value.backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("name", [n for n in available_losses() if LOSSES[n].pretrain_reads])
 def test_first_stage_trains_from_what_it_reads(name):
     sample = Sample(name).tracked()

@@ -152,6 +152,18 @@ def test_batch_statistics_over_both(folder):
     assert not torch.allclose(apart["layer1.0.conv1.weight"], one["layer1.0.conv1.weight"], rtol=5e-3, atol=5e-3)
 
 
+def test_weights_that_are_trained(folder):
+    """Of two processes and of one, in steps of two batches."""
+    training = {"batch_size": 10, "accumulate": 2}
+    config = write(folder, retrain={"weights": "uncertainty"}, training=training)
+    two("retrain", config, "--out", "two")
+    distpro.retrain(config, out="one")
+    ours, theirs = (load_safely(f"{run}/checkpoint.pt") for run in ("two", "one"))
+    close(ours["weights"], theirs["weights"], 1e-4)
+    close(ours["student"], theirs["student"], 1e-3)
+    assert theirs["weights"]["terms"].abs().min() > 1e-2
+
+
 def test_what_two_have_begun_one_can_end(folder):
     config = write(folder, retrain={"weights": "equal"}, training={"epochs": 60})
     running = launch("retrain", config, "--out", "run")
