@@ -33,6 +33,7 @@ class TrainingPass:
         loss: what to differentiate, a scalar.
         task: task loss, detached scalar; 0 where it was not computed.
         terms: the vector ℓ of unweighted term losses, (N,) float32, detached; 0 where a term was not computed.
+        weights: λ·w of each entry, as the loss has them.
         output: the student's whole output; None where nothing reads it.
         teacher: the teacher's tapped tensors.
         views: per term, the tensors it read, each its own view, whose ``.grad`` is kept by the backward pass.
@@ -41,6 +42,7 @@ class TrainingPass:
     loss: Tensor
     task: Tensor
     terms: Tensor
+    weights: Sequence[float] | Tensor
     output: Any
     teacher: Features = field(default_factory=dict)
     views: list[dict[str, Tensor]] = field(default_factory=list)

@@ -202,8 +202,7 @@ class Objective(nn.Module):
         self._weights_at = weights_of(self.terms, columns, total_steps, strength_of(schedule, total_steps, scale))
 
     def follow_equal(self, scale: Scale = 1.0, scales: Mapping[str, float] | None = None) -> None:
-        """Weight every entry without a constant weight by 1/L, L their number (control of Table 1), times its entry
-        in ``scales`` if it has one."""
+        """Weight every entry without a constant weight by 1/L, L their number (control of Table 1), times its ``scales``."""
         driven = [e.key for t in self.terms if t.weight is None for e in entries_of(t)]
         columns = {key: torch.tensor([(scales or {}).get(key, 1.0) / len(driven)]).double() for key in driven}
         self._weights_at, self._scalars = weights_of(self.terms, columns, 1, scale), self._scalars.then({}, ())
@@ -217,7 +216,9 @@ class Objective(nn.Module):
 
     def keep(self, terms: Sequence[nn.Module]) -> None:
         """Take all but these terms out, and the taps that only the others have read."""
+        names, weights_at = self.keys, self._weights_at
         self._set_terms(terms, self.student.model, None if self.teacher is None else self.teacher.model)
+        self._weights_at = lambda step: [dict(zip(names, weights_at(step), strict=True))[key] for key in self.keys]
 
     def weights_at(self, step: int) -> Sequence[float] | Tensor:
         """Weight of each entry at a training step."""
@@ -350,7 +351,7 @@ class Objective(nn.Module):
         """
         if len(weights) not in (0, len(self.entries)):
             raise UserError(f"objective: {len(weights)} weights for {len(self.entries)} term losses")
-        active = None if isinstance(weights, Tensor) else [w != 0 for w in weights]
+        active, used = (None, weights.detach()) if isinstance(weights, Tensor) else ([w != 0 for w in weights], weights)
         needed = bool(self.entries) and (active is None or any(active))
         begin_step(self.backend)
         teacher = self.run_teacher(batch) if needed and teacher is None else teacher
@@ -375,7 +376,7 @@ class Objective(nn.Module):
                 loss = loss + sum(weights[n] * value for n, value in zip(chosen, stacked.unbind(), strict=True))
                 nothing = stacked.new_zeros(())  # an index of those that count would have to be sent to the device
                 values = torch.stack([nothing if x is None else x.detach().to(task.dtype) for x in losses]).float()
-        return TrainingPass(loss, task.detach(), values, output, teacher or {}, views)
+        return TrainingPass(loss, task.detach(), values, used, output, teacher or {}, views)
 
     def task_weight_at(self, step: int) -> float:
         """Weight of the task loss at a training step."""
@@ -387,8 +388,7 @@ class Objective(nn.Module):
         """Loss of a batch at a training step, and its named parts: ``loss``, ``task``, and each term's unweighted loss.
 
         Args:
-            inputs, target, index: see `distpro.batch.Batch`; a whole `Batch` may stand in place of the three. Without
-                one there is one row per sample.
+            inputs, target, index: see `distpro.batch.Batch`, which may be the inputs; without one, one row per sample.
             step: the training step. Without one, each call in training mode is one, from 0 or `at` on: accumulate with it.
         """
         batch = inputs if isinstance(inputs, Batch) else batch_of(inputs, target, index)

@@ -41,8 +41,8 @@ class Weights(Protocol):
     def resumable(self, steps: int) -> bool:
         """Whether a run that is left after so many steps can be gone on with to the same numbers."""
 
-    def scalars(self) -> dict[str, Tensor]:
-        """What to log."""
+    def scalars(self) -> Mapping[str, float | Tensor]:
+        """What to log, beside the weights."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -53,6 +53,9 @@ class Followed(Protocol):
     """What a replay needs of an objective."""
 
     uncertainty: Uncertainty | None
+
+    @property
+    def keys(self) -> list[str]: ...
 
     def weights_at(self, step: int) -> Sequence[float] | Tensor: ...
 
@@ -87,12 +90,13 @@ OF_TIME = ("final", "mean", "shuffled")
 
 
 class Replay:
-    """The weights that an objective says itself: constants, the schedule that it follows, or those that are trained with it."""
+    """The weights that an objective says itself: constants, the schedule that it follows, or those that are trained with it.
+    ``dropped``: keys of the terms that the schedule has taken out, which the log shows with a weight of 0."""
 
     needs_views = repeats = False
 
-    def __init__(self, objective: Followed):
-        self.objective = objective
+    def __init__(self, objective: Followed, dropped: Iterable[str] = ()):
+        self.objective, self.dropped = objective, tuple(dropped)
 
     def weights(self, step: int) -> Sequence[float] | Tensor:
         return self.objective.weights_at(step)
@@ -109,9 +113,9 @@ class Replay:
     def after_update(self, step: int) -> bool:
         return False
 
-    def scalars(self) -> dict[str, Tensor]:
+    def scalars(self) -> Mapping[str, float | Tensor]:
         trained = self.objective.uncertainty
-        return {} if trained is None else trained.scalars()
+        return {f"weight/{key}": 0.0 for key in self.dropped} if trained is None else trained.scalars()
 
     def state_dict(self) -> dict[str, Any]:
         trained = self.objective.uncertainty
@@ -208,6 +212,7 @@ def replay(
 
     Raises UserError if there is no schedule where one is needed, or one that does not fit.
     """
+    before = [] if how == "none" else objective.keys
     if how == "none":
         objective.keep([])
     elif how in ("equal", "uncertainty"):
@@ -222,7 +227,8 @@ def replay(
             raise UserError(f"retrain.weights is '{how}', which needs a schedule: give --schedule alpha.pt")
         control = CONTROLS[how](schedule.saying(threshold, start), seed)
         objective.follow(control, total_steps, scale=scale, mapping=mapping)
-    return Replay(objective)
+    left = set(objective.keys)
+    return Replay(objective, [key for key in before if key not in left])
 
 
 def strength_of(schedule: Schedule | None, total_steps: int, scale: Scale | Said) -> Scale:

@@ -15,7 +15,7 @@ else
         "${PYTHON:-python3}" -m venv .venv
     fi
     source .venv/bin/activate
-    if ! python -c "import distpro, pytest, sklearn, hypothesis, xdist, sphinx" 2>/dev/null; then
+    if ! python -c "import distpro, pytest, sklearn, hypothesis, xdist, sphinx, onnx, onnxruntime" 2>/dev/null; then
         _install --upgrade pip
         _install -e '.[demo,dev]'
     fi

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distpro import build
 from distpro.build.given import OBJECT
@@ -22,8 +22,13 @@ from distpro.files import load_safely, naming, write_atomically
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
 from distpro.runs.folder import student_of
+from distpro.task import Task
 from pathways.call import map_tensors
+from pathways.containers import entries
 from pathways.registry import UserError
+
+RESPONSES = {"classes": "logits", "maps": "logits", "depths": "depth"}
+"""What an ONNX file calls the response, by the kind of the task's targets."""
 
 
 def export(folder: str | Path, format: str = "safetensors", out: str | Path | None = None) -> Path:
@@ -34,7 +39,7 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
         format: ``safetensors`` (weights), ``pt2`` (torch.export program) or ``onnx``, which take batches of any size, of
             texts with any number of tokens, or ``transformers``: a folder that its ``from_pretrained`` reads, with the
             tokenizer. What the data were (mean and std among it) is in the file: safetensors' and ONNX' metadata
-            ``distpro``, pt2's extra file ``data.json``.
+            ``distpro``, pt2's extra file ``data.json``. ONNX' outputs are called ``logits`` (``depth``), others by their keys.
         out: file or folder to write; by default ``student.<format>`` in the folder.
 
     Returns the file's path. Raises UserError if the run has no student, a package is missing, or the format cannot hold
@@ -76,9 +81,7 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
             onnx = {"dynamo": True, "dynamic_shapes": dynamic, "verbose": False}
             written: Any = torch.onnx.export(model, args, kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
             written.model.metadata_props["distpro"] = facts
-            outputs = written.model.graph.outputs
-            if len(outputs) == 1 and getattr(task, "targets", "classes") in ("classes", "maps"):
-                outputs[0].name = "logits"
+            _name_outputs(written.model.graph, model, task, args, kwargs)
     except ImportError as error:
         raise _package_missing(format, error) from None
     except Exception as error:  # a model may do what cannot be written down
@@ -98,6 +101,20 @@ def _any_size(tensor: Tensor) -> dict[int, Any]:
     """Which sizes of an input may change: the number of samples, and of tokens (N, L) that too."""
     tokens = tensor.dim() == 2 and not tensor.is_floating_point()
     return dict.fromkeys((0, 1) if tokens else (0,), torch.export.Dim.DYNAMIC)
+
+
+def _name_outputs(graph: Any, model: nn.Module, task: Task, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Call the response what it is, every other output by its key in what the model gives, a position ``output_0``. A name
+    that the graph has for something else already is not given."""
+    with torch.no_grad():
+        output = model(*args, **kwargs)
+    found, response = entries(output), task.response(output)
+    said = RESPONSES.get(getattr(task, "targets", "classes"), "output")
+    names = [said if len(found) == 1 or x is response else key for key, x in found.items()]
+    taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
+    for value, name in zip(graph.outputs, names, strict=True):
+        name = f"output_{name}" if name[0].isdigit() else name
+        value.name = value.name if name in taken else name
 
 
 def _write_folder(model: Any, data: Any, path: Path) -> Path:

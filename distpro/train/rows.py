@@ -18,6 +18,7 @@ class Row:
 
     Attributes:
         losses: (1 + N,) of each step: the task's and the terms'.
+        weights: of the terms, (N,), at each step.
         parts: of the task loss, of each pass, where the task has them.
     """
 
@@ -27,6 +28,7 @@ class Row:
     def begin(self) -> None:
         """A new row."""
         self.losses: list[Tensor] = []
+        self.weights: list[Sequence[float] | Tensor] = []
         self.parts: list[dict[str, Tensor]] = []
         self.samples = 0
         self.go_on()
@@ -38,16 +40,37 @@ class Row:
     def add(self, done: TrainingPass, samples: int) -> None:
         """A step, and the samples of this process in it."""
         self.losses.append(torch.cat([done.task.reshape(1), done.terms]))
+        self.weights.append(done.weights)
         self.samples += samples
 
-    def means(self) -> tuple[Tensor, list[float], dict[str, float]]:
-        """Losses (steps, 1 + N), their means, and means of the parts by ``train/<part>``, over the steps and all processes."""
+    def means(self) -> tuple[Tensor, dict[str, float]]:
+        """Losses (steps, 1 + N), and means of the parts by ``train/<part>``, over all processes."""
         losses = torch.stack(self.losses)
         distributed.average([losses])
         names = list(self.parts[0]) if self.parts else []
         parts = {name: torch.stack([p[name].float() for p in self.parts]).mean() for name in names}
         distributed.average(parts.values())
-        return losses, losses.mean(0).tolist(), {f"train/{name}": mean.item() for name, mean in parts.items()}
+        return losses.cpu(), {f"train/{name}": mean.item() for name, mean in parts.items()}
+
+    def terms(self, keys: Sequence[str], losses: Tensor) -> dict[str, float]:
+        """What there is to say of each term, ``losses`` (steps, 1 + N) being those of `means`:
+
+        - ``weight/<key>``: what its loss was multiplied by in the last step.
+        - ``term/<key>``: mean of its loss before the weight, over the steps that have computed it.
+        - ``weighted/<key>``: mean over all steps of weight × loss: its part of the training's mean loss.
+
+        A term that no step has computed, for its weight was 0, has no loss.
+        """
+        tensors = [row for row in self.weights if isinstance(row, Tensor)]
+        fetched = iter(torch.stack(tensors).tolist() if tensors else ())  # one look at the device
+        rows = [next(fetched) if isinstance(row, Tensor) else row for row in self.weights]
+        weights, raw = torch.tensor(rows, dtype=torch.float64), losses[:, 1:].double()
+        counts = ((weights != 0) | (raw != 0)).sum(0)
+        term, weighted = raw.sum(0) / counts, (weights * raw).mean(0)
+        computed = [(n, key) for n, key in enumerate(keys) if counts[n]]
+        values = {f"term/{key}": term[n].item() for n, key in computed}
+        values |= {f"weight/{key}": weights[-1, n].item() for n, key in enumerate(keys)}
+        return values | {f"weighted/{key}": weighted[n].item() for n, key in computed}
 
     def rate(self) -> float:
         """Samples a second, of all processes."""
@@ -59,9 +82,10 @@ class Row:
         distributed.average(value for parts in self.parts for value in parts.values())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "parts": self.parts}
+        return {"losses": self.losses, "used_weights": self.weights, "parts": self.parts}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        losses: Sequence[Tensor] = state["losses"]
+        losses: Sequence[Tensor] = state["losses"] if "used_weights" in state else ()  # not in checkpoints of before
         self.losses = [loss.to(device) for loss in losses]
+        self.weights = [w.to(device) if isinstance(w, Tensor) else w for w in state.get("used_weights", ())]
         self.parts = [{n: value.to(device) for n, value in parts.items()} for parts in state.get("parts", [])]

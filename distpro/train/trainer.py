@@ -246,11 +246,11 @@ class Trainer:
         if self.step % self.log_every and self.step < self.total_steps and self.step % self.steps_per_epoch:
             progress.update(self.step)
             return
-        losses, (task, *terms), parts = self._row.means()
+        losses, parts = self._row.means()
+        task, *terms = losses.mean(0).tolist()
         values: dict[str, Any] = {"train/task_loss": task} if self.objective.computes_task else {}
-        values |= parts
-        values["lr"] = self.optimizer.param_groups[0]["lr"]
-        values |= {f"term/{key}": value for key, value in zip(self.objective.keys, terms, strict=True)}
+        values |= {**parts, "lr": self.optimizer.param_groups[0]["lr"]}
+        values |= self._row.terms(self.objective.keys, losses)
         values["images_per_second"] = self._row.rate()
         values |= self.weights.scalars()
         self._record(values)
@@ -262,7 +262,7 @@ class Trainer:
         )
         self._row.begin()
         if not math.isfinite(total):
-            raise divergence(self, losses.cpu())
+            raise divergence(self, losses)
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.tracker is not None:

@@ -66,6 +66,10 @@ def test_tensorboard_has_every_weight_at_every_logged_step(search):
         assert scalars[-1].step == 12
         assert scalars[-1].value == pytest.approx(schedule.weights[-1, n].item(), abs=0.01)
         assert f"alpha_tilde/{key}" in tags["scalars"]
+        used = (
+            schedule.strengths(12)(11) * schedule.scales[n].item() * scalars[-1].value
+        )  # of which threshold drops none
+        assert events.Scalars(f"weight/{key}")[-1].value == pytest.approx(used, rel=1e-6)
     assert {"alpha/processes", "alpha/heatmap"} <= set(tags["images"])
 
 
