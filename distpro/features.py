@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from distpro.batch import Batch
 from distpro.task import Task
@@ -225,8 +226,8 @@ def scalar(loss: Any) -> Tensor:
 def check_apart(teacher: nn.Module, student: nn.Module) -> None:
     """Raise UserError where the two share a parameter that the student trains, for the teacher's are frozen; or a module
     that works differently in training and evaluation, for each would put it into its own mode."""
-    trained = {p for p in student.parameters() if p.requires_grad}
-    if any(p in trained for p in teacher.parameters()):
+    trained = {_place(p) for p in student.parameters() if p.requires_grad}
+    if any(_place(p) in trained for p in teacher.parameters()):
         raise UserError("objective: teacher and student share parameters, which would freeze the student's; copy them")
     own = set(student.modules())
     shared = {type(m).__name__ for m in teacher.modules() if m in own and _has_modes(type(m))}
@@ -236,6 +237,12 @@ def check_apart(teacher: nn.Module, student: nn.Module) -> None:
         raise UserError(
             f"objective: teacher and student share what works differently in training ({', '.join(sorted(shared))}); copy it"
         )
+
+
+def _place(p: nn.Parameter) -> Any:
+    """Where a parameter's numbers are: two parameters may be one in memory. Itself, where there is no such place yet."""
+    on_device = not is_lazy(p) and p.layout is torch.strided and not p.is_meta
+    return (p.device, p.data_ptr()) if on_device and p.numel() else p
 
 
 def _has_modes(kind: type) -> bool:

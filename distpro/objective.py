@@ -18,7 +18,7 @@ from distpro.process import Clock
 from distpro.schedule import Said, Schedule
 from distpro.task import Task, ask
 from distpro.tasks.classification import Classification
-from distpro.term import Entry, Moving, Term, as_term, check_moving_number, entries_of
+from distpro.term import Entry, Moving, Term, as_term, check_moving_number, entries_of, trained_of
 from distpro.weights import Scalars, Scale, Uncertainty, columns_of, constants_of, strength_of, weights_of
 from pathways.compiled import begin_step, compiled, run, run_each
 from pathways.registry import UserError
@@ -76,14 +76,12 @@ class Objective(nn.Module):
         self.backend = compile
         self._run, self._run_pathways = guarded(run, compiled(run, compile)), compiled(run_each, compile)
         self.task: Task = Classification() if task is None else task
-        self.task_loss, self.precision = task_loss, precision
-        self.teacher_training = teacher_training
+        self.task_loss, self.precision, self.teacher_training = task_loss, precision, teacher_training
         self.task_weight = check_moving_number("objective: task_weight", task_weight)
         self.prune, self.cache, self.clock = prune, cache, clock
-        self._frozen = tuple(frozen)
+        self._frozen, self.example_input = tuple(frozen), example_input
         for module in self._frozen:
             module.requires_grad_(False)
-        self.example_input = example_input
         self._step = self._next_step = 0
         self._given = tuple(as_term(term) for term in terms)
         if teacher is None and any(term.teacher_taps for term in self._given):  # type: ignore[union-attr]
@@ -146,18 +144,15 @@ class Objective(nn.Module):
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the student, of the terms, and of weights that are trained: the optimiser's (Section 3.1)."""
-        found = [*self.student.parameters(), *self.terms.parameters()]
-        found += [] if self.uncertainty is None else self.uncertainty.parameters()
-        return [p for p in found if p.requires_grad]
+        """Parameters of the student, of the terms, and of weights that are trained, each once: the optimiser's (Section 3.1)."""
+        return [p for group in self.clip_groups("module") for p in group]
 
     def clip_groups(self, by: str = "all") -> list[list[nn.Parameter]]:
         """Parameters whose gradients are clipped together: all; or by ``module`` the student's and each term's own (transforms,
-        regressors) apart, else a regressor with a large gradient shrinks the steps of the student and of all other terms."""
+        regressors) apart, else a regressor with a large gradient shrinks all other steps. One of two is the first one's."""
         if by == "all":
             return [self.trainable_parameters()]
-        modules = [m for m in (self.student, *self.terms, self.uncertainty) if m is not None]
-        groups = [[p for p in module.parameters() if p.requires_grad] for module in modules]
+        groups = trained_of([m for m in (self.student, *self.terms, self.uncertainty) if m is not None])
         return [group for group in groups if group]
 
     # Weights
@@ -216,6 +211,8 @@ class Objective(nn.Module):
 
     def keep(self, terms: Sequence[nn.Module]) -> None:
         """Take all but these terms out, and the taps that only the others have read."""
+        if self.uncertainty is not None:
+            raise UserError("objective: keep terms before `follow_uncertainty`, which trains a number of each")
         names, weights_at = self.keys, self._weights_at
         self._set_terms(terms, self.student.model, None if self.teacher is None else self.teacher.model)
         self._weights_at = lambda step: [dict(zip(names, weights_at(step), strict=True))[key] for key in self.keys]
@@ -239,6 +236,8 @@ class Objective(nn.Module):
         known = None if self.cache is None or batch.index is None else self.cache.read(batch.index, epoch)
         if known is not None:
             return known
+        if not self.teacher_training and any(m.training for m in self.teacher.model.modules()):
+            self.teacher.eval()  # another module that holds the teacher has put it into training mode
         with torch.no_grad(), self.autocast():
             output, features = self._run(self.teacher, *self.task.call(batch, self.teacher.training))
         taught = self._with_response(output, features)
@@ -353,6 +352,8 @@ class Objective(nn.Module):
             raise UserError(f"objective: {len(weights)} weights for {len(self.entries)} term losses")
         active, used = (None, weights.detach()) if isinstance(weights, Tensor) else ([w != 0 for w in weights], weights)
         needed = bool(self.entries) and (active is None or any(active))
+        if self.computes_task and not self.student.output:  # the task's weight was 0 until now
+            self._set_terms(list(self.terms), self.student.model, None if self.teacher is None else self.teacher.model)
         begin_step(self.backend)
         teacher = self.run_teacher(batch) if needed and teacher is None else teacher
         output, features = self.run_student(batch)
@@ -365,8 +366,7 @@ class Objective(nn.Module):
         values = torch.zeros(len(self.entries), device=task.device)
         if needed:
             assert teacher is not None
-            kept = views if capture else None
-            losses = self.term_losses(features, teacher, batch, active, kept, reader=reader)
+            losses = self.term_losses(features, teacher, batch, active, views if capture else None, reader=reader)
             chosen = [n for n, value in enumerate(losses) if value is not None]
             stacked = torch.stack([losses[n].to(task.dtype) for n in chosen])  # type: ignore[union-attr]
             if isinstance(weights, Tensor):
@@ -395,6 +395,6 @@ class Objective(nn.Module):
         count = self._next_step
         self.at(count if step is None else step)
         done = self.training_pass(batch, self.weights_at(self._step))
-        self._next_step = self._step + 1 if self.training else count
+        self._next_step = self._step + 1 if self.training or self.student.model.training else count
         parts = {"loss": done.loss.detach(), "task": done.task, **dict(zip(self.keys, done.terms, strict=True))}
         return done.loss, parts

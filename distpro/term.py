@@ -164,3 +164,13 @@ def entries_of(term: Any) -> list[Entry]:
     if getattr(term, "per_level", False):
         return [Entry(f"{term.key}.{i}", (i, 0, 0)) for i in range(1, len(term.teacher_taps) + 1)]
     return [Entry(term.key, getattr(term, "level", None), getattr(term, "transform_name", ""))]
+
+
+def trained_of(modules: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
+    """The parameters of each module that are trained; those that an earlier one has too are that one's alone."""
+    seen: set[nn.Parameter] = set()
+    groups = []
+    for module in modules:
+        groups.append([p for p in module.parameters() if p.requires_grad and p not in seen])
+        seen.update(groups[-1])
+    return groups
