@@ -115,7 +115,10 @@ def import_all() -> None:
     import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
     import torch._dynamo  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
+    import torchmetrics.detection.mean_ap  # noqa: F401
+    import torchvision.models.detection  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     import distpro.report.plots  # noqa: F401
     import distpro.runs.commands  # noqa: F401
@@ -208,12 +211,15 @@ class Campaign:
     Args:
         results: the file of rows; cases that it holds are not tried again.
         until: `time.monotonic` after which no new case is begun.
+        place: where the runs are.
+        only: the one case that is tried, also where there is a row of it.
     """
 
     results: Path
     seed: int
     until: float
     place: Path
+    only: int | None = None
     done: set[tuple[str, int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -225,7 +231,7 @@ class Campaign:
         for case in range(most):
             if time.monotonic() > self.until:
                 return
-            if (part, self.seed, case) not in self.done:
+            if case == self.only or (self.only is None and (part, self.seed, case) not in self.done):
                 yield case, random.Random(f"{part} {self.seed} {case}")
 
     def end(self, part: str, case: int, attack: str, ok: bool, **facts: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import distpro
 from distpro.train.trainer import Trainer
 from torture.campaign import COMMON, TAUGHT, Campaign, fork, merged
-from torture.kill import prepare
+from torture.subjects import prepare
 
 SHORT = {"training": {"epochs": 1, "max_steps": 2}, "tracking": {"tensorboard": True}}
 GROWTH = 24.0  # MB in the second half, over all: an allocator is never quite still
