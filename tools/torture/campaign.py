@@ -113,6 +113,7 @@ def import_all() -> None:
     import sklearn.datasets  # noqa: F401
     import sympy  # noqa: F401
     import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
+    import torch._decomp.decompositions_for_jvp  # noqa: F401
     import torch._dynamo  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
     import torchmetrics.detection.mean_ap  # noqa: F401

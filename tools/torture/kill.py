@@ -54,7 +54,7 @@ def attack(campaign: Campaign, most: int) -> None:
             log.append(f"{how}: {statuses}")
             said = "".join(child.said for child in children)
             kills += killed
-            if None in statuses or not killed and any(statuses):
+            if None in statuses or not killed:  # it has come to its end
                 break
         last = _started(name, out)
         ended = not any(child.status for child in last)
