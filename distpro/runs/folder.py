@@ -28,6 +28,7 @@ from distpro.train.checkpoint import CHECKPOINT
 from pathways.registry import UserError
 
 CONFIG = "config.yaml"
+HOUR = 3600.0
 
 
 def record(config: Config, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -64,8 +65,7 @@ def open_folder(out: str | Path | None, config: Config, resume: bool, shared: bo
     _check_place(folder, resume)
     with locked(folder, shared):
         _check_run(folder, config, resume)
-        if not shared:
-            remove_leftovers(folder)
+        remove_leftovers(folder, HOUR if shared else 0.0)
         yield folder
 
 

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -167,6 +168,8 @@ def _names(folder: Path) -> set[str]:
     kept = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     timed = ("events.out", "environment.json", "log.txt", ".previous.pt", "trials.journal", ".png", "leaderboard.md")
     kept = {name for name in kept if not any(word in name for word in timed)}
+    if (folder / "trials.journal").exists():  # several processes may write there: temporary files stay for an hour
+        kept = {name for name in kept if not re.fullmatch(r"\..+\.[0-9a-f]{8}", name.rsplit("/", 1)[-1])}
     return kept | ({"tensorboard"} if list(folder.glob("events.out*")) else set())
 
 
