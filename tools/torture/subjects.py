@@ -145,7 +145,9 @@ def prepare(place: Path) -> None:
 def arguments(name: str, out: str) -> list[str]:
     """The command line of a subject, which goes on where its folder holds a run."""
     path = Path(f"{folder_of(name)}.yaml")
-    path.write_text(yaml.safe_dump(dict(SUBJECTS[name].config)))
+    text = yaml.safe_dump(dict(SUBJECTS[name].config))
+    if not path.exists() or path.read_text() != text:  # another run may be reading it
+        path.write_text(text)
     begun = (Path(out) / "config.yaml").is_file()
     return [SUBJECTS[name].kind, str(path), "--out", out, *(["--resume"] if begun else [])]
 
