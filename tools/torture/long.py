@@ -53,7 +53,7 @@ def _watched(work: Callable[[Callable[[], None]], None]) -> int:
     if end["megabytes"] > middle["megabytes"] + GROWTH:
         grown.append(f"megabytes: {middle['megabytes']} to {end['megabytes']}")
     shutil.rmtree(folder)
-    facts = {"count": len(seen), "grown": grown, "middle": middle, "end": end}
+    facts = {"looks": len(seen), "grown": grown, "middle": middle, "end": end}
     sys.__stdout__.write("\n" + json.dumps(facts) + "\n")  # type: ignore[union-attr]
     return 0
 
