@@ -9,6 +9,7 @@ import pickle
 import re
 import secrets
 import struct
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -80,11 +81,14 @@ def _keep(path: Path, kept: Path) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed, in a folder that nobody else is writing to."""
+def remove_leftovers(folder: Path, age: float = 0.0) -> None:
+    """Remove the temporary files of writers that were killed. ``age``: seconds that they have at least, of a folder that others
+    may be writing to."""
     for path in folder.rglob(".*"):
         if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if not age or time.time() - path.stat().st_mtime > age:
+                    path.unlink()
 
 
 class Unread(list):

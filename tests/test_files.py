@@ -215,5 +215,10 @@ def test_what_killed_writers_leave_is_removed(tmp_path):
     (tmp_path / "trials").mkdir()
     for name in (".checkpoint.pt.0123abcd", "trials/.alpha.pt.ffffffff", ".hidden", "kept.0123abcd"):
         (tmp_path / name).touch()
+    remove_leftovers(tmp_path, age=60)  # of a folder that others write to
+    assert (tmp_path / ".checkpoint.pt.0123abcd").exists()
+    os.utime(tmp_path / ".checkpoint.pt.0123abcd", (0, 0))
+    remove_leftovers(tmp_path, age=60)
+    assert not (tmp_path / ".checkpoint.pt.0123abcd").exists() and (tmp_path / "trials/.alpha.pt.ffffffff").exists()
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", "kept.0123abcd"]

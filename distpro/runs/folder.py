@@ -28,14 +28,16 @@ from distpro.train.checkpoint import CHECKPOINT
 from pathways.registry import UserError
 
 CONFIG = "config.yaml"
+HOUR = 3600.0
 
 
 def record(config: Config, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """What a run needs to be repeated. ``facts``: of its data, see `distpro.data.datasets.Dataset`."""
-    write_atomically(as_yaml(config), folder / "config.yaml")
+    """What a run needs to be repeated. ``facts``: of its data, see `distpro.data.datasets.Dataset`. The config comes last: where it
+    is, the run has begun, and goes on without writing this again."""
     write_atomically(json.dumps(environment(), indent=1) + "\n", folder / "environment.json")
     if facts is not None:
         write_atomically(json.dumps(facts, indent=1, default=str) + "\n", folder / DATA)
+    write_atomically(as_yaml(config), folder / CONFIG)
 
 
 def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -63,8 +65,7 @@ def open_folder(out: str | Path | None, config: Config, resume: bool, shared: bo
     _check_place(folder, resume)
     with locked(folder, shared):
         _check_run(folder, config, resume)
-        if not shared:
-            remove_leftovers(folder)
+        remove_leftovers(folder, HOUR if shared else 0.0)
         yield folder
 
 

@@ -193,6 +193,9 @@ class Ledger:
         done, mine = threading.Event(), self.folder / "workers" / self.worker
         mine.parent.mkdir(exist_ok=True)
         mine.touch()
+        for other in mine.parent.glob("*-*-*"):
+            if not self._lives(other.name):
+                other.unlink(missing_ok=True)
 
         def beat() -> None:
             while not done.wait(BEAT):

@@ -96,7 +96,13 @@ def _tracked(
     assert trainer.folder is not None
     first = trainer.step + 1 if resume else None
     watched = config.tracking
-    with Tracker(trainer.folder, resume_step=first, tensorboard=watched.tensorboard, sinks=watched.sinks) as tracker:
+    with Tracker(
+        trainer.folder,
+        resume_step=first,
+        resume_rows=trainer.rows,
+        tensorboard=watched.tensorboard,
+        sinks=watched.sinks,
+    ) as tracker:
         trainer.tracker = tracker
         if not resume:
             tracker.text("config", f"```yaml\n{as_yaml(config)}\n```")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distpro.train import distributed
 from pathways.probing import buffers_kept
 
 if TYPE_CHECKING:
@@ -78,6 +79,28 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), gauss))
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def draw_apart() -> None:
+    """Let this process draw other numbers than the others that train with it, or dropout would be the same in all."""
+    if distributed.rank():
+        torch.manual_seed(torch.initial_seed() + distributed.rank())
+
+
+def random_of_ranks(module: nn.Module) -> dict[str, list[dict[str, Tensor]]]:
+    """What a checkpoint says, beside the state of the process that writes it, of the others; {} where there are none."""
+    states = distributed.gather(random_state(module))
+    return {"random_of_ranks": states} if len(states) > 1 else {}
+
+
+def set_random_of_ranks(checkpoint: Mapping[str, Any]) -> None:
+    """Back to this process's state in a checkpoint; of another number of processes, to the first one's, from which they part."""
+    states = checkpoint.get("random_of_ranks", [])
+    if len(states) == distributed.world_size():
+        set_random_state(states[distributed.rank()])
+    else:
+        set_random_state(checkpoint["random"])
+        draw_apart()
 
 
 def snapshot(objective: Objective, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

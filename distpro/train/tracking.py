@@ -35,8 +35,13 @@ class Tracker:
         resume_step: the first step that will be run again; what was written for it and later steps is removed from
             ``metrics.jsonl`` and hidden in TensorBoard. ``None`` is a new run: everything of an older one in this
             folder goes.
+        resume_rows: rows of ``metrics.jsonl`` that are kept at most: a run that was killed behind an evaluation may have
+            written a row of the step before ``resume_step`` that it writes again. None: no limit.
         tensorboard: whether to write event files.
         sinks: others, by name, or {name: parameters}.
+
+    Attributes:
+        rows: that ``metrics.jsonl`` has.
 
     Raises UserError if a ``metrics.jsonl`` that is already there is damaged elsewhere than in its last line.
     """
@@ -46,12 +51,14 @@ class Tracker:
         folder: str | Path,
         *,
         resume_step: int | None = None,
+        resume_rows: int | None = None,
         tensorboard: bool = True,
         sinks: Sequence[Spec] = (),
     ):
         self.folder = Path(folder)
         first = resume_step or 0
-        kept = [row for row in read_metrics(self.folder) if row["step"] < first]
+        kept = [row for row in read_metrics(self.folder) if row["step"] < first][:resume_rows]
+        self.rows = len(kept)
         write_atomically("".join(map(_line, kept)), self.folder / METRICS)
         self._file = open(self.folder / METRICS, "a", encoding="utf-8", buffering=1)  # a line survives a crash
         specs = [parse_spec(spec, "tracking.sinks") for spec in (*(["tensorboard"] if tensorboard else []), *sinks)]
@@ -71,6 +78,7 @@ class Tracker:
         self._step = step
         with naming(self.folder / METRICS):
             self._file.write(_line({"step": step, "epoch": epoch, **numbers}))
+        self.rows += 1
         for sink in self._sinks:
             sink.scalars(numbers, step)
 

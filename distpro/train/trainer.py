@@ -28,7 +28,7 @@ from distpro.train.keeping import BESIDE, Keeper, logged
 from distpro.train.progress import Progress
 from distpro.train.rates import LearningRate
 from distpro.train.rows import Row
-from distpro.train.state import random_state, set_random_state, snapshot
+from distpro.train.state import draw_apart, random_of_ranks, random_state, set_random_of_ranks, snapshot
 from distpro.train.stopping import Cut, Interrupted, Stop
 from distpro.train.tracking import Tracker
 from distpro.weights import Weights
@@ -85,16 +85,16 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.step = 0
+        self.rows: int | None = None  # of the log, at the checkpoint that was gone on from
         self.history: list[dict[str, float]] = []  # test metrics per evaluation
         self.seconds = 0.0
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._stop = Stop()
-        self._stopping = False
-        self._checkpoint_due = False
+        self._stopping = self._checkpoint_due = False
         self._anchor: dict[str, Any] | None = None
         self._kept: dict[str, float] = {}  # metrics of the student that is left, where a keeper has chosen it
-        device = next(self.objective.student.parameters()).device
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.objective.precision is torch.float16)
+        fp16 = self.objective.precision is torch.float16
+        self._scaler = torch.amp.GradScaler(self.objective.device.type, enabled=fp16)
         buffers = self.objective.student.model.named_buffers()
         self.finite_buffers = {n for n, b in buffers if b.is_floating_point() and bool(b.isfinite().all())}
         self._row = Row()
@@ -116,8 +116,8 @@ class Trainer:
         Returns the last evaluation's metrics, or those of the student that the keeper leaves, and ``best_<headline>`` beside it.
         """
         start = time.perf_counter() - self.seconds
-        if distributed.rank():  # or dropout would draw the same on every rank
-            torch.manual_seed(torch.initial_seed() + distributed.rank())
+        if not self.step:
+            draw_apart()
         with self._stop.listening(), Progress(self.total_steps, self.name) as progress:
             if self._evaluation_missing():
                 self._end_of_epoch(progress)
@@ -316,8 +316,7 @@ class Trainer:
     def _show(self, output: Any, batch: Batch) -> None:
         """Pictures of predictions, of a task that makes some."""
         pictures = getattr(self.task, "pictures", None)
-        shown = pictures(output, batch) if pictures is not None and self.tracker is not None else None
-        if shown is not None and self.tracker is not None:
+        if self.tracker is not None and pictures is not None and (shown := pictures(output, batch)) is not None:
             self.tracker.images("test/predictions", shown, self.step)
 
     def result(self) -> dict[str, float]:
@@ -340,10 +339,10 @@ class Trainer:
         """Write everything that a resumed run needs to go on to the same numbers."""
         self._share_statistics()
         self._row.share()
-        if not distributed.is_main():
-            return
-        self._write(self.state_dict())
-        self.on_checkpoint()
+        random = random_of_ranks(self.objective.student)
+        if distributed.is_main():
+            self._write({**self.state_dict(), **random})
+            self.on_checkpoint()
 
     def _write(self, state: dict[str, Any]) -> None:
         if self.tracker is not None:
@@ -379,6 +378,7 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "random": random_state(self.objective.student),
             "history": self.history,
+            "rows": None if self.tracker is None else self.tracker.rows,
             **self._row.state_dict(),
             "seconds": self.seconds,
             **({} if self.keeper is None else {"keeper": self.keeper.state_dict()}),
@@ -393,6 +393,7 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         if self.keeper is not None:
             self.keeper.load_state_dict(state["keeper"])
-        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        self.step, self.rows, self.seconds = state["step"], state.get("rows"), state["seconds"]
+        self.history = state["history"]
         self._row.load_state_dict(state, self.objective.device)
-        set_random_state(state["random"])
+        set_random_of_ranks(state)

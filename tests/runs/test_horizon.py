@@ -15,7 +15,8 @@ from distpro.config.reading import read_config
 from distpro.files import load_safely
 from distpro.schedule import Schedule
 from distpro.search.estimators.sweep import Sweep
-from distpro.train.trainer import Interrupted
+from distpro.train.tracking import read_metrics
+from distpro.train.trainer import Interrupted, Trainer
 from tests.digits import random_teacher, settings
 from tests.runs.test_resume import apart, stop_after
 
@@ -72,6 +73,29 @@ def test_a_search_that_is_stopped_in_a_window_ends_in_the_same_bytes(teacher, wh
     assert load_safely(tmp_path / "run" / "checkpoint.pt")["step"] == 3
     distpro.search(horizon(teacher), out=tmp_path / "run", resume=True)
     assert apart(whole, tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_after_an_evaluation_writes_its_row_once(teacher, tmp_path, monkeypatch):
+    """A window of eight steps ends with the second epoch: the first one's checkpoint is written there, before the evaluation."""
+    distpro.search(horizon(teacher, horizon=8), out=tmp_path / "whole")
+    write, states = Trainer._write, []
+
+    def killed(trainer, state):
+        states.append((state["step"], len(state["history"])))
+        if len(states) == 2:
+            raise KeyboardInterrupt
+        write(trainer, state)
+
+    monkeypatch.setattr(Trainer, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distpro.search(horizon(teacher, horizon=8), out=tmp_path / "run")
+    monkeypatch.undo()
+    assert states == [(8, 1), (8, 2)]
+    distpro.search(horizon(teacher, horizon=8), out=tmp_path / "run", resume=True)
+    assert apart(tmp_path / "whole", tmp_path / "run") == []
+    steps = [[row["step"] for row in read_metrics(tmp_path / name)] for name in ("whole", "run")]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.slow

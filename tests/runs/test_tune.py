@@ -289,6 +289,7 @@ def test_a_trial_of_a_dead_worker_is_taken_over_and_a_living_ones_is_not(teacher
     dead.worker = f"{host}-{gone.pid}-{token}"
     dead.begin(list(candidates.values()))
     with dead.at_work(), living.at_work(), third.at_work():
+        assert {path.name for path in (tmp_path / "workers").iterdir()} == {living.worker, third.worker}
         other = living.take(candidates)
         lost = dead.take(candidates)
         found = third.take(candidates)

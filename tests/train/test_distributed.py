@@ -180,6 +180,26 @@ def test_what_two_have_begun_one_can_end(folder):
     close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
 
 
+def test_two_go_on_to_the_same_bytes(folder):
+    """Each with the random numbers of its own, of which dropout takes some."""
+    text = NETWORK.replace("nn.Flatten()", "nn.Flatten(), nn.Dropout(0.5)")
+    (folder / "networks.py").write_text(text)
+    config = write(folder, retrain={"weights": "equal"}, training={"epochs": 30})
+    two("retrain", config, "--out", "whole")
+    running = launch("retrain", config, "--out", "run")
+    for _ in range(600):
+        if Path("run/checkpoint.pt").is_file():
+            break
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    state = load_safely("run/checkpoint.pt")
+    assert 0 < state["step"] < 150 and len(state["random_of_ranks"]) == 2
+    two("retrain", config, "--out", "run", "--resume")
+    whole, run = load_safely("whole/student.pt"), load_safely("run/student.pt")
+    assert all(torch.equal(value, run[name]) for name, value in whole.items())
+
+
 def test_a_rank_that_dies_ends_the_run_and_says_why(folder):
     """The cause is on the screen, the other rank does not wait for ever, and one process goes on from the checkpoint."""
     dying = "import os, torch\n\nclass Dying(torch.nn.ReLU):\n    calls = 0\n\n    def forward(self, x):\n"

@@ -86,6 +86,18 @@ def test_resume_removes_what_runs_again(tmp_path, tail):
     assert [(row["step"], row["lr"]) for row in read_metrics(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 30), (4, 40)]
 
 
+def test_rows_behind_the_checkpoint_are_removed_also_those_of_its_step(tmp_path):
+    """Of an evaluation, after which the run was killed before the next checkpoint was there."""
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        tracker.scalars({"lr": 1.0}, 2, epoch=1.0)
+        rows = tracker.rows
+        tracker.scalars({"test/accuracy": 5.0}, 2, epoch=1.0)
+    with Tracker(tmp_path, resume_step=3, resume_rows=rows, tensorboard=False) as tracker:
+        tracker.scalars({"test/accuracy": 5.0}, 2, epoch=1.0)
+        assert tracker.rows == 2
+    assert ["lr" in row for row in read_metrics(tmp_path)] == [True, False]
+
+
 def test_new_run_replaces_an_older_one(tmp_path):
     for value in (1.0, 2.0):
         with Tracker(tmp_path) as tracker:

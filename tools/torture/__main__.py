@@ -26,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--only", choices=list(PARTS), action="append")
+    parser.add_argument("--case", type=int, help="the one case of a part that is tried")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("runs/torture/results.jsonl"))
     parser.add_argument("--place", type=Path, help="where the runs are; default: a temporary folder")
@@ -48,7 +49,7 @@ def main() -> int:
             share = (options.minutes * 60 - (time.monotonic() - START)) / (len(names) - n)
             attack, most = PARTS[name]
             (place / name).mkdir(exist_ok=True)
-            attack(Campaign(results, options.seed, time.monotonic() + share, place / name), most)
+            attack(Campaign(results, options.seed, time.monotonic() + share, place / name, options.case), most)
     new = rows(results)[before:]
     print(as_markdown(new))
     return 0 if all(row["ok"] for row in new) else 1

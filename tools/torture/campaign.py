@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -113,9 +114,13 @@ def import_all() -> None:
     import sklearn.datasets  # noqa: F401
     import sympy  # noqa: F401
     import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
+    import torch._decomp.decompositions_for_jvp  # noqa: F401
     import torch._dynamo  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
+    import torchmetrics.detection.mean_ap  # noqa: F401
+    import torchvision.models.detection  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     import distpro.report.plots  # noqa: F401
     import distpro.runs.commands  # noqa: F401
@@ -163,6 +168,8 @@ def _names(folder: Path) -> set[str]:
     kept = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     timed = ("events.out", "environment.json", "log.txt", ".previous.pt", "trials.journal", ".png", "leaderboard.md")
     kept = {name for name in kept if not any(word in name for word in timed)}
+    if (folder / "trials.journal").exists():  # several processes may write there: temporary files stay for an hour
+        kept = {name for name in kept if not re.fullmatch(r"\..+\.[0-9a-f]{8}", name.rsplit("/", 1)[-1])}
     return kept | ({"tensorboard"} if list(folder.glob("events.out*")) else set())
 
 
@@ -208,12 +215,15 @@ class Campaign:
     Args:
         results: the file of rows; cases that it holds are not tried again.
         until: `time.monotonic` after which no new case is begun.
+        place: where the runs are.
+        only: the one case that is tried, also where there is a row of it.
     """
 
     results: Path
     seed: int
     until: float
     place: Path
+    only: int | None = None
     done: set[tuple[str, int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -225,7 +235,7 @@ class Campaign:
         for case in range(most):
             if time.monotonic() > self.until:
                 return
-            if (part, self.seed, case) not in self.done:
+            if case == self.only or (self.only is None and (part, self.seed, case) not in self.done):
                 yield case, random.Random(f"{part} {self.seed} {case}")
 
     def end(self, part: str, case: int, attack: str, ok: bool, **facts: Any) -> None:

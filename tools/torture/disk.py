@@ -22,8 +22,9 @@ from distpro.train.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint
 from distpro.train.trainer import Trainer
 from pathways.registry import UserError
 from torture.campaign import Campaign, Child, apart, command, fork
-from torture.kill import arguments, folder_of, prepare, whole
+from torture.kill import whole
 from torture.mutations import mutate_bytes
+from torture.subjects import arguments, folder_of, prepare
 
 FAULTS = {"fsync": (errno.ENOSPC, errno.EDQUOT, errno.EIO), "replace": (errno.EIO, errno.ESTALE, errno.EACCES), "open": (errno.EROFS, errno.EACCES, errno.EMFILE)}  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torture import disk, garbage, kill, lies, long, ranks, strangers
+from torture import disk, fuzz, garbage, kill, lies, long, ranks, strangers
 from torture.campaign import Campaign
 
 PARTS: dict[str, tuple[Callable[[Campaign, int], None], int]] = {
@@ -15,8 +15,9 @@ PARTS: dict[str, tuple[Callable[[Campaign, int], None], int]] = {
     "lock": (disk.lock, 40),
     "lies": (lies.attack, 130),
     "ranks": (ranks.attack, 100),
-    "long": (long.attack, 3),
+    "long": (long.attack, 4),
     "configs": (garbage.configs, 120),
+    "fuzz": (fuzz.attack, 60),
     "strangers": (strangers.attack, 200),
     "files": (garbage.files, 60),
 }

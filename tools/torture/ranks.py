@@ -8,15 +8,15 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from distpro.train.trainer import Trainer
-from torture.campaign import Campaign, command, fork
-from torture.kill import arguments, prepare
+from torture.campaign import Campaign, Child, command, fork
+from torture.subjects import arguments, prepare
 
 PATIENCE = 8  # seconds, in place of the minutes that a rank waits for the others
 BOUND = 90.0  # seconds from the first fault to the last end
@@ -31,7 +31,10 @@ def attack(campaign: Campaign, most: int) -> None:
         how = draw.choice(("SIGKILL", "stall", "exception", "SIGTERM"))
         shutil.rmtree(out, ignore_errors=True)
         start = time.monotonic()
-        statuses, said = _together(name, out, {rank: lambda h=how, s=step: _fault(h, s)})
+        faults: list[Callable[[], None]] = [lambda: None, lambda: None]
+        faults[rank] = lambda h=how, s=step: _fault(h, s)  # type: ignore[misc]
+        children = together(name, out, faults)
+        statuses, said = [child.status for child in children], "".join(child.said for child in children)
         seconds = time.monotonic() - start
         traces = said.count("Traceback")
         named = how != "exception" or "the fault of one rank" in said
@@ -49,14 +52,21 @@ def attack(campaign: Campaign, most: int) -> None:
         )
 
 
-def _together(name: str, out: str, hooks: dict[int, Callable[[], None]]) -> tuple[list[int | None], str]:
-    """Both ranks, the second one a child that is started while the first is waited for."""
+def together(
+    name: str,
+    out: str,
+    before: Sequence[Callable[[], None]],
+    meanwhile: Callable[[Sequence[int]], None] = lambda pids: None,
+    patience: float = PATIENCE,
+) -> list[Child]:
+    """A run by two processes, until the end of both. ``before``: what each calls first; ``meanwhile`` gets their numbers;
+    ``patience``: seconds that one waits for the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def rank(number: int) -> Callable[[], int]:
-        def before() -> None:
+        def begin() -> None:
             world = {
                 "RANK": number,
                 "LOCAL_RANK": number,
@@ -68,17 +78,19 @@ def _together(name: str, out: str, hooks: dict[int, Callable[[], None]]) -> tupl
             original = dist.init_process_group
 
             def patient(backend: str, timeout: Any = None) -> None:
-                original(backend, timeout=timedelta(seconds=PATIENCE))
+                original(backend, timeout=timedelta(seconds=patience))
 
             dist.init_process_group = patient  # type: ignore[assignment]
-            hooks.get(number, lambda: None)()
+            before[number]()
 
-        return command(*arguments(name, out), before=before)
+        return command(*words, before=begin)
 
-    found: list[Any] = []
-    arguments(name, out)
-    first = fork(rank(0), lambda pid: found.append(fork(rank(1))))
-    return [first.status, found[0].status], first.said + found[0].said
+    words, second = arguments(name, out), []
+
+    def start_second(first: int) -> None:  # it is started, and waited for, while the first one runs
+        second.append(fork(rank(1), lambda pid: meanwhile([first, pid])))
+
+    return [fork(rank(0), start_second), *second]
 
 
 def _fault(how: str, step: int) -> None:
