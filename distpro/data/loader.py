@@ -19,7 +19,7 @@ from distpro.data.files import Box, ImageFiles
 from distpro.data.mixing import Mixing
 from distpro.data.order import BatchLoader, Plan, occurrences
 from distpro.data.recolour import PerImage
-from distpro.data.splits import Split
+from distpro.data.splits import Split, rows_of
 from pathways.registry import UserError
 
 COPY = 40  # bits of a sample's number, above which the number of its copy stands in what its draws count by
@@ -151,7 +151,7 @@ class Loader(BatchLoader):
         else:
             read = ((self._images.index_select(0, rows[part]), None) for part in parts)
         for part, (images, kept) in zip(parts, read, strict=True):
-            x, y = self._finish(images, kept, self._labels[rows[part]], [numbers[part] for numbers in drawn])
+            x, y = self._finish(images, kept, rows_of(self._labels, rows[part]), [numbers[part] for numbers in drawn])
             if self._mixing:
                 y = F.one_hot(y, self._num_classes or -1).float()
             for augmentation, numbers in zip(self._mixing.values(), mixing, strict=True):

@@ -50,7 +50,7 @@ class Split:
     def select(self, rows: Tensor) -> Split:
         """The samples at positions ``rows`` (K,) int64."""
         images = self.images.select(rows.tolist()) if isinstance(self.images, ImageFiles) else self.images[rows]
-        return replace(self, images=images, labels=self.labels[rows], index=self.index[rows])
+        return replace(self, images=images, labels=rows_of(self.labels, rows), index=self.index[rows])
 
     def decoded(self) -> Split:
         """The same samples with their images in memory."""
@@ -65,6 +65,11 @@ class Split:
         """At most ``count`` images, evenly spaced over the split, uint8 (K, C, H, W)."""
         rows = self.spaced(count)
         return self.images.decode(rows.tolist()) if isinstance(self.images, ImageFiles) else self.images[rows]
+
+
+def rows_of(labels: Tensor, rows: Tensor) -> Tensor:
+    """``labels[rows]``, which PyTorch 2.8 has not learned for depth maps' uint16 yet."""
+    return labels.view(torch.int16)[rows].view(torch.uint16) if labels.dtype is torch.uint16 else labels[rows]
 
 
 def split(whole: Split, fraction: float, seed: int) -> tuple[Split, Split]:

@@ -74,7 +74,7 @@ class UpProjection(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        half = channels // 2
+        half, self.channels = channels // 2, channels
         self.upper = nn.Sequential(
             nn.Conv2d(channels, half, 5, padding=2, bias=False),
             nn.BatchNorm2d(half),
@@ -87,7 +87,7 @@ class UpProjection(nn.Module):
         self.register_buffer("corner", torch.tensor([[1.0, 0.0], [0.0, 0.0]]).expand(channels, 1, 2, 2).clone(), False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.conv_transpose2d(x, self.corner, stride=2, groups=x.shape[1])
+        x = F.conv_transpose2d(x, self.corner, stride=2, groups=self.channels)
         return self.relu(self.upper(x) + self.lower(x))
 
 
