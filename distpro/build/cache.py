@@ -15,6 +15,10 @@ from distpro.objective import Objective
 from distpro.train.cache import TeacherCache, digest, digest_data
 from pathways.registry import UserError
 
+TOLERANCE = {"bfloat16": 0.08}
+"""How far a teacher's answers may lie from those on another machine, as a part of their root mean square: 0.01 in 11 bits of
+mantissa (float16, and float32 where a GPU multiplies in TF32), 8 times that in the 8 of bfloat16."""
+
 
 def versions_of(config: Config, epochs: int) -> int:
     """How many different images a training of ``epochs`` makes of each sample."""
@@ -71,7 +75,17 @@ def build_cache(config: Config, data: Any, objective: Objective, example: Any) -
             "what has one size (logits, an embedding)"
         )
     views = rows_per_sample(objective)
-    return TeacherCache(config.cache.folder, index, versions, taps, fingerprint, views=views, device=objective.device)
+    return TeacherCache(
+        config.cache.folder,
+        index,
+        versions,
+        taps,
+        fingerprint,
+        views=views,
+        device=objective.device,
+        answers=taps,
+        tolerance=TOLERANCE.get(config.precision, 0.01),
+    )
 
 
 def _samples_of(config: Config, data: Any) -> tuple[Tensor, dict[str, Any]]:

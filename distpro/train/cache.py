@@ -30,6 +30,8 @@ from distpro.files import write_atomically
 from pathways.registry import UserError
 
 FORMAT = "distpro teacher cache 1"
+ANSWERS = "teacher's answers"
+SHOWN = 128  # values of each tap that cache.json keeps
 
 _NONE = object()
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -62,6 +64,10 @@ class TeacherCache:
         fingerprint: plain values, by the names that an error should use, of all that decides what the teacher gives.
         views: rows in a batch per sample, those of a sample one after the other.
         device: where the tensors that are read go.
+        answers: by tap, what the teacher gives for samples that are always the same. It shows that the teacher's code has changed,
+            which no fingerprint does.
+        tolerance: how far these may lie from those that the cache was made with, as a part of their root mean square: other
+            machines and kernels round in other ways.
 
     Raises UserError if the folder holds a cache that was made for something else, a damaged one, or no cache at all,
     and if the disk has no room for all rows.
@@ -77,6 +83,8 @@ class TeacherCache:
         *,
         views: int = 1,
         device: str | torch.device = "cpu",
+        answers: Mapping[str, Tensor] | None = None,
+        tolerance: float = 0.01,
     ):
         self.folder, self.epochs, self.device = Path(folder), epochs, torch.device(device)
         self.samples = len(index)
@@ -94,7 +102,9 @@ class TeacherCache:
             "byte order": sys.byteorder,
         }
         assert not facts.keys() & fingerprint.keys()
-        self._open(json.loads(json.dumps({"format": FORMAT, **fingerprint, **facts})))
+        self._tolerance = tolerance
+        said = {ANSWERS: {name: _some_values(answers[name]) for name in sorted(answers)}} if answers else {}
+        self._open(json.loads(json.dumps({"format": FORMAT, **fingerprint, **facts, **said})))
 
     @property
     def bytes(self) -> int:
@@ -163,8 +173,14 @@ class TeacherCache:
                 f"{self.folder}: cache.json is damaged or of another version; remove the folder or name another"
             )
         differing = [
-            _difference(k, stored, facts) for k in {**stored, **facts} if stored.get(k, _NONE) != facts.get(k, _NONE)
+            _difference(k, stored, facts)
+            for k in {**stored, **facts}
+            if k != ANSWERS and stored.get(k, _NONE) != facts.get(k, _NONE)
         ]
+        before, now = (of.get(ANSWERS, {}) for of in (stored, facts))  # older caches have none
+        changed = [tap for tap in before if tap in now and not _alike(before[tap], now[tap], self._tolerance)]
+        if changed and not differing:  # where the weights differ, the answers do too
+            differing = [f"what the teacher answers at '{changed[0]}', with the same weights (its code has changed?)"]
         if differing:
             raise UserError(
                 f"{self.folder}: this teacher cache was made for something else, what differs: {', '.join(differing)}; "
@@ -289,6 +305,20 @@ def _checksums(parts: Iterable[Tensor]) -> Tensor:
         total = total * 0x9E3779B1 + words.sum(1, keepdim=True, dtype=torch.int64)
     assert isinstance(total, Tensor)
     return total.masked_fill_(total == 0, 1)
+
+
+def _some_values(tensor: Tensor) -> list[float]:
+    """Of a tensor, at most `SHOWN`, evenly spaced."""
+    flat = tensor.detach().reshape(-1)
+    count = min(SHOWN, len(flat))
+    return flat[torch.arange(count, device=flat.device) * len(flat) // count].double().tolist()  # type: ignore[no-any-return]
+
+
+def _alike(before: list[float], now: list[float], tolerance: float) -> bool:
+    """Whether two lists of values are the same but for ``tolerance`` times the root mean square of the first."""
+    a, b = torch.tensor(before, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
+    size = a.nan_to_num(posinf=0.0, neginf=0.0).square().mean().sqrt().item()
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * size, equal_nan=True)
 
 
 def _difference(key: str, stored: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

@@ -137,6 +137,15 @@ def test_other_weights_of_the_teacher_are_noticed(checkpoint, tmp_path):
         distpro.retrain(content(tmp_path / "other.pt", tmp_path / "cache"))
 
 
+def test_other_code_of_the_teacher_is_noticed(checkpoint, tmp_path, monkeypatch):
+    distpro.retrain(content(checkpoint, tmp_path / "cache"))
+    resnet = type(build_model("resnet14", num_classes=10))
+    plain = resnet.forward
+    monkeypatch.setattr(resnet, "forward", lambda self, x: 20 * plain(self, x))
+    with pytest.raises(UserError, match="what the teacher answers at 'logits', .*code has changed"):
+        distpro.retrain(content(checkpoint, tmp_path / "cache"))
+
+
 def test_its_size_is_said_before_anything_runs(checkpoint, tmp_path, capsys):
     config = read_config(content(checkpoint, tmp_path / "cache", training={"epochs": 100}, data={"samples": 1000}))
     description = describe(config, searching=False)

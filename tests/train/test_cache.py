@@ -58,6 +58,29 @@ def noise(shape, dtype=torch.float32):
     return raw.view(dtype)
 
 
+def test_other_answers_of_the_same_weights_are_noticed(tmp_path):
+    torch.manual_seed(0)
+    taps = {"a": torch.randn(2, 3, 4, 4), "logits": torch.randn(2, 5)}
+
+    def opened(**changed):
+        return open_cache(tmp_path / "c", taps, answers={**taps, **changed})
+
+    opened()
+    opened(logits=taps["logits"] + 1e-3 * torch.randn(2, 5))  # rounding
+    opened(a=taps["a"].contiguous(memory_format=torch.channels_last))
+    for wrong in (20 * taps["logits"], taps["logits"].flip(0), taps["logits"] + 0.1, taps["logits"] * float("nan")):
+        with pytest.raises(UserError, match="what differs: what the teacher answers at 'logits', .*code has changed"):
+            opened(logits=wrong)
+    with pytest.raises(UserError, match="what differs: seed [(]was 3, is 4[)];"):
+        open_cache(tmp_path / "c", taps, answers={**taps, "a": 2 * taps["a"]}, made_for={**MADE_FOR, "seed": 4})
+    open_cache(tmp_path / "c", taps)
+
+
+def test_a_cache_of_before_the_answers_were_kept_is_read(tmp_path):
+    open_cache(tmp_path / "c")
+    open_cache(tmp_path / "c", answers=LOGITS)
+
+
 # What comes back
 
 
