@@ -53,7 +53,8 @@ class Classification:
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean cross entropy of the response (N, K)."""
         response, target = response_of(output), _target(batch)
-        if response.dim() != 2 or target.shape not in (response.shape[:1], response.shape):
+        fitting = response.shape if target.is_floating_point() else response.shape[:1]
+        if response.dim() != 2 or target.shape not in (response.shape[:1], fitting):
             raise UserError(
                 f"classification needs a row of classes and one label per sample, got a response {tuple(response.shape)} "
                 f"and targets {tuple(target.shape)}; another task?"
@@ -94,10 +95,18 @@ class Classification:
 
 
 def _target(batch: Batch) -> Tensor:
-    """Labels (N,) int64, or probabilities (N, K)."""
+    """Labels (N,) int64, or probabilities (N, K). Raises UserError for one-hot labels of whole numbers."""
     target = batch.target
-    soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2
-    return target if soft else as_labels("classification", target)
+    rows = isinstance(target, Tensor) and target.dim() == 2
+    if rows and target.is_floating_point():
+        return target
+    if rows and target.shape[1] > 1 and bool(((target != 0).sum(1) == 1).all() and (target.amax(1) == 1).all()):
+        kind = str(target.dtype).removeprefix("torch.")
+        raise UserError(
+            f"classification: one-hot labels {tuple(target.shape)} of {kind}: give class numbers, labels.argmax(1), or "
+            "probabilities, labels.float()"
+        )
+    return as_labels("classification", target)
 
 
 class Accuracy:
@@ -111,9 +120,10 @@ class Accuracy:
     def update(self, output: Any, batch: Batch) -> None:
         """Take in a batch with ``target`` (N,), or (N, K) of which the largest is the label. Raises UserError for a response that is no row of classes a sample."""
         response, target = response_of(output), _target(batch)
-        if response.dim() != 2 or len(response) != len(target):
+        soft = target.is_floating_point()
+        if response.dim() != 2 or len(response) != len(target) or (target.dim() != 1 and not soft):
             raise UserError(
-                f"accuracy needs one row of classes per label, got a response {tuple(response.shape)} for {len(target)} labels"
+                f"accuracy needs one row of classes per label, got a response {tuple(response.shape)} for labels {tuple(target.shape)}"
             )
         if target.dim() == 1:
             check_range("classification", target, response.shape[1])

@@ -48,6 +48,14 @@ def test_whole_numbers_of_any_kind_are_labels(dtype):
         (Classification(), torch.tensor([0, 1, 2, 3]), "there is a label 3, but the model's classes are 0 to 2"),
         (Classification(), torch.tensor([0, 1, 2, -100]), "there is a label -100, but"),
         (Classification(), torch.tensor([0.0, 1, 2, 0]), "labels are class numbers, got float32"),
+        (
+            Classification(),
+            torch.eye(3)[[0, 1, 2, 0]].long(),
+            r"one-hot labels \(4, 3\) of int64: give class numbers, .*float",
+        ),
+        (Classification(), torch.eye(3)[[0, 1, 2, 0]].bool(), r"one-hot labels \(4, 3\) of bool"),
+        (Classification(), torch.full((4, 3), 2), r"a response \(4, 3\) .* \(4, 3\)"),
+        (Classification(), torch.ones(4, 1).long(), r"a response \(4, 3\) .* \(4, 1\)"),
         (Classification(), ["a", "b", "c", "a"], "labels are a tensor of class numbers, got list"),
         (
             Segmentation(),
