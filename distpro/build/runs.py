@@ -34,7 +34,7 @@ from distpro.search.searcher import Searcher
 from distpro.search.weighting import WEIGHTINGS
 from distpro.task import Task
 from distpro.train import distributed
-from distpro.train.checks import check_last_batch
+from distpro.train.checks import check_last_batch, check_last_validation_batch
 from distpro.train.rates import LearningRate
 from distpro.train.trainer import Trainer
 from distpro.weights import CONTROLS, OF_TIME, Scale, Weights, replay
@@ -158,6 +158,9 @@ def build_search(
     why_not = train.why_not or validation.why_not
     trainer = _trainer(config, objective, optimizer, searcher, train, test, folder, "search", why_not)
     _check_last_batch(trainer, config, train_part)
+    samples = len(validation_part) if isinstance(validation_part, Split) else None
+    size = search.validation_batch_size or config.training.batch_size
+    check_last_validation_batch(trainer, validation, samples, size, config.training.drop_last)
     return trainer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from distpro.batch import batch_of
 from distpro.losses import build_loss
 from distpro.objective import Objective, Term
-from distpro.train.checks import check_last_batch
+from distpro.train.checks import check_last_batch, check_last_validation_batch
 from distpro.train.trainer import Trainer
 from distpro.weights import Replay
 from pathways.registry import UserError
@@ -99,3 +100,60 @@ def test_without_such_a_batch_nothing_is_read(samples, drop_last, options):
 
 def test_a_term_of_weight_0_is_not_asked():
     check_last_batch(trainer(loss="rkd", weight=0.0), 17, 4, drop_last=False)
+
+
+def test_batches_of_one_sample_and_a_part_of_one():
+    """What is advised leads on: drop_last would leave nothing of one sample, and batches of one where they are."""
+    with pytest.raises(
+        UserError, match=r"batch_size: 1 makes batches of one sample, .*; set training.batch_size to 2 or more$"
+    ):
+        check_last_batch(trainer(pooled=True, loader=Batches(4, 1), max_steps=1), 4, 1, drop_last=True)
+    with pytest.raises(UserError, match=r"there is one training sample, .*; that takes more training samples$"):
+        check_last_batch(trainer(pooled=True, loader=Batches(1, 4)), 1, 4, drop_last=False)
+    check_last_batch(trainer(loss="kd", loader=Batches(4, 1)), 4, 1, drop_last=False)
+
+
+def search(loader, every=1, batches=1, **options):
+    """A trainer of 10 steps that looks at ``batches`` of the loader after every ``every`` of them, as a search does."""
+    run = trainer(**options)
+    judge = run.objective.task_loss_of
+    run.weights = SimpleNamespace(every=every, validation_batches=batches, estimator=SimpleNamespace(judge=judge))
+    assert run.total_steps == 10
+    return run
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "message"),
+    [
+        (
+            9,
+            4,
+            r"search: 9 samples in batches of 4 leave a last batch of one, .*; set another search.validation_batch_size",
+        ),
+        (1, 4, r"search: there is one validation sample, .*; that takes a larger search.validation_fraction$"),
+        (3, 1, r"search.validation_batch_size: 1 makes batches of one sample, .* to 2 or more$"),
+    ],
+)
+def test_a_single_sample_of_the_validation_part(samples, size, message):
+    loader = Batches(samples, size)
+    with pytest.raises(UserError, match=message):
+        check_last_validation_batch(search(loader, pooled=True), loader, samples, size, drop_last=False)
+    assert loader.read == 1
+    run = search(loader)
+    before = copy.deepcopy(run.objective.state_dict())
+    check_last_validation_batch(run, loader, samples, size, drop_last=False)  # maps larger than 1x1
+    assert all(torch.equal(before[name], value) for name, value in run.objective.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("samples", "drop_last", "every", "batches"),
+    [(8, False, 1, 1), (9, True, 1, 1), (9, False, 5, 1), (None, False, 1, 1)],
+)
+def test_a_validation_batch_that_does_not_come_is_not_read(samples, drop_last, every, batches):
+    loader = Batches(9, 4)
+    run = search(loader, every, batches, pooled=True)
+    check_last_validation_batch(run, loader, samples, 4, drop_last)
+    assert loader.read == 0
+    if every == 5:
+        with pytest.raises(UserError):  # two updates of two batches reach it
+            check_last_validation_batch(search(loader, 5, 2, pooled=True), loader, 9, 4, False)
