@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distpro.console import pip_install, warn
@@ -71,8 +72,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, wei
             former, which is said on stderr.
 
     Raises UserError if the file is missing, cannot be read without running code, holds no state dict, a student's and a
-    teacher's, weights that are no finite numbers, whole numbers for real ones or, if strict, does not fit; the model is then
-    unchanged.
+    teacher's, weights that are no finite numbers, sparse or without values, whole numbers for real ones or, if strict, does
+    not fit; the model is then unchanged.
     """
     if weights not in (None, "model", "ema"):
         raise UserError(f"weights of a checkpoint: '{weights}' (allowed: model, ema)")
@@ -91,6 +92,11 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, wei
 def _check_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: set[str], path: str | Path) -> None:
     """A mask among the buffers may be infinite."""
     for name, value in state.items():
+        if value.is_meta:
+            raise UserError(f"{path}: {name} has no values, only a shape (device meta): save the weights themselves")
+        if value.layout is not torch.strided:
+            kind = str(value.layout).removeprefix("torch.")
+            raise UserError(f"{path}: {name} is stored as {kind}: save it with .to_dense()")
         if value.is_floating_point() != own[name].is_floating_point():
             kinds = (str(t.dtype).removeprefix("torch.") for t in (value, own[name]))
             raise UserError(f"{path}: {name} is {' in the file, '.join(kinds)} in the model (quantised weights?)")

@@ -111,6 +111,14 @@ def _with(model, name, value):
         (lambda m: {"student": m.state_dict(), "teacher": m.state_dict()}, "a student's weights and a teacher's"),
         (lambda m: _with(m, "conv1.weight", m.conv1.weight.detach() * torch.nan), "conv1.weight is not finite"),
         (
+            lambda m: {name: value.to("meta") for name, value in m.state_dict().items()},
+            r"conv1.weight has no values, only a shape \(device meta\)",
+        ),
+        (
+            lambda m: _with(m, "conv1.weight", m.conv1.weight.detach().to_sparse()),
+            r"conv1.weight is stored as sparse_coo: save it with .to_dense\(\)",
+        ),
+        (
             lambda m: _with(m, "conv1.weight", m.conv1.weight.detach().to(torch.int8)),
             "conv1.weight is int8 in the file, float32 in the model",
         ),
