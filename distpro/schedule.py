@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -127,8 +128,10 @@ class Schedule:
 
     def interpolate(self, total_steps: int) -> Schedule:
         """The schedule stretched linearly to ``total_steps`` steps; end points map to end points (Section 3.4)."""
-        if total_steps < 1:
-            raise UserError(f"schedule: cannot be interpolated to {total_steps} steps")
+        if not isinstance(total_steps, Integral) or total_steps < 1:
+            raise UserError(
+                f"schedule: cannot be interpolated to {total_steps!r} steps, only to a whole number of them"
+            )
         position = torch.linspace(0, len(self) - 1, total_steps, dtype=torch.float64)
         left = position.floor().long().clamp(max=max(len(self) - 2, 0))
         right = (left + 1).clamp(max=len(self) - 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pathways.registry import UserError
@@ -68,7 +69,7 @@ class Term(nn.Module):
         self.key = key
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
         self.student_last, self.teacher_last = tuple(student_last), tuple(teacher_last)
-        self.weight = check_moving_number(f"term '{key}': weight", weight)
+        self.weight = None if weight is None else check_moving_number(f"term '{key}': weight", weight)
         self.level = level
         self.per_level = per_level
         self.reduction = reduction
@@ -130,12 +131,28 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def check_moving_number(what: str, value: Any) -> Any:
-    """A constant weight, a process, or None, as it is. Raises UserError for a constant that is no finite number."""
-    if value is None or callable(value) or isinstance(value, Tensor):
+    """A constant weight or a process, as it is. Raises UserError for a constant that is no finite number."""
+    if callable(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, Tensor):
+        fits = (
+            value.numel() == 1 and value.dtype is not torch.bool and not value.is_complex() and value.isfinite().all()
+        )
+    else:
+        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits:
         raise UserError(f"{what}: expected a finite number or step → number, found {value!r}")
     return value
+
+
+def at_step(what: str, value: Any, step: int) -> Any:
+    """A constant as it is, or a process at a step. Raises UserError where a process gives no finite number."""
+    if not callable(value):
+        return value
+    found = value(step)
+    if not isinstance(found, (Real, Tensor)) or not math.isfinite(found):
+        raise UserError(f"{what}: expected a finite number, found {found!r} at step {step}")
+    return found
 
 
 def as_term(module: nn.Module) -> nn.Module:

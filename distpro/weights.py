@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distpro.batch import Batch
 from distpro.features import TrainingPass
 from distpro.schedule import TASK, Said, Schedule, owner_of
-from distpro.term import Entry, Term, entries_of
+from distpro.term import Entry, Term, at_step, entries_of
 from pathways.registry import UserError, nearest
 
 Scale = float | Callable[[int], float]
@@ -241,11 +241,11 @@ def strength_of(schedule: Schedule | None, total_steps: int, scale: Scale | Said
 
 
 def constants_of(terms: Iterable[Any], step: int) -> list[float | None]:
-    """Weight of each entry of the terms that is fixed, a process at its step; None for the others."""
+    """Weight of each entry of the terms that is fixed, a process at its step; None for the others. Raises UserError where a process
+    gives no finite number."""
     weights: list[float | None] = []
     for term in terms:
-        fixed = term.weight
-        value = None if fixed is None else float(fixed(step) if callable(fixed) else fixed)
+        value = None if term.weight is None else float(at_step(f"term '{term.key}': weight", term.weight, step))
         weights += [value] * len(entries_of(term))
     return weights
 
@@ -334,7 +334,9 @@ class Scalars:
                 setattr(term.loss, attribute, self._moving[-1][3])
 
     def at(self, step: int) -> None:
-        """Give the losses' scalars the values of a training step."""
+        """Give the losses' scalars the values of a training step. Raises UserError for a step below 0."""
+        if step < 0:
+            raise UserError(f"step is {step}: the training steps are counted from 0")
         for term, path, values, _ in self._moving:
             term.move(path, values[min(step, len(values) - 1)])
 
@@ -342,7 +344,7 @@ class Scalars:
         """The task's weight at a training step: the objective's ``own`` where the schedule says nothing of it."""
         if self.task is not None:
             return self.task[min(step, len(self.task) - 1)]
-        return own(step) if callable(own) else own
+        return at_step("objective: task_weight", own, step)  # type: ignore[no-any-return]
 
     def then(self, values: Mapping[str, Tensor], terms: Sequence[Any]) -> Scalars:
         """Others in the place of these, the losses' scalars as they were before."""

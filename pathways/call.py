@@ -75,7 +75,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """The same nested containers with ``function`` of every tensor; what is no tensor stays as it is.
 
-    Named tuples, dataclasses and mappings of a type of their own (a Hugging Face ``ModelOutput``) keep that type.
+    Tuples, lists, dataclasses and mappings of a type of their own (a Hugging Face ``ModelOutput``) keep that type.
     """
     if isinstance(value, Tensor):
         return function(value)
@@ -93,11 +93,26 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         for key, inner in changed.items():
             same_kind[key] = inner
         return same_kind
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, inner) for inner in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, inner) for inner in value)
+        return _of_kind(value, [map_tensors(function, inner) for inner in value])
     return value
+
+
+def _of_kind(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
+    """A tuple or list of the same type with other items. What a class asks for when it makes one is its own business."""
+    if type(value) is list:
+        return items
+    if isinstance(value, list):
+        same_kind = copy(value)
+        same_kind[:] = items
+        return same_kind
+    try:
+        made = tuple.__new__(type(value), items)
+    except TypeError:  # those written in C: torch.Size, what torch.max returns
+        return type(value)(items)
+    if hasattr(value, "__dict__"):
+        vars(made).update(vars(value))
+    return made
 
 
 def run(model: nn.Module, inputs: Any) -> Any:

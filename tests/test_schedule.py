@@ -56,8 +56,9 @@ def test_interpolation_keeps_the_number_of_epochs():
 
 
 def test_interpolation_to_nothing_is_an_error():
-    with pytest.raises(UserError, match="cannot be interpolated to 0 steps"):
-        schedule().interpolate(0)
+    for steps in (0, -3, 10.0):
+        with pytest.raises(UserError, match=f"cannot be interpolated to {steps} steps, only to a whole number"):
+            schedule().interpolate(steps)
 
 
 def test_final_and_equal_and_drop():

@@ -72,6 +72,31 @@ def test_names_copies_and_comparison_of_every_kind(kind):
         assert alike(map_tensors(lambda x: x / 0, value), map_tensors(lambda x: x / 0, value))
 
 
+class Two(tuple):
+    """With arguments of its own, and something beside its items."""
+
+    def __new__(cls, a, b):
+        made = super().__new__(cls, (a, b))
+        made.name = "two"
+        return made
+
+
+class Named(list):
+    def __init__(self, name, *items):
+        super().__init__(items)
+        self.name = name
+
+
+def test_tuples_and_lists_that_are_made_in_ways_of_their_own():
+    for value in (Two(t(1), (t(2),)), Named("two", t(1), (t(2),))):
+        changed = map_tensors(lambda x: x + 1, value)
+        assert type(changed) is type(value) and changed.name == "two" and alike(list(changed), [t(2), (t(3),)])
+        assert alike(list(value), [t(1), (t(2),)])
+    largest = torch.max(t(1, 3).view(1, 2), 1)
+    assert map_tensors(lambda x: x + 1, largest).values == 4 and type(largest) is type(map_tensors(abs, largest))
+    assert map_tensors(abs, largest.values.shape) == torch.Size([1])
+
+
 def test_differences_of_containers_are_noticed():
     for a, b in [
         ({"out": t(1)}, OrderedDict(out=t(1))),

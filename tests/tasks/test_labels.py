@@ -151,12 +151,51 @@ def test_statistics_that_teacher_and_student_share_are_refused():
         Objective(teacher, student, [Term(build_loss("kd"), "kd")])
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "yes", True])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        float("nan"),
+        float("inf"),
+        "yes",
+        True,
+        torch.tensor([1.0, 2.0]),
+        torch.tensor(torch.nan),
+        torch.tensor(True),
+        1j,
+    ],
+)
 def test_a_weight_is_a_finite_number(weight):
     with pytest.raises(UserError, match="term 'kd': weight: expected a finite number or step → number"):
         Term(build_loss("kd"), "kd", weight=weight)
     with pytest.raises(UserError, match="objective: task_weight: expected a finite number"):
         Objective(None, network(0), [], task_weight=weight)
+
+
+def test_only_a_term_may_be_without_a_weight():
+    assert Term(build_loss("kd"), "kd", weight=torch.tensor(2.0)).weight == 2
+    with pytest.raises(UserError, match="objective: task_weight: expected a finite number .*, found None"):
+        Objective(None, network(0), [], task_weight=None)
+
+
+@pytest.mark.parametrize("given", [float("nan"), float("inf"), None, "1"])
+def test_a_process_gives_finite_numbers(given):
+    def process(step):
+        return 1.0 if step < 2 else given
+
+    x, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    for key, objective in {
+        "term 'kd': weight": Objective(network(0), network(1), [Term(build_loss("kd"), "kd", weight=process)]),
+        "objective: task_weight": Objective(None, network(1), [], task_weight=process),
+    }.items():
+        objective(x, y, step=1)
+        with pytest.raises(UserError, match=f"{key}: expected a finite number, found {given!r} at step 2"):
+            objective(x, y, step=2)
+
+
+def test_steps_are_counted_from_0():
+    objective = Objective(network(0), network(1), [Term(build_loss("kd"), "kd")])
+    with pytest.raises(UserError, match="step is -1: the training steps are counted from 0"):
+        objective(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), step=-1)
 
 
 def test_an_objective_is_not_pickled():
