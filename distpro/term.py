@@ -135,9 +135,8 @@ def check_moving_number(what: str, value: Any) -> Any:
     if callable(value):
         return value
     if isinstance(value, Tensor):
-        fits = (
-            value.numel() == 1 and value.dtype is not torch.bool and not value.is_complex() and value.isfinite().all()
-        )
+        real = value.dtype is not torch.bool and not value.is_complex()
+        fits = real and value.numel() == 1 and bool(value.isfinite().all())
     else:
         fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not fits:

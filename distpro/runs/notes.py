@@ -19,7 +19,7 @@ from distpro.batch import Batch
 from distpro.config.schema import Config
 from distpro.data import Loader
 from distpro.objective import Objective
-from distpro.runs.parts import said_of_parts
+from distpro.runs.parts import said_of_parts, said_of_scale
 from distpro.task import ask
 from distpro.tasks import Classification
 from distpro.term import entries_of
@@ -34,11 +34,13 @@ SAMPLES = 512
 
 
 def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None, config: Config) -> list[str]:
-    """Of settings that are without effect, of a teacher that knows nothing of the data, and of a student with more classes than
+    """Of doubtful data, of settings that are without effect, of a teacher that knows nothing of the data, and of a student with more classes than
     the data."""
-    objective, notes = trainer.objective, said_of_parts(trainer.train_loader, trainer.test_loader)
+    facts, objective = facts or {}, trainer.objective
+    notes = said_of_parts(trainer.train_loader, trainer.test_loader, facts.get("classes") or 0)
+    notes += said_of_scale(facts.get("mean") or (), facts.get("std") or ())
     notes += [f"the term '{key}' has no gradient: it teaches the student nothing" for key in _without_gradient(trainer)]
-    samples, size = (facts or {}).get("train"), config.training.batch_size
+    samples, size = facts.get("train"), config.training.batch_size
     if isinstance(samples, int) and size > samples:
         notes.append(f"training.batch_size is {size}, there are {samples} training samples: each epoch is one step")
     if config.data.workers and isinstance(trainer.train_loader, Loader) and not trainer.train_loader.streamed:

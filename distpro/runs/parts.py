@@ -1,4 +1,4 @@
-"""What should be heard of the parts of the data: samples that are in two of them, and classes that one of them lacks."""
+"""What should be heard of the parts of the data: samples that are in two of them, classes without a sample, a strange scale."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ SHARED = 0.01
 SHOWN = 5
 
 
-def said_of_parts(train_loader: object, test_loader: object) -> list[str]:
-    """A line for each doubt. Of images in memory with one label each; nothing is said of others."""
+def said_of_parts(train_loader: object, test_loader: object, classes: int = 0) -> list[str]:
+    """A line for each doubt. Of images in memory with one label each; nothing is said of others. ``classes``: how many the data say
+    they have; 0 where that is not known."""
     if not isinstance(train_loader, Loader) or not isinstance(test_loader, Loader):
         return []
     train, test = train_loader.split, test_loader.split
@@ -28,12 +29,31 @@ def said_of_parts(train_loader: object, test_loader: object) -> list[str]:
     for what, missing in (("test", sorted(ours - theirs)), ("training", sorted(theirs - ours))):
         if missing:
             notes.append(f"no {what} sample of class {_some(missing)}")
+    empty = sorted(set(range(classes)) - ours - theirs)
+    if empty:
+        if empty == [0]:
+            doubt = "do the labels begin at 1?"
+        elif empty[0] > max(ours | theirs):
+            doubt = f"{classes} names, and labels up to {max(ours | theirs)}?"
+        else:
+            doubt = "do the labels leave numbers out?"
+        notes.append(f"no sample at all of class {_some(empty)}: {doubt}")
     shared = _shared(train, test)
     if shared > SHARED * len(test):
         notes.append(
             f"{shared} of {len(test)} test samples are in the training part too: its metrics say nothing of new ones"
         )
     return notes
+
+
+def said_of_scale(mean: Sequence[float], std: Sequence[float]) -> list[str]:
+    """Of a mean and std that images in 0-1 hardly have. Those above 1 are refused, see `distpro.data.statistics`."""
+    got = f"mean {[round(x, 5) for x in mean]} and std {[round(x, 5) for x in std]}"
+    if min(std, default=1.0) < 1 / 255:
+        return [f"{got}: a std below 1/255, one grey level; are they divided by 255 twice?"]
+    if min(mean, default=0.0) < 0:
+        return [f"{got}: images in 0-1 have no mean below 0"]
+    return []
 
 
 def _some(classes: Sequence[int]) -> str:
