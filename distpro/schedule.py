@@ -130,7 +130,7 @@ class Schedule:
         """The schedule stretched linearly to ``total_steps`` steps; end points map to end points (Section 3.4)."""
         if not isinstance(total_steps, Integral) or total_steps < 1:
             raise UserError(
-                f"schedule: cannot be interpolated to {total_steps!r} steps, only to a whole number of them"
+                f"schedule: cannot be interpolated to {total_steps!r} steps (allowed: whole numbers from 1 on)"
             )
         position = torch.linspace(0, len(self) - 1, total_steps, dtype=torch.float64)
         left = position.floor().long().clamp(max=max(len(self) - 2, 0))

@@ -57,7 +57,9 @@ def test_interpolation_keeps_the_number_of_epochs():
 
 def test_interpolation_to_nothing_is_an_error():
     for steps in (0, -3, 10.0):
-        with pytest.raises(UserError, match=f"cannot be interpolated to {steps} steps, only to a whole number"):
+        with pytest.raises(
+            UserError, match=f"cannot be interpolated to {steps} steps .allowed: whole numbers from 1 on"
+        ):
             schedule().interpolate(steps)
 
 
