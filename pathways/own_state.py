@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,10 +48,10 @@ def own_state_kept(*models: nn.Module) -> Iterator[None]:
 
 class _OwnState:
     def __init__(self, models: tuple[nn.Module, ...]):
-        self._back: list[Callable[[], None]] = []
+        self._back: list[Callable[[], Any]] = []
         # By id: the object, which holds the id, and what takes its place. Buffers are kept elsewhere.
         self._seen: dict[int, tuple[Any, Any]] = {id(b): (b, b) for model in models for b in model.buffers()}
-        known = cache(known_class)
+        known: dict[type, bool] = {}  # of the classes that have frozen parameters
         for module in dict.fromkeys(m for model in models for m in model.modules()):
             if isinstance(module, LazyModuleMixin):  # its first pass makes it another module
                 continue
@@ -60,8 +60,12 @@ class _OwnState:
                 if type(value) not in _CONSTANT and name not in OF_ANY_MODULE:
                     values[name] = self._keep(value, DEPTH)
             self._back.append(partial(_put_attributes_back, module, values))
-            for p in module._parameters.values():
-                if p is not None and not p.requires_grad and not is_lazy(p) and not known(type(module)):
+            frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad]
+            if frozen:
+                kind = type(module)
+                if kind not in known:
+                    known[kind] = known_class(kind)
+                for p in () if known[kind] else frozen:
                     self._keep_tensor(p)
 
     def put_back(self) -> None:
@@ -113,7 +117,7 @@ class _OwnState:
         return value
 
     def _keep_tensor(self, tensor: Tensor) -> None:
-        if tensor.is_inference():  # such a one does not change
+        if tensor.is_inference() or is_lazy(tensor):  # the one does not change, the other has no content yet
             return
         try:
             data = tensor.data
