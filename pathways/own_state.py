@@ -25,6 +25,7 @@ DEPTH = 4  # containers and objects in each other, from a module's attribute on
 LARGEST = 10_000  # items of a container that are looked into; of longer ones it is known which they are
 _CONSTANT = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device))
 _NOT_LOOKED_INTO = (nn.Module, Dataset, DataLoader, type)
+_MADE_WITH_MODULES = OF_ANY_MODULE - {"training"}  # and never exchanged
 _ABSENT = object()
 
 
@@ -55,11 +56,9 @@ class _OwnState:
         for module in dict.fromkeys(m for model in models for m in model.modules()):
             if isinstance(module, LazyModuleMixin):  # its first pass makes it another module
                 continue
-            values = dict(vars(module))
-            for name, value in values.items():
-                if type(value) not in _CONSTANT and name not in OF_ANY_MODULE:
-                    values[name] = self._keep(value, DEPTH)
-            self._back.append(partial(_put_attributes_back, module, values))
+            now = vars(module)
+            values = {name: self._keep(now[name], DEPTH) for name in now.keys() - _MADE_WITH_MODULES}
+            self._back.append(partial(_put_attributes_back, module, values, _MADE_WITH_MODULES))
             frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad]
             if frozen:
                 kind = type(module)
@@ -83,10 +82,9 @@ class _OwnState:
 
     def _look_into(self, value: Any, depth: int) -> Any:
         kind, numpy = type(value), sys.modules.get("numpy")
-        if isinstance(value, nn.Parameter):
-            pass
-        elif isinstance(value, Tensor):
-            self._keep_tensor(value)
+        if isinstance(value, (tuple, frozenset)):
+            for inner in value if len(value) <= LARGEST else ():
+                self._keep(inner, depth)
         elif isinstance(value, dict):
             small = len(value) <= LARGEST
             content = {k: self._keep(v, depth) if small else v for k, v in value.items()}
@@ -94,9 +92,9 @@ class _OwnState:
         elif isinstance(value, (list, deque, set)):
             items = [self._keep(v, depth) for v in value] if len(value) <= LARGEST else list(value)
             self._back.append(partial(_put_content_back, value, items))
-        elif isinstance(value, (tuple, frozenset)):
-            for inner in value if len(value) <= LARGEST else ():
-                self._keep(inner, depth)
+        elif isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                self._keep_tensor(value)
         elif isinstance(value, torch.Generator):
             self._back.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
@@ -143,9 +141,9 @@ def _of_own_class(value: Any) -> bool:
     return isinstance(value, SimpleNamespace) or (package != "torch" and package not in sys.stdlib_module_names)
 
 
-def _put_attributes_back(holder: Any, values: dict[str, Any]) -> None:
+def _put_attributes_back(holder: Any, values: dict[str, Any], but: frozenset[str] = frozenset()) -> None:
     now = vars(holder)
-    for name in now.keys() - values.keys():
+    for name in now.keys() - values.keys() - but:
         del now[name]
     for name, value in values.items():
         if now.get(name, _ABSENT) is not value:  # compiled code looks whether a dict has been written to
