@@ -14,18 +14,25 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pathways.call import Call
+from pathways.own_state import own_state_kept
 from pathways.taps import is_compiled, tap
-from pathways.trust import own_containers
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run passes of ``model`` without gradients that leave no trace: buffers, train/eval modes and the random state
-    of the CPU and of the model's CUDA devices are afterwards what they were."""
+    """Run passes of ``model`` without gradients that leave no trace: buffers, what its modules hold besides (see
+    `own_state_kept`), train/eval modes and the random states of Python, NumPy, the CPU and the model's CUDA devices are
+    afterwards what they were."""
     modes = {m: m.training for m in model.modules()}
     tensors = chain(model.parameters(), model.buffers())
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), buffers_kept(model):
+    with (
+        torch.random.fork_rng(devices=devices),
+        _drawn_again(),
+        own_state_kept(model),
+        torch.no_grad(),
+        buffers_kept(model),
+    ):
         try:
             yield
         finally:
@@ -62,11 +69,8 @@ def _put_back(buffer: Tensor | None, copy: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Give the modules back their present attributes afterwards, with the present content of lists, dicts and sets, and
-    Python and NumPy their random states."""
-    attributes = {m: dict(vars(m)) for m in model.modules()}
-    contents = [(c, c.copy()) for m in attributes for c in own_containers(m)]
+def _drawn_again() -> Iterator[None]:
+    """Python and NumPy have afterwards the random states that they have now."""
     random_state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state()
     try:
@@ -75,13 +79,6 @@ def restored(model: nn.Module) -> Iterator[None]:
         random.setstate(random_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
-        for module, values in attributes.items():
-            for name in vars(module).keys() - values.keys():
-                del vars(module)[name]
-            vars(module).update(values)
-        for container, content in contents:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def _without_compiled_code(model: nn.Module) -> AbstractContextManager[Any]:
@@ -93,7 +90,7 @@ def _without_compiled_code(model: nn.Module) -> AbstractContextManager[Any]:
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """Let passes of ``model`` run its own code, which hooks reach, and leave no trace."""
-    with restored(model), untouched(model), _without_compiled_code(model):
+    with untouched(model), _without_compiled_code(model):
         yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from pathways.call import Call, tensors_in
 from pathways.containers import alike
 from pathways.fusing import foldable, fused
-from pathways.probing import restored, untouched
+from pathways.probing import untouched
 from pathways.registry import UserError
 from pathways.taps import Taps, check_taps, is_compiled, locate, tap
 from pathways.tracing import CannotTrace, as_function, trace
@@ -70,7 +70,7 @@ def _may_end(model: nn.Module, names: Sequence[str], example: Call, modes: Seque
         return False
     reads = _Reads(model, names, ending=False)
     try:
-        with restored(model), untouched(model):
+        with untouched(model):
             for training in modes:
                 reads.counts.clear()
                 example.run(model.train(training))
@@ -86,7 +86,7 @@ def _may_end(model: nn.Module, names: Sequence[str], example: Call, modes: Seque
 def _outcome(run: Any, model: nn.Module, training: bool) -> Any:
     """What a pass in one mode gives, or the words of its error; the same random numbers each time, and no trace."""
     try:
-        with restored(model), untouched(model):
+        with untouched(model):
             model.train(training)
             return run()
     except UserError:
@@ -249,7 +249,7 @@ class Tapped(nn.Module):
 
         if training:
             return _outcome(run, self.model, training)
-        with restored(self.model), untouched(self.model):
+        with untouched(self.model):
             self.model.eval()
             return run()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
-from pathways.probing import restored, untouched
+from pathways.probing import untouched
 from pathways.registry import UserError
 from pathways.taps import ACTIVATION_FUNCTIONS, TapName, locate, read_input, read_output
 from pathways.trust import Unchanged, only_known_code_runs, trusted
@@ -200,7 +200,6 @@ def _trace_graph(model: nn.Module, training: bool) -> tuple[_Tracer, fx.Graph]:
         device = next((p.device.type for p in model.parameters()), "cpu")
         # The graphs of both modes have to agree, so autocast in one of them shows who switches it on or off.
         with (
-            restored(model),
             untouched(model),
             torch.enable_grad(),
             torch.autocast(device, torch.bfloat16, enabled=training),

@@ -26,7 +26,7 @@ _ADDED = (
     "smart_apply",
 )  # by transformers to nn.Module itself, with the first model that it makes; no forward pass calls it
 _REPLACED = ("forward", "_compiled_call_impl")  # which a module has of its class
-_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _inside(name: str, packages: tuple[str, ...]) -> bool:
@@ -60,7 +60,8 @@ def _foreign(value: Any) -> bool:
     return callable(value) and not isinstance(value, (type, nn.Module))
 
 
-def _trusted_class(kind: type) -> bool:
+def known_class(kind: type) -> bool:
+    """Whether a class, with all that it inherits, is of trusted packages and as they made it."""
     return all(
         _inside(base.__module__, TRUSTED)
         and not _inside(base.__module__, _COMPUTED)
@@ -74,7 +75,7 @@ def trusted(model: nn.Module) -> bool:
     """Whether a model consists of modules of trusted packages alone, as they are: no method is replaced, no hook or
     code of torch.compile is on them."""
     modules = list(model.modules())
-    return all(map(_trusted_class, {type(m) for m in modules})) and all(map(_as_made, modules))
+    return all(map(known_class, {type(m) for m in modules})) and all(map(_as_made, modules))
 
 
 def _as_made(module: nn.Module) -> bool:
@@ -94,7 +95,7 @@ def hooks_of(model: nn.Module) -> list[tuple[Any, ...]]:
 
 def own_containers(module: nn.Module) -> list[Any]:
     """The lists, dicts and sets that a module has as attributes, and those in them."""
-    return list(_containers([value for name, value in vars(module).items() if name not in _OF_ANY_MODULE]))[1:]
+    return list(_containers([value for name, value in vars(module).items() if name not in OF_ANY_MODULE]))[1:]
 
 
 def _containers(value: Any) -> Iterator[Any]:

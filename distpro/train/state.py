@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distpro.train import distributed
+from pathways.own_state import own_state_kept
 from pathways.probing import buffers_kept
 
 if TYPE_CHECKING:
@@ -22,21 +23,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def no_trace(*modules: nn.Module) -> Iterator[None]:
-    """Passes inside leave no trace in buffers (BatchNorm statistics), in numbers that modules keep as attributes (a counter of
-    passes), or in the random state."""
+    """Passes inside leave no trace in buffers (BatchNorm statistics), in what modules hold besides (a counter of passes; see
+    `own_state_kept`), or in the random state."""
     state = random_state(modules[0])
-    numbers = [(part, _numbers(part)) for module in modules for part in module.modules()]
-    with buffers_kept(*modules):
+    with own_state_kept(*modules), buffers_kept(*modules):
         try:
             yield
         finally:
-            for part, values in numbers:
-                part.__dict__.update(values)
             set_random_state(state)
-
-
-def _numbers(module: nn.Module) -> dict[str, float | bool]:
-    return {name: value for name, value in module.__dict__.items() if type(value) in (int, float, bool)}
 
 
 def seed_random(seed: int) -> None:

@@ -14,6 +14,7 @@ from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.tangents import forward_mode
 from distpro.train.state import random_state, set_random_state
 from pathways.call import Call
+from pathways.own_state import own_state_kept
 from pathways.registry import UserError
 
 
@@ -68,14 +69,15 @@ class ForwardMode(Estimator):
         """ḟ of the student's taps and output along u at θ_t: one forward-mode pass on the training batch."""
         student = StudentFeatures(self.objective)
         now = random_state(student)
-        set_random_state(step.state)
-        tangents = forward_mode(
-            student,
-            {name: step.theta.get(p, p) for name, p in student.named_parameters()},
-            {name: u[p] for name, p in student.named_parameters() if p in u},
-            Call((step.batch,)),
-            self.precision,
-        )
+        with own_state_kept(student):  # forward_mode itself gives copies of the buffers to the pass
+            set_random_state(step.state)
+            tangents = forward_mode(
+                student,
+                {name: step.theta.get(p, p) for name, p in student.named_parameters()},
+                {name: u[p] for name, p in student.named_parameters() if p in u},
+                Call((step.batch,)),
+                self.precision,
+            )
         set_random_state(now)
         return {name: tangent.to(step.weights.dtype) for name, tangent in tangents.items()}
 

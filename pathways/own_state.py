@@ -1,0 +1,171 @@
+"""What modules hold besides parameters and buffers: kept, and put back."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset
+
+from pathways.trust import OF_ANY_MODULE, known_class
+
+DEPTH = 4  # containers and objects in each other, from a module's attribute on
+LARGEST = 10_000  # items of a container that are looked into; of longer ones it is known which they are
+_CONSTANT = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device))
+_NOT_LOOKED_INTO = (nn.Module, Dataset, DataLoader, type)
+_MADE_WITH_MODULES = OF_ANY_MODULE - {"training"}  # and never exchanged
+_ABSENT = object()
+
+
+@contextmanager
+def own_state_kept(*models: nn.Module) -> Iterator[None]:
+    """What the modules hold besides parameters and buffers is afterwards what it was.
+
+    Attributes are what they were, and so is what they lead to: the content of tensors and NumPy arrays, which is put back in
+    place; of lists, dicts, sets, deques, and objects of anybody's own classes; the state of random generators. Iterators of
+    Python, such as `itertools.count`, are replaced by copies from before. Parameters that are not trained are put back where
+    a module of somebody's own class has them, which may update them by itself.
+
+    Left alone: other modules and parameters, data sets and loaders, objects of libraries, and what cannot be copied.
+    """
+    state = _OwnState(models)
+    try:
+        yield
+    finally:
+        state.put_back()
+
+
+class _OwnState:
+    def __init__(self, models: tuple[nn.Module, ...]):
+        self._back: list[Callable[[], Any]] = []
+        # By id: the object, which holds the id, and what takes its place. Buffers are kept elsewhere.
+        self._seen: dict[int, tuple[Any, Any]] = {id(b): (b, b) for model in models for b in model.buffers()}
+        known: dict[type, bool] = {}  # of the classes that have frozen parameters
+        for module in dict.fromkeys(m for model in models for m in model.modules()):
+            if isinstance(module, LazyModuleMixin):  # its first pass makes it another module
+                continue
+            now = vars(module)
+            values = {name: self._keep(now[name], DEPTH) for name in now.keys() - _MADE_WITH_MODULES}
+            self._back.append(partial(_put_attributes_back, module, values, _MADE_WITH_MODULES))
+            frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad]
+            if frozen:
+                kind = type(module)
+                if kind not in known:
+                    known[kind] = known_class(kind)
+                for p in () if known[kind] else frozen:
+                    self._keep_tensor(p)
+
+    def put_back(self) -> None:
+        for back in self._back:
+            back()
+
+    def _keep(self, value: Any, depth: int) -> Any:
+        """Note how a value is put back; gives what is to be in its place then, mostly itself."""
+        if type(value) in _CONSTANT or depth == 0:
+            return value
+        if id(value) not in self._seen:
+            self._seen[id(value)] = value, value  # it may contain itself
+            self._seen[id(value)] = value, self._look_into(value, depth - 1)
+        return self._seen[id(value)][1]
+
+    def _look_into(self, value: Any, depth: int) -> Any:
+        kind, numpy = type(value), sys.modules.get("numpy")
+        if isinstance(value, (tuple, frozenset)):
+            for inner in value if len(value) <= LARGEST else ():
+                self._keep(inner, depth)
+        elif isinstance(value, dict):
+            small = len(value) <= LARGEST
+            content = {k: self._keep(v, depth) if small else v for k, v in value.items()}
+            self._back.append(partial(_put_content_back, value, content))
+        elif isinstance(value, (list, deque, set)):
+            items = [self._keep(v, depth) for v in value] if len(value) <= LARGEST else list(value)
+            self._back.append(partial(_put_content_back, value, items))
+        elif isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                self._keep_tensor(value)
+        elif isinstance(value, torch.Generator):
+            self._back.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._back.append(partial(value.setstate, value.getstate()))
+        elif numpy is not None and kind.__module__.partition(".")[0] == "numpy":
+            if kind is numpy.ndarray and value.flags.writeable:
+                self._back.append(partial(numpy.copyto, value, value.copy()))
+            elif isinstance(value, numpy.random.RandomState):
+                self._back.append(partial(value.set_state, value.get_state()))
+            elif isinstance(value, numpy.random.Generator):
+                bits = value.bit_generator
+                self._back.append(partial(setattr, bits, "state", copy.deepcopy(bits.state)))
+        elif kind.__module__ in ("itertools", "builtins") and hasattr(kind, "__next__"):
+            return _copied(value)
+        elif _of_own_class(value):
+            values = {name: self._keep(v, depth) for name, v in vars(value).items()}
+            self._back.append(partial(_put_attributes_back, value, values))
+        return value
+
+    def _keep_tensor(self, tensor: Tensor) -> None:
+        if tensor.is_inference() or is_lazy(tensor):  # the one does not change, the other has no content yet
+            return
+        try:
+            data = tensor.data
+            self._back.append(partial(_put_data_back, tensor, data, data.clone()))
+        except (RuntimeError, NotImplementedError):  # a kind of tensor that has no copy
+            pass
+
+
+def _copied(iterator: Any) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return copy.copy(iterator)
+    except TypeError:  # a generator
+        return iterator
+
+
+def _of_own_class(value: Any) -> bool:
+    """Whether a value is an object with attributes, of a class that is neither Python's nor PyTorch's."""
+    if isinstance(value, _NOT_LOOKED_INTO) or not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    return isinstance(value, SimpleNamespace) or (package != "torch" and package not in sys.stdlib_module_names)
+
+
+def _put_attributes_back(holder: Any, values: dict[str, Any], but: frozenset[str] = frozenset()) -> None:
+    now = vars(holder)
+    for name in now.keys() - values.keys() - but:
+        del now[name]
+    for name, value in values.items():
+        if now.get(name, _ABSENT) is not value:  # compiled code looks whether a dict has been written to
+            now[name] = value
+
+
+def _put_content_back(container: Any, content: Any) -> None:
+    """``content``: a dict for a dict, a list otherwise."""
+    if isinstance(container, dict):
+        same = list(container) == list(content) and all(container[k] is v for k, v in content.items())
+    else:
+        same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+
+
+def _put_data_back(tensor: Tensor, data: Tensor, content: Tensor) -> None:
+    """Through ``data``: what autograd has saved of the tensor is right again, so that no version may be counted."""
+    try:
+        if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+            tensor.data = data
+        data.copy_(content)
+    except RuntimeError:  # memory that nothing can be written to, such as an expanded tensor's
+        pass
