@@ -197,8 +197,8 @@ def test_a_state_in_the_middle_of_a_row(weights):
         one = objective(**options)
         optimizer = torch.optim.SGD(one.trainable_parameters(), 0.0)
         made = Trainer(one, Classification(), optimizer, weights(one), Batches(), Batches(), 1, log_every=3, **more)
-        made.rows = []
-        made._record = lambda values: made.rows.append(values)
+        made.said = []
+        made._record = lambda values: made.said.append(values)
         return made
 
     whole, part = trainer(), trainer(max_steps=3)
@@ -210,12 +210,12 @@ def test_a_state_in_the_middle_of_a_row(weights):
     again.load_state_dict(state)
     again.fit()
     kinds = ("term", "weight", "weighted")
-    assert [shown(again.rows[0], kind) for kind in kinds] == [shown(whole.rows[0], kind) for kind in kinds]
+    assert [shown(again.said[0], kind) for kind in kinds] == [shown(whole.said[0], kind) for kind in kinds]
     del state["used_weights"]
     before = trainer()
     before.load_state_dict(state)
     before.fit()
-    assert before.rows[0]["weighted/b"] == pytest.approx(before.rows[0]["weight/b"] * raw("b", 2), rel=SINGLE)
+    assert before.said[0]["weighted/b"] == pytest.approx(before.said[0]["weight/b"] * raw("b", 2), rel=SINGLE)
 
 
 @pytest.mark.slow
