@@ -389,7 +389,7 @@ class Objective(nn.Module):
 
         Args:
             inputs, target, index: see `distpro.batch.Batch`, which may be the inputs; without one, one row per sample.
-            step: the training step. Without one, each call in training mode is one, from 0 or `at` on: accumulate with it.
+            step: the training step. Without one, each call in which objective or student train is one, from 0 or `at` on.
         """
         batch = inputs if isinstance(inputs, Batch) else batch_of(inputs, target, index)
         count = self._next_step

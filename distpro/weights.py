@@ -22,7 +22,8 @@ class Weights(Protocol):
     """Who says what the weights are: `Searcher` or `Replay`."""
 
     def weights(self, step: int) -> Sequence[float] | Tensor:
-        """λ·w of every entry of the vector of term losses."""
+        """λ·w of every entry of the vector of term losses. Asked before every pass, also those of one step: a backward pass
+        uses up the graph of weights that are trained."""
 
     def watches(self, step: int) -> bool:
         """Whether `before_update` and `after_update` are to be called for this step."""

@@ -74,7 +74,7 @@ class UpProjection(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        half, self.channels = channels // 2, channels
+        half, self.channels = channels // 2, channels  # a size of x is no number while PyTorch 2.8 traces
         self.upper = nn.Sequential(
             nn.Conv2d(channels, half, 5, padding=2, bias=False),
             nn.BatchNorm2d(half),

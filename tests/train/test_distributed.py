@@ -82,6 +82,18 @@ def two(*arguments, fails=False):
     return output
 
 
+def stopped(*arguments):
+    """Tell a command in two processes, whose folder is ``run``, to stop behind its first checkpoint; gives the last one."""
+    running = launch(*arguments)
+    for _ in range(600):
+        if Path("run/checkpoint.pt").is_file():
+            break
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    return load_safely("run/checkpoint.pt")
+
+
 def close(ours, theirs, tolerance):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -166,15 +178,7 @@ def test_weights_that_are_trained(folder):
 
 def test_what_two_have_begun_one_can_end(folder):
     config = write(folder, retrain={"weights": "equal"}, training={"epochs": 60})
-    running = launch("retrain", config, "--out", "run")
-    for _ in range(600):
-        if Path("run/checkpoint.pt").is_file():
-            break
-        time.sleep(0.1)
-    running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=60)
-    step = load_safely("run/checkpoint.pt")["step"]
-    assert 0 < step < 300
+    assert 0 < stopped("retrain", config, "--out", "run")["step"] < 300
     distpro.retrain(config, out="run", resume=True)
     distpro.retrain(config, out="one")
     close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
@@ -186,14 +190,7 @@ def test_two_go_on_to_the_same_bytes(folder):
     (folder / "networks.py").write_text(text)
     config = write(folder, retrain={"weights": "equal"}, training={"epochs": 30})
     two("retrain", config, "--out", "whole")
-    running = launch("retrain", config, "--out", "run")
-    for _ in range(600):
-        if Path("run/checkpoint.pt").is_file():
-            break
-        time.sleep(0.1)
-    running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=60)
-    state = load_safely("run/checkpoint.pt")
+    state = stopped("retrain", config, "--out", "run")
     assert 0 < state["step"] < 150 and len(state["random_of_ranks"]) == 2
     two("retrain", config, "--out", "run", "--resume")
     whole, run = load_safely("whole/student.pt"), load_safely("run/student.pt")

@@ -2,8 +2,8 @@
 
     python tools/torture/guided.py alpha.pt FOLDER SECONDS SEED
 
-An input is a byte that says what the rest is, a whole file or the pickle inside one whose checksums are right. Prints a JSON line
-with the number of inputs, of those that were refused, and what was neither refused nor a schedule.
+An input is a byte that says what the rest is, a whole file or the pickle inside one whose checksums are right. Writes
+FOLDER/said.json: the numbers of inputs, of those that were refused or read, and what was neither.
 """
 
 from __future__ import annotations
