@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ class TensorBoard(Sink):
         super().__init__(folder, first_step)
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def scalars(self, numbers: Mapping[str, float], step: int) -> None:
@@ -118,6 +120,16 @@ class TensorBoard(Sink):
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads a folder's event files in the order of their names. These begin with the second of their making and
+    end in a count without leading zeros, so that of two files of one second the later may come first, and what it hides
+    would be shown and what it adds would not."""
+    seconds = [int(found[1]) for path in folder.glob("*") if (found := re.match(r"events\.out\.tfevents\.(\d+)\.", path.name))]
+    remaining = max(seconds, default=0) + 1 - time.time()
+    if 0 < remaining <= 1:
+        time.sleep(remaining)
 
 
 @SINKS.register("wandb")

@@ -1,5 +1,6 @@
 """What a run writes down is what happened, and is still readable after a crash and a resume."""
 
+import importlib
 import io
 import json
 import math
@@ -127,7 +128,10 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
         assert curve(tmp_path, f"term/{key}") == [(row["step"], row[f"term/{key}"]) for row in read_metrics(tmp_path)]
 
 
-def test_tensorboard_hides_what_runs_again(tmp_path):
+@pytest.mark.parametrize("count", [9, 99])  # of event files in this process: the next has one digit more
+def test_tensorboard_hides_what_runs_again(tmp_path, count, monkeypatch):
+    writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(count))
     with Tracker(tmp_path) as tracker:
         for step in range(6):
             tracker.scalars({"lr": step}, step, epoch=0.0)
