@@ -126,7 +126,9 @@ def _wait_for_a_later_name(folder: Path) -> None:
     """TensorBoard reads a folder's event files in the order of their names. These begin with the second of their making and
     end in a count without leading zeros, so that of two files of one second the later may come first, and what it hides
     would be shown and what it adds would not."""
-    seconds = [int(found[1]) for path in folder.glob("*") if (found := re.match(r"events\.out\.tfevents\.(\d+)\.", path.name))]
+    seconds = [
+        int(found[1]) for path in folder.glob("*") if (found := re.match(r"events\.out\.tfevents\.(\d+)\.", path.name))
+    ]
     remaining = max(seconds, default=0) + 1 - time.time()
     if 0 < remaining <= 1:
         time.sleep(remaining)
