@@ -75,13 +75,15 @@ def channels_first(x: Tensor, last: bool) -> Tensor:
 @dataclass(eq=False)
 class Seen:
     """A tensor that a module gave (or that a tap reads), without the samples' axis, and what the modules that gave or
-    took it say of it. ``layout`` is None for what is no feature, or not clear."""
+    took it say of it. ``same``, of the first tokens of a shape: which of them, (L,), are the same in all samples, or None
+    where that says nothing. ``layout`` is None for what is no feature, or not clear."""
 
     name: str
     module: nn.Module
     path: str
     shape: Shape
     says: set[str]
+    same: Tensor | None = None
     layout: Layout | None = None
 
 
@@ -94,6 +96,7 @@ class Record:
         self.outputs: list[Seen] = []
         self.taps: dict[str, Seen] = {}
         self._said: Any = WeakIdKeyDictionary()  # tensor → what modules say of it
+        self._tokens: set[Shape] = set()  # the shapes of tokens that were seen
         self._samples = _samples(call)
         modules = dict(model.named_modules())
         places = [(name, locate(name, modules)) for name in names]
@@ -141,7 +144,10 @@ class Record:
         return hook
 
     def _note(self, name: str, path: str, module: nn.Module, tensor: Tensor) -> Seen:
-        return Seen(name, module, path, tuple(tensor.shape[1:]), self._said.setdefault(tensor, set()))
+        shape = tuple(tensor.shape[1:])
+        first = len(shape) == 2 and shape not in self._tokens
+        self._tokens.add(shape)
+        return Seen(name, module, path, shape, self._said.setdefault(tensor, set()), _same(tensor) if first else None)
 
     def _told(self, module: nn.Module, tensor: Tensor) -> None:
         """Let a module say how a tensor that it has given or taken is laid out."""
@@ -162,6 +168,12 @@ def _samples(call: Call) -> int:
         return len(call.args[0])
     first = next(call.tensors(), None)
     return 0 if first is None or first.dim() == 0 else len(first)
+
+
+def _same(tokens: Tensor) -> Tensor | None:
+    """Which tokens (N, L, D) are the same in all samples: those that no image has gone into yet."""
+    same = (tokens == tokens[:1]).all(-1).all(0)
+    return None if same.all() or not same.any() else same
 
 
 def _of_one_shape(seen: Sequence[Seen]) -> list[Seen]:
@@ -227,9 +239,11 @@ def _lay_out_tokens(seen: Sequence[Seen]) -> None:
     """Tokens (L, D) stand for the grid of a map with D channels that they were made of.
 
     Tokens that are as many as its positions are those. With more of them, the others are in front; the map was then
-    there before any tokens of this shape, which a map inside of a block, made of fewer of them, was not."""
+    there before any tokens of this shape, which a map inside of a block, made of fewer of them, was not. Where samples
+    show that the others are elsewhere (detection tokens, behind the grid), nothing is said of a grid."""
     sizes: dict[int, set[tuple[int, int]]] = {}  # of the maps seen so far, by their channels
     embedded: dict[Shape, set[tuple[int, int]]] = {}
+    same: dict[Shape, Tensor] = {s.shape: s.same for s in seen if s.same is not None}
     for s in seen:
         if len(s.shape) == 3 and s.layout is not None:
             sizes.setdefault(s.layout.shape[0], set()).add(s.layout.shape[1:])  # type: ignore[arg-type]
@@ -240,6 +254,8 @@ def _lay_out_tokens(seen: Sequence[Seen]) -> None:
             fewer = [size for size in before if size[0] * size[1] < length]
             grid = next(iter(exact), None) or max(fewer, key=lambda size: size[0] * size[1], default=None)
             prefix = length - grid[0] * grid[1] if grid else 0
+            if prefix and s.shape in same and same[s.shape][prefix:].any() and not same[s.shape][:prefix].all():
+                grid, prefix = None, 0
             s.layout = Layout(s.shape, grid=grid, prefix=prefix)
         elif len(s.shape) == 1:
             s.layout = Layout(s.shape)

@@ -59,8 +59,9 @@ def test_norms_of_maps(norm):
 class Registers(nn.Module):
     """Tokens of a grid that is no square behind any number of others; blocks with a map of fewer of them inside."""
 
-    def __init__(self, prefix, layers=4, width=6):
+    def __init__(self, prefix, layers=4, width=6, behind=0):
         super().__init__()
+        self.behind = nn.Parameter(torch.randn(1, behind, width))
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.front = nn.Parameter(torch.randn(1, prefix, width))
         self.blocks = nn.ModuleList(Reducing(width, prefix) for _ in range(layers))
@@ -68,7 +69,7 @@ class Registers(nn.Module):
     def forward(self, x):
         x = self.patches(x)
         size = x.shape[2:]
-        x = torch.cat([self.front.expand(len(x), -1, -1), x.flatten(2).mT], 1)
+        x = torch.cat([self.front.expand(len(x), -1, -1), x.flatten(2).mT, self.behind.expand(len(x), -1, -1)], 1)
         for block in self.blocks:
             x = block(x, size)
         return x.mean(1)
@@ -81,7 +82,7 @@ class Reducing(nn.Module):
 
     def forward(self, x, size):
         tokens = self.norm(x)
-        keys = self.reduce(tokens[:, self.prefix :].mT.unflatten(2, size)).flatten(2).mT
+        keys = self.reduce(tokens[:, self.prefix :][:, : size[0] * size[1]].mT.unflatten(2, size)).flatten(2).mT
         return x + (tokens @ keys.mT).softmax(-1) @ keys
 
 
@@ -92,6 +93,24 @@ def test_tokens_in_front_of_any_number(prefix):
     assert find_stages(model, x) == names
     assert probe_layouts(model, names, x) == dict.fromkeys(names, Layout((32 + prefix, 6), grid=(4, 8), prefix=prefix))
     assert str(probe_layouts(model, names, x)["blocks.0"]) == f"tokens ({f'{prefix} + ' if prefix else ''}4×8)"
+
+
+@pytest.mark.parametrize("prefix, behind", [(0, 5), (1, 3), (4, 1)])
+def test_tokens_behind_the_grid_are_not_taken_for_some_in_front(prefix, behind):
+    model, x = Registers(prefix, behind=behind), torch.randn(2, 3, 16, 32)
+    found = probe_layouts(model, ["blocks.0", "blocks.3"], x)
+    assert set(found.values()) == {Layout((32 + prefix + behind, 6))}
+
+
+def test_detection_tokens():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.YolosConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=[32, 32],
+        patch_size=8, num_detection_tokens=5,
+    )  # fmt: skip
+    model = transformers.YolosModel(config)
+    (layout,) = probe_layouts(model, ["layernorm"], torch.randn(2, 3, 32, 32)).values()
+    assert (layout.shape, layout.grid) == ((22, 16), None)
 
 
 def test_a_pathway_between_tokens_meets_grids_and_what_is_in_front_of_them():
