@@ -6,11 +6,13 @@ sizes side by side or hands containers from block to block, so that its taps hav
 """
 
 import importlib
+import pydoc
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torchvision
+from torchvision.models.convnext import CNBlockConfig
 
 
 class Stages(NamedTuple):
@@ -39,6 +41,11 @@ class Architecture(NamedTuple):
     stages: Stages | None
     params: dict[str, Any] = {}
 
+    def smaller(self):
+        """With fewer and narrower layers or smaller images, where it is known how to say so."""
+        changes = dict(SMALLER.get(str(self), {}))
+        return self._replace(size=changes.pop("size", self.size), params={**self.params, **changes})
+
     def build(self, seed=0):
         """The model in float64, its parameters drawn at random: also class tokens that begin at zero, where a
         LayerNorm with eps 1e-12 has derivatives that no two ways of computing agree on."""
@@ -55,6 +62,10 @@ class Architecture(NamedTuple):
             config = getattr(transformers, f"{self.name}Config")(num_labels=5, **self.params)
             kind = "SequenceClassification" if self.is_text else "ImageClassification"
             return getattr(transformers, f"{self.name}For{kind}")(config)
+        if "class" in self.params:
+            pytest.importorskip(self.library)
+            params = dict(self.params)
+            return pydoc.locate(params.pop("class"))(**params, num_classes=5)
         if self.library == "timm":
             return pytest.importorskip("timm").create_model(self.name, num_classes=5, **self.params)
         if self.name == "vit":
@@ -178,3 +189,30 @@ TRANSFORMERS = _of("transformers", [
 ])  # fmt: skip
 
 ALL = [*TORCHVISION, *TIMM, *TRANSFORMERS]
+
+_FOUR = {"depth": 4, "embed_dim": 48, "num_heads": 3}
+_LEVELS = {"depths": (1, 1, 2, 1)}
+_CN_BLOCKS = [CNBlockConfig(*widths) for widths in ((24, 48, 1), (48, 96, 1), (96, 192, 2), (192, None, 1))]
+SMALLER = {
+    "torchvision-convnext_tiny": {"class": "torchvision.models.ConvNeXt", "block_setting": _CN_BLOCKS},
+    "torchvision-densenet121": {
+        "class": "torchvision.models.DenseNet", "growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16,
+    },
+    "torchvision-swin_t": {
+        "class": "torchvision.models.SwinTransformer", "patch_size": [4, 4], "embed_dim": 24, "depths": [1, 1, 2, 1],
+        "num_heads": [1, 2, 4, 8], "window_size": [7, 7],
+    },
+    "timm-convnext_atto": {**_LEVELS, "dims": (16, 32, 48, 64)},
+    "timm-deit_tiny_distilled_patch16_224": _FOUR,
+    "timm-edgenext_xx_small": {"depths": (1, 2, 2, 2)},
+    "timm-mambaout_femto": {**_LEVELS, "dims": (16, 32, 64, 96)},
+    "timm-mixer_s32_224": {
+        "class": "timm.models.mlp_mixer.MlpMixer", "patch_size": 32, "num_blocks": 4, "embed_dim": 64,
+    },
+    "timm-poolformer_s12": {"size": 32},
+    "timm-pvt_v2_b0": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 80, 128)},
+    "timm-swin_tiny_patch4_window7_224": {**_LEVELS, "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
+    "timm-twins_svt_small": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)},
+    "timm-vit_small_patch16_dinov3": _FOUR,
+}  # fmt: skip
+"""The same architectures with fewer and narrower layers: what the derivatives of a layer are does not depend on its width."""
