@@ -46,7 +46,13 @@ FILES = {
 }
 PSPNETS = ((67947878, 256), (16317734, 64))
 """Parameters for 19 classes, and the width of the auxiliary head."""
-LIGHTER = {"cifar100_resnet50_mobilenet_v2": ["pathways.transforms=[conv1x1]"]}  # else 404 M parameters
+_FEW_BOXES = [f"{side}.params.rpn_post_nms_top_n_test=20" for side in ("teacher", "student")]
+LIGHTER = {
+    "cifar100_resnet50_mobilenet_v2": ["pathways.transforms=[conv1x1]"],  # else 404 M parameters
+    "cityscapes_teacher": ["task.segmentation.window=[64,128]", "task.segmentation.stride=[64,128]"],
+    "raccoon_ghnd_resnet50": _FEW_BOXES,
+    "raccoon_hnd_resnet50": _FEW_BOXES,
+}
 
 
 def by_name(path):
@@ -195,7 +201,7 @@ def test_a_retrain_config_describes_its_pair(path):
 
 @pytest.mark.parametrize("path", RACCOON, ids=by_name)
 def test_a_raccoon_config_describes_its_pair(path):
-    d = describe(for_retrain(read_config(path, facts(path))), searching=False)
+    d = describe(for_retrain(read_config(path, [*facts(path), *LIGHTER.get(path.stem, [])])), searching=False)
     assert path.read_text().startswith("# ")
     assert (d.teacher_parameters == 0) == path.stem.endswith("_none")
     if "hnd" not in path.stem:
