@@ -19,6 +19,8 @@ from distpro.batch import Batch
 
 LOG_RANGE = 4.0  # of 1 / temperature, to both sides of 1: a factor of 55
 GOLDEN = (5**0.5 - 1) / 2
+ENOUGH = 2048
+"""Positions of a sample that the temperature is found by; of a larger map, every few pixels."""
 
 Rows = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 """A task's ``rows(output, batch)``: logits (P, K) of all positions that count, and their labels (P,) or probabilities (P, K)."""
@@ -59,9 +61,16 @@ def _smallest(loss: Callable[[float], Tensor], steps: int = 16) -> float:
     return math.exp((low + high) / 2)
 
 
+def _thinned(logits: Tensor, target: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Every k-th position, about ``most`` of them. k is odd: the sides of maps are even, and these would be whole columns."""
+    step = -(-len(logits) // most) | 1 if len(logits) > most else 1
+    return logits[::step], target[::step]
+
+
 class CalibratedLoss:
     """`calibrated_loss` of a whole evaluation, as a metric: the cross entropy is summed up at each of a row of temperatures, and
-    a parabola through the smallest and its neighbours says how small it gets.
+    a parabola through the smallest and its neighbours says how small it gets. Of a dense response some `ENOUGH` positions a
+    sample take part.
 
     Args:
         rows: of the task.
@@ -75,7 +84,8 @@ class CalibratedLoss:
     def update(self, output: Any, batch: Batch) -> None:
         """Take in a batch."""
         logits, target = self._rows(output, batch)
-        losses = [F.cross_entropy(x * logits.float(), target, reduction="sum") for x in self._inverse.tolist()]
+        logits, target = _thinned(logits.float(), target, ENOUGH * batch.samples)
+        losses = [F.cross_entropy(x * logits, target, reduction="sum") for x in self._inverse.tolist()]
         self._sums = self._sums.to(logits.device) + torch.stack(losses).double()  # read only at the end
         self._count += len(logits)
 

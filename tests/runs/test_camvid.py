@@ -13,6 +13,7 @@ from distpro import build
 from distpro.config.reading import read_config
 from distpro.files import load_safely
 from distpro.models import build_model, load_checkpoint
+from distpro.report.cost import describe
 from distpro.schedule import Schedule
 from distpro.train.trainer import Interrupted, Trainer
 from tests.conftest import ROOT
@@ -152,12 +153,23 @@ def test_the_metrics_are_those_of_scikit_learn_and_torchmetrics(teacher):
     assert found["miou"] == pytest.approx(100 * measured.compute()[seen].mean().item(), rel=1e-5)
 
 
+CONNECTIONS = ROOT / "search_configs" / "camvid_connections.yaml"
+
+
 @pytest.mark.parametrize(("connect", "pathways"), [("all", 16), ("review", 10), ("same", 4)])
-def test_the_connections_that_a_study_asks_about(connect, pathways, tmp_path):
+def test_the_connections_that_a_study_asks_about(connect, pathways):
+    pytest.importorskip("segmentation_models_pytorch")
+    pytest.importorskip("timm")
+    d = describe(read_config(CONNECTIONS, [f"pathways.connect={connect}"]), searching=True)
+    levels = [level[:2] for _, level, _, _ in d.terms]
+    assert len(levels) == pathways
+    assert (connect == "all") == any(i > j for i, j in levels)  # from a deeper level of the teacher to a shallower one
+
+
+def test_a_search_among_all_connections(tmp_path):
     """Models of segmentation-models-pytorch, which are evaluated in windows whose sides 32 divides."""
     pytest.importorskip("segmentation_models_pytorch")
     pytest.importorskip("timm")
-    folder = ROOT / "search_configs"
     small = [
         "threads=1",
         "precision=float32",
@@ -165,13 +177,7 @@ def test_the_connections_that_a_study_asks_about(connect, pathways, tmp_path):
         "tracking={tensorboard: false}",
         "training.max_steps=2",
     ]
-    distpro.train(folder / "camvid_connections_teacher.yaml", tmp_path / "teacher", small)
-    more = [
-        f"teacher.checkpoint={tmp_path / 'teacher' / 'student.pt'}",
-        f"pathways.connect={connect}",
-        "search.trials=1",
-    ]
-    schedule = distpro.search(folder / "camvid_connections.yaml", tmp_path / "search", [*small, *more])
-    levels = [level[:2] for level in schedule.levels]
-    assert len(levels) == pathways and (schedule.weights[-1] != schedule.weights[0]).any()
-    assert (connect == "all") == any(i > j for i, j in levels)  # from a deeper level of the teacher to a shallower one
+    distpro.train(ROOT / "search_configs" / "camvid_connections_teacher.yaml", tmp_path / "teacher", small)
+    more = [f"teacher.checkpoint={tmp_path / 'teacher' / 'student.pt'}", "pathways.connect=all", "search.trials=1"]
+    schedule = distpro.search(CONNECTIONS, tmp_path / "search", [*small, *more])
+    assert len(schedule.keys) == 16 and (schedule.weights[-1] != schedule.weights[0]).any()

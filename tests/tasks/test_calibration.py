@@ -89,3 +89,18 @@ def test_void_pixels_do_not_count():
     assert torch.equal(rows, counted)
     nothing = torch.full_like(target, 255)
     assert calibrated_loss(*Segmentation().rows(logits, Batch(torch.zeros(2, 3, 6, 6), nothing, 2))) == 0
+
+
+def test_of_large_maps_every_few_pixels_say_the_same():
+    """Logits of smooth maps, as a network gives them; half of the pixels of one picture do not count."""
+    torch.manual_seed(0)
+    coarse = torch.randn(4, 5, 12, 16)
+    logits = 3 * F.interpolate(coarse, (192, 256), mode="bilinear")
+    target = (logits / 2 + torch.randn_like(logits)).argmax(1)
+    target[0, :, ::2] = 255
+    metric = CalibratedLoss(Segmentation().rows)
+    metric.update(logits, Batch(torch.zeros(4, 3, 192, 256), target, 4))
+    assert metric.state()["count"] < 3000 * 4
+    counts = target != 255
+    expected = smallest(logits.movedim(1, -1)[counts], target[counts])
+    assert metric.compute() == {"calibrated_loss": pytest.approx(expected, rel=0.02)}
