@@ -78,7 +78,7 @@ import numpy as np
 draw = np.random.default_rng(0)
 patterns = draw.normal(size=(10, 32, 32, 3))
 arrays = {}
-for part, count in (("train", 10000), ("test", 2000)):
+for part, count in (("train", 10000), ("test", 1000)):
     labels = draw.integers(0, 10, count)
     images = 128 + 20 * patterns[labels] + 60 * draw.normal(size=(count, 32, 32, 3))
     arrays |= {f"x_{part}": images.clip(0, 255).astype(np.uint8), f"y_{part}": labels}
@@ -87,7 +87,7 @@ END
 fi
 
 short=(--device "$device" "data.root=\"$data\"" tracking.tensorboard=false training.epochs=2)
-[ "$device" = cpu ] && short+=(data.samples=1000 training.max_steps=4 threads=1)
+[ "$device" = cpu ] && short+=(data.samples=500 training.batch_size=16 training.max_steps=4 threads=1)
 pair=("teacher.checkpoint=\"$out/teacher/student.pt\"")
 part teacher 25 60 "$python" -m distpro train search_configs/cifar10_resnet56_resnet20.yaml --out "$out/teacher" \
     student.model=resnet56 "${short[@]}"
