@@ -48,7 +48,8 @@ def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None, config: Conf
     if trainer.task.headline != "accuracy":
         return notes
     if objective.teacher is not None:
-        said = _guesses(trainer, _teacher(objective))
+        with untouched(objective.teacher.model):
+            said = _guesses(trainer, _teacher(objective))
         cure = "other weights, images of another normalisation (teacher.input), or classes in another order?"
         notes += [f"the teacher {said}: {cure}"] if said else []
     answers, classes = _classes(trainer, facts)
@@ -129,7 +130,8 @@ def at_the_end(trainer: Trainer, before: Sequence[float] = ()) -> list[str]:
             f"the test {headline} is nan in every evaluation: of what the metric is given, nothing can be computed"
         )
     if headline == "accuracy":
-        said = _guesses(trainer, _student(trainer.objective))
+        right = values[-1] / 100 if values and math.isfinite(values[-1]) else None
+        said = _guesses(trainer, _student(trainer.objective), right)
         notes += [f"the student {said}: training.optimizer.lr, or longer?"] if said else []
     rows = read_metrics(trainer.folder) if trainer.folder is not None else []
     losses = [row["train/task_loss"] for row in rows if "train/task_loss" in row]
@@ -139,22 +141,27 @@ def at_the_end(trainer: Trainer, before: Sequence[float] = ()) -> list[str]:
     return notes
 
 
-def _guesses(trainer: Trainer, answer: Callable[[Batch], Tensor | None]) -> str:
-    """What to say of answers that are hardly right more often than one class for every sample would be; else ""."""
+def _guesses(trainer: Trainer, answer: Callable[[Batch], Tensor | None], right: float | None = None) -> str:
+    """What to say of answers that are hardly right more often than one class for every sample would be; else "".
+    ``right``: how often they are right, if that is known."""
     hits, labels = 0, []
     for batch in _few(trainer.test_loader):
-        response, target = answer(batch), trainer.task.labels(batch)[0]
+        target = trainer.task.labels(batch)[0]
         if target is not None and target.is_floating_point() and target.dim() == 2:
             target = target.argmax(1)
-        if response is None or target is None or response.dim() != 2 or target.shape != response.shape[:1]:
+        if target is None or target.dim() != 1:
             return ""
-        hits += int((response.argmax(1) == target).sum())
+        if right is None:
+            response = answer(batch)
+            if response is None or response.dim() != 2 or target.shape != response.shape[:1]:
+                return ""
+            hits += int((response.argmax(1) == target).sum())
         labels.append(target.cpu())
     seen = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
     if len(seen) < 2 or (seen == seen[0]).all():
         return ""
     most = int(torch.unique(seen, return_counts=True)[1].max()) / len(seen)
-    right = hits / len(seen)
+    right = hits / len(seen) if right is None else right
     if right > most + 2 * math.sqrt(most * (1 - most) / len(seen)):  # two standard errors
         return ""
     return f"is right in {right:.1%} of {len(seen)} test samples, and one class for all of them in {most:.1%}"
@@ -175,7 +182,7 @@ def _teacher(objective: Objective) -> Callable[[Batch], Tensor | None]:
     def answer(batch: Batch) -> Tensor | None:
         assert objective.teacher is not None
         model = objective.teacher.model
-        with untouched(model), objective.autocast():
+        with torch.no_grad(), objective.autocast():
             return _response(objective, ask(objective.task, model.eval(), batch))
 
     return answer

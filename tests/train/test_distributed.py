@@ -15,11 +15,14 @@ import torch
 import yaml
 
 import distpro
-from distpro.config.reading import merge
+from distpro.build.runs import _choose_estimator
+from distpro.config.reading import merge, read_config
 from distpro.files import load_safely
 from distpro.models import build_model
 from distpro.schedule import Schedule
+from distpro.train import distributed
 from distpro.train.tracking import read_metrics
+from pathways.registry import UserError
 from tests.conftest import ROOT
 from tests.digits import settings
 
@@ -215,10 +218,15 @@ def test_a_rank_that_dies_ends_the_run_and_says_why(folder):
     close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
 
 
+def test_what_cannot_be_shared_is_said(folder):
+    message = "batch_size 21 cannot be cut into 2 equal parts"
+    assert message in two("search", write(folder), "training.batch_size=21", "--out", "run", fails=True)
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["training.batch_size=21"], "batch_size 21 cannot be cut into 2 equal parts"),
         (["search.estimator=unrolled"], "unrolled runs in one process"),
         (
             ["sync_batch_norm=true", "search.estimator=forward_mode"],
@@ -227,6 +235,7 @@ def test_a_rank_that_dies_ends_the_run_and_says_why(folder):
         ),
     ],
 )
-def test_what_cannot_be_shared_is_said(folder, changes, message):
-    assert message in two("search", write(folder), *changes, "--out", "run", fails=True)
-    assert not Path("run").exists()
+def test_estimators_that_run_in_one_process_are_refused_in_two(folder, changes, message, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match=message):
+        _choose_estimator(read_config(write(folder), changes), None, None, 1, 1, None)
