@@ -73,6 +73,7 @@ def started(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[Non
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_main() else nowhere):
             yield
+        dist.barrier()  # who leaves first takes the connection away from the others
     except RuntimeError as error:
         if not re.search(LOST, str(error)):
             raise

@@ -26,4 +26,5 @@ def _run(rank: int, folder: str, functions: tuple[Callable[[int], Any], ...]) ->
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     torch.save([function(rank) for function in functions], Path(folder, f"{rank}.pt"))
+    dist.barrier()  # who leaves first takes the connection away from the other
     dist.destroy_process_group()
