@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pathways.call import Call
 from pathways.containers import entries
 from pathways.probing import probe_shapes, probing
-from pathways.taps import TapName, check_taps, locate, read_input, read_output
+from pathways.taps import TapName, check_taps, locate, parse_tap, read_input, read_output
 
 Shape = tuple[int, ...]
 
@@ -158,9 +158,11 @@ class Record:
 
 def probe_layouts(model: nn.Module, names: Sequence[str], example_input: Any) -> dict[str, Layout]:
     """Layout of each tap, found by passes that leave no trace. Raises UserError as `tap` does."""
-    shapes = probe_shapes(model, names, example_input)
     taps = Record(model, Call.of(example_input), names).taps
-    return {name: taps[name].layout or Layout(shape, known=len(shape) != 3) for name, shape in shapes.items()}
+    if set(names) - taps.keys() or any(parse_tap(name).point == "pre_relu" for name in names):
+        probe_shapes(model, names, example_input)  # says what cannot be read
+    found = {name: taps[name] for name in names}
+    return {name: s.layout or Layout(s.shape, known=len(s.shape) != 3) for name, s in found.items()}
 
 
 def _samples(call: Call) -> int:

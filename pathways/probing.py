@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from pathways.call import Call
 from pathways.own_state import own_state_kept
-from pathways.taps import is_compiled, tap
+from pathways.taps import Taps, is_compiled, tap
 
 
 @contextmanager
@@ -102,6 +102,17 @@ def probe_features(model: nn.Module, names: Sequence[str], example_input: Any) -
     with probing(model), tap(model, names) as taps:
         Call.of(example_input).run(model.eval())
         return {name: taps[name].detach() for name in taps}
+
+
+def readable(model: nn.Module, names: Sequence[str], example_input: Any) -> set[str]:
+    """Which of the taps can be read, found by one forward pass that leaves no trace."""
+    with probing(model):
+        taps = Taps(model, names, strict=False)
+        try:
+            Call.of(example_input).run(model.eval())
+        finally:
+            taps.remove()
+        return taps.read
 
 
 def probe_shapes(model: nn.Module, names: Sequence[str], example_input: Any) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -185,11 +185,12 @@ class Taps(Mapping[str, Tensor]):
     """The tapped tensors of the model's last forward pass, filled by hooks until `remove` is called.
 
     The model goes on with a copy of each, and of every tensor in the same container, so that what it writes in place
-    later does not reach the tap.
+    later does not reach the tap. ``strict``: raise UserError for a tap that cannot be read; else it has read nothing.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str]):
+    def __init__(self, model: nn.Module, names: Sequence[str], strict: bool = True):
         check_taps(model, names, type(model).__name__)
+        self._strict = strict
         self._names = list(dict.fromkeys(names))
         self._values: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -201,14 +202,16 @@ class Taps(Mapping[str, Tensor]):
 
     def _watch_output(self, name: str, tap: TapName, module: nn.Module) -> None:
         def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
-            self._values[name] = read_output(name, tap, output)
+            with self._refusing():
+                self._values[name] = read_output(name, tap, output)
             return copied(output)
 
         self._handles.append(module.register_forward_hook(hook))
 
     def _watch_input(self, name: str, tap: TapName, module: nn.Module) -> None:
         def hook(m: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            self._values[name] = read_input(name, tap, m, args, kwargs)
+            with self._refusing():
+                self._values[name] = read_input(name, tap, m, args, kwargs)
             return copied((args, kwargs))
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -225,12 +228,21 @@ class Taps(Mapping[str, Tensor]):
             watch.__exit__(None, None, None)
             if output is None:  # the module's forward raised; the error is on its way to the caller
                 return
-            if watch.before is None or watch.after is not read_output(name, tap, output):
-                raise UserError(f"tap '{name}': '{tap.module}' does not end in a ReLU; tap its output instead")
-            self._values[name] = watch.before
+            with self._refusing():
+                if watch.before is None or watch.after is not read_output(name, tap, output):
+                    raise UserError(f"tap '{name}': '{tap.module}' does not end in a ReLU; tap its output instead")
+                self._values[name] = watch.before
 
         self._handles.append(module.register_forward_pre_hook(enter))
         self._handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def _refusing(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._strict else suppress(UserError)
+
+    @property
+    def read(self) -> set[str]:
+        """The taps that have read something."""
+        return set(self._values)
 
     def remove(self) -> None:
         """Take the hooks off the model. The tensors read last stay here."""

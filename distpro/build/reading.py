@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distpro.config.schema import ModelConfig
 from distpro.models import stage_taps
 from pathways.call import Call
-from pathways.probing import probe_shapes, untouched
+from pathways.probing import probe_shapes, readable, untouched
 from pathways.registry import UserError
 from pathways.stages import find_stages
 from pathways.taps import LOGITS, check_taps, parse_tap, response_of
@@ -144,17 +144,8 @@ def before_relu(model: nn.Module, taps: Sequence[str], call: Call) -> list[str]:
         _named(module, "pre_relu", key) if point == "output" else tap
         for tap, (module, point, key) in zip(taps, places, strict=True)
     ]
-    if not wanted or _can_be_read(model, wanted, call):
-        return wanted
-    return [before if _can_be_read(model, [before], call) else tap for tap, before in zip(taps, wanted, strict=True)]
-
-
-def _can_be_read(model: nn.Module, taps: Sequence[str], call: Call) -> bool:
-    try:
-        probe_shapes(model, taps, call)
-    except UserError:
-        return False
-    return True
+    found = readable(model, wanted, call) if wanted else set()
+    return [before if before in found else tap for tap, before in zip(taps, wanted, strict=True)]
 
 
 def norms_before(model: nn.Module, taps: Sequence[str], call: Call) -> list[nn.BatchNorm2d | None]:
