@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -131,7 +132,8 @@ def timm_outputs(rank):
 
 @pytest.fixture(scope="module")
 def found():
-    return in_two(together, outputs, refusals)
+    of_timm = [timm_outputs] if importlib.util.find_spec("timm") else []
+    return in_two(together, outputs, refusals, twice_in_part, *of_timm)
 
 
 @pytest.mark.slow
@@ -172,10 +174,10 @@ def test_what_cannot_be_synchronised_is_refused_by_name(found):
 
 
 @pytest.mark.slow
-def test_timm():
+def test_timm(found):
     """Its norm with an activation is synchronised, the activation stays."""
     pytest.importorskip("timm")
-    output = torch.cat(in_two(timm_outputs)["timm_outputs"])
+    output = torch.cat(found["timm_outputs"])
     layer, x = timm_layer()
     torch.testing.assert_close(output, layer(x).detach(), rtol=1e-9, atol=1e-11)
     assert output.min() == 0
@@ -225,8 +227,8 @@ TWICE = [
 
 
 @pytest.mark.slow
-def test_a_second_backward_pass():
-    found = in_two(twice_in_part)["twice_in_part"]
+def test_a_second_backward_pass(found):
+    found = found["twice_in_part"]
     for n, (kind, shape, options) in enumerate(TWICE):
         layer, x, weights, _ = case(kind, shape, **options)
         of_inputs, *of_parameters = twice(layer, x, weights)
