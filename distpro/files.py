@@ -81,11 +81,16 @@ def _keep(path: Path, kept: Path) -> None:
     temporary.unlink(missing_ok=True)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file is called as the temporary ones of writers are, and as the locks that Optuna is about to remove."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}|.+\.lock[0-9a-f-]{36}\.rename", name) is not None
+
+
 def remove_leftovers(folder: Path, age: float = 0.0) -> None:
     """Remove the temporary files of writers that were killed. ``age``: seconds that they have at least, of a folder that others
     may be writing to."""
-    for path in folder.rglob(".*"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) and path.is_file():
+    for path in (*folder.rglob(".*"), *folder.rglob("*.rename")):
+        if is_leftover(path.name) and path.is_file():
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 if not age or time.time() - path.stat().st_mtime > age:
                     path.unlink()

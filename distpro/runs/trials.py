@@ -89,6 +89,8 @@ class Trials:
         folder = None if self.folder is None else self.folder / re.sub(r"[^\w.+-]+", "_", name)
         done = None if folder is None or not (folder / "result.json").is_file() else folder / "result.json"
         if distributed.any_of(done is not None):
+            if folder is not None and distributed.is_main():
+                _remove_checkpoints(folder)  # it may have been killed before it could
             found: dict[str, float] = distributed.gather(
                 None if done is None else json.loads(done.read_text(encoding="utf-8"))
             )[0]
@@ -127,9 +129,13 @@ class Trials:
         metrics = {k: v for k, v in metrics.items() if not k.startswith("best_")}
         if folder is not None and distributed.is_main():
             write_atomically(json.dumps(metrics, indent=1) + "\n", folder / "result.json")
-            for name in (CHECKPOINT, PREVIOUS):
-                (folder / name).unlink(missing_ok=True)
+            _remove_checkpoints(folder)
         return metrics
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for name in (CHECKPOINT, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def judged(metrics: Mapping[str, float], task: Task, by: str = "loss") -> float:

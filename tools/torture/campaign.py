@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import random
-import re
 import signal
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from distpro.cli import main
-from distpro.files import load_safely
+from distpro.files import is_leftover, load_safely
 from distpro.train.tracking import read_metrics
 
 LIMIT = 120.0  # seconds of a child, after which it counts as hung
@@ -169,7 +168,7 @@ def _names(folder: Path) -> set[str]:
     timed = ("events.out", "environment.json", "log.txt", ".previous.pt", "trials.journal", ".png", "leaderboard.md")
     kept = {name for name in kept if not any(word in name for word in timed)}
     if (folder / "trials.journal").exists():  # several processes may write there: temporary files stay for an hour
-        kept = {name for name in kept if not re.fullmatch(r"\..+\.[0-9a-f]{8}", name.rsplit("/", 1)[-1])}
+        kept = {name for name in kept if not is_leftover(name.rsplit("/", 1)[-1])}
     return kept | ({"tensorboard"} if list(folder.glob("events.out*")) else set())
 
 
