@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torchvision.ops import roi_align
 
 from distpro.batch import Batch
 from distpro.losses import build_loss
@@ -288,6 +290,17 @@ def objective_of(name, taps):
     return Objective(teacher, student, terms, example_input=task.call(batch, False), task=task), batch
 
 
+def passes_tangents_on():
+    """Whether tangents of maps get through torchvision's roi_align at all: not in 0.23."""
+    with forward_ad.dual_level():
+        maps = forward_ad.make_dual(torch.rand(1, 1, 4, 4), torch.ones(1, 1, 4, 4))
+        try:
+            roi_align(maps, [box(0, 0, 3, 3)], 2)
+        except RuntimeError:
+            return False
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "taps", "forward", "second"),
@@ -306,6 +319,8 @@ def objective_of(name, taps):
 )
 def test_what_a_detector_s_operators_allow(name, taps, forward, second):
     """Behind a pyramid's maps roi_align has no say in their tangents; it has in the second derivatives of the loss."""
+    if name == "fasterrcnn" and not passes_tangents_on():
+        forward = "jvp is not implemented"
     objective, batch = objective_of(name, taps)
     answer = obstacle(objective, batch)
     assert forward in answer and bool(forward) == bool(answer)
@@ -316,6 +331,8 @@ def test_what_a_detector_s_operators_allow(name, taps, forward, second):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fcos", "fasterrcnn"])
 def test_forward_mode_and_finite_differences_agree(name):
+    if name == "fasterrcnn" and not passes_tangents_on():
+        pytest.skip("no forward-mode pass leads through this torchvision's roi_align")
     found = []
     for estimator, params in (("forward_mode", {}), ("finite_difference", {"epsilon": 1e-7})):
         objective, batch = objective_of(name, ["backbone[0]", "backbone[1]", "backbone[2]"])
