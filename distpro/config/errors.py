@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distpro.config.schema import Config
-from distpro.config.section import Section
+from distpro.config.section import Section, is_section
 from distpro.console import shortened
 from pathways.registry import nearest
 
@@ -68,7 +68,7 @@ def _elsewhere(name: str) -> str:
 def _values_of(section: type[Section], above: str = "") -> Iterator[str]:
     """The dotted keys of a section and of those in it, but for lists."""
     for name, field in section.model_fields.items():
-        inner = [a for a in _arguments(field.annotation) if isinstance(a, type) and issubclass(a, Section)]
+        inner = [a for a in _arguments(field.annotation) if is_section(a)]
         if not inner:
             yield above + name
         elif not any(getattr(a, "__origin__", a) in (list, dict) for a in _arguments(field.annotation)):

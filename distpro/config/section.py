@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
@@ -28,7 +28,7 @@ class Section(BaseModel):
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        if any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds):
+        if any(map(is_section, kinds)):
             return value  # looks at its own
         for path, leaf in _leaves(value):
             if isinstance(leaf, float) and not math.isfinite(leaf):
@@ -37,6 +37,11 @@ class Section(BaseModel):
             if isinstance(leaf, bool) and named and {int, float} & kinds and bool not in kinds:
                 raise ValueError(f"{path}expected a number, found {leaf} (YAML's yes, no, on, off are truth values)")
         return value
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a type is a section. To Python 3.10 ``list[int]`` is a type too, but no class."""
+    return isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, Section)
 
 
 def _kinds(annotation: Any) -> set[Any]:
