@@ -29,7 +29,7 @@ import distpro  # noqa: E402
 import pathways  # noqa: E402
 from distpro.cli import build_parser  # noqa: E402
 from distpro.config.schema import Config  # noqa: E402
-from distpro.config.section import Section  # noqa: E402
+from distpro.config.section import Section, is_section  # noqa: E402
 from pathways import Registry  # noqa: E402
 from pathways.space import Spec  # noqa: E402
 
@@ -82,7 +82,7 @@ def sections_of(kind: type[Section]) -> dict[type[Section], list[str]]:
 
 def inner_sections(annotation: Any) -> Iterator[type[Section]]:
     """Sections within an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if is_section(annotation):
         yield annotation
     for argument in get_args(annotation):
         yield from inner_sections(argument)
@@ -95,7 +95,7 @@ def type_of(annotation: Any) -> str:
         return f"name, or {{name: parameters}}{null}"
     if isinstance(annotation, type) and not get_args(annotation):
         names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "NoneType": "null"}
-        return names.get(annotation.__name__, "section" if issubclass(annotation, Section) else "any")
+        return names.get(annotation.__name__, "section" if is_section(annotation) else "any")
     inner = get_args(annotation)
     origin = str(getattr(annotation, "__origin__", ""))
     if "Literal" in origin:
