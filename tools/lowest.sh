@@ -14,7 +14,10 @@ bounds = re.findall(r'^    "([\w.-]+)>=([\w.]+)"|\["([\w.-]+)>=([\w.]+)"|, "([\w
 for name, version in sorted({pair for found in bounds for pair in zip(found[::2], found[1::2]) if pair[0]}):
     print(f"{name}=={version}")  # torch==2.8 is 2.8.0
 END
-    python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[demo,dev]'
+    # One after the other: all bounds at once keep pip's resolver busy for longer than anybody waits.
+    grep '^torch==' .venv-lowest/lowest.txt >.venv-lowest/torch.txt
+    python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/torch.txt -e '.[demo,dev]'
+    python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/lowest.txt # it may warn of other packages' wishes
 else
     source .venv-lowest/bin/activate
 fi
