@@ -9,7 +9,7 @@ input's proportions are asked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +75,13 @@ def channels_first(x: Tensor, last: bool) -> Tensor:
 @dataclass(eq=False)
 class Seen:
     """A tensor that a module gave (or that a tap reads), without the samples' axis, and what the modules that gave or
-    took it say of it. ``same``, of the first tokens of a shape: which of them, (L,), are the same in all samples, or None
-    where that says nothing. ``layout`` is None for what is no feature, or not clear."""
+    took it say of it. ``layout`` is None for what is no feature, or not clear."""
 
     name: str
     module: nn.Module
     path: str
     shape: Shape
     says: set[str]
-    same: Tensor | None = None
     layout: Layout | None = None
 
 
@@ -96,7 +94,7 @@ class Record:
         self.outputs: list[Seen] = []
         self.taps: dict[str, Seen] = {}
         self._said: Any = WeakIdKeyDictionary()  # tensor → what modules say of it
-        self._tokens: set[Shape] = set()  # the shapes of tokens that were seen
+        self._same: dict[Shape, Tensor | None] = {}  # of the first tokens of a shape, see `_same`
         self._samples = _samples(call)
         modules = dict(model.named_modules())
         places = [(name, locate(name, modules)) for name in names]
@@ -113,7 +111,7 @@ class Record:
                 handle.remove()
         self.outputs = _of_one_shape(self.outputs)
         sizes = {tuple(t.shape[-2:]) for t in call.tensors() if t.dim() >= 3}
-        _lay_out([*self.outputs, *self.taps.values()], sizes)
+        _lay_out([*self.outputs, *self.taps.values()], sizes, self._same)
 
     def _enter(self, path: str, taps: Iterable[tuple[str, TapName]]) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -145,9 +143,9 @@ class Record:
 
     def _note(self, name: str, path: str, module: nn.Module, tensor: Tensor) -> Seen:
         shape = tuple(tensor.shape[1:])
-        first = len(shape) == 2 and shape not in self._tokens
-        self._tokens.add(shape)
-        return Seen(name, module, path, shape, self._said.setdefault(tensor, set()), _same(tensor) if first else None)
+        if len(shape) == 2 and shape not in self._same:
+            self._same[shape] = _same(tensor)
+        return Seen(name, module, path, shape, self._said.setdefault(tensor, set()))
 
     def _told(self, module: nn.Module, tensor: Tensor) -> None:
         """Let a module say how a tensor that it has given or taken is laid out."""
@@ -173,7 +171,8 @@ def _samples(call: Call) -> int:
 
 
 def _same(tokens: Tensor) -> Tensor | None:
-    """Which tokens (N, L, D) are the same in all samples: those that no image has gone into yet."""
+    """Which tokens (N, L, D) are the same in all samples, (L,): those that no image has gone into yet. None where that says
+    nothing, as of one sample."""
     same = (tokens == tokens[:1]).all(-1).all(0)
     return None if same.all() or not same.any() else same
 
@@ -207,7 +206,7 @@ def _keeps(module: nn.Module) -> bool:
     return kind.__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout") or kind is nn.Identity
 
 
-def _lay_out(seen: Sequence[Seen], inputs: set[Shape]) -> None:
+def _lay_out(seen: Sequence[Seen], inputs: set[Shape], same: Mapping[Shape, Tensor | None]) -> None:
     """Say of each tensor what it is, as far as that is clear."""
     maps = [s for s in seen if len(s.shape) == 3]
     where: dict[int, str] = {id(s): next(iter(s.says)) for s in maps if len(s.says) == 1}
@@ -234,10 +233,10 @@ def _lay_out(seen: Sequence[Seen], inputs: set[Shape]) -> None:
             s.layout = Layout(s.shape)
         elif place == LAST and (not inputs or _fits(s.shape[:2], inputs)):  # else the vectors of each head
             s.layout = Layout((s.shape[2], *s.shape[:2]), channels_last=True)
-    _lay_out_tokens(seen)
+    _lay_out_tokens(seen, same)
 
 
-def _lay_out_tokens(seen: Sequence[Seen]) -> None:
+def _lay_out_tokens(seen: Sequence[Seen], same: Mapping[Shape, Tensor | None]) -> None:
     """Tokens (L, D) stand for the grid of a map with D channels that they were made of.
 
     Tokens that are as many as its positions are those. With more of them, the others are in front; the map was then
@@ -245,7 +244,6 @@ def _lay_out_tokens(seen: Sequence[Seen]) -> None:
     show that the others are elsewhere (detection tokens, behind the grid), nothing is said of a grid."""
     sizes: dict[int, set[tuple[int, int]]] = {}  # of the maps seen so far, by their channels
     embedded: dict[Shape, set[tuple[int, int]]] = {}
-    same: dict[Shape, Tensor] = {s.shape: s.same for s in seen if s.same is not None}
     for s in seen:
         if len(s.shape) == 3 and s.layout is not None:
             sizes.setdefault(s.layout.shape[0], set()).add(s.layout.shape[1:])  # type: ignore[arg-type]
@@ -256,7 +254,8 @@ def _lay_out_tokens(seen: Sequence[Seen]) -> None:
             fewer = [size for size in before if size[0] * size[1] < length]
             grid = next(iter(exact), None) or max(fewer, key=lambda size: size[0] * size[1], default=None)
             prefix = length - grid[0] * grid[1] if grid else 0
-            if prefix and s.shape in same and same[s.shape][prefix:].any() and not same[s.shape][:prefix].all():
+            alike = same.get(s.shape)
+            if prefix and alike is not None and alike[prefix:].any() and not alike[:prefix].all():
                 grid, prefix = None, 0
             s.layout = Layout(s.shape, grid=grid, prefix=prefix)
         elif len(s.shape) == 1:

@@ -3,7 +3,7 @@
 #   bash tools/lowest.sh [PYTEST ARGUMENTS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ ! -x .venv-lowest/bin/python ]; then
+if [ ! -f .venv-lowest/ready ]; then
     "${PYTHON:-python3.10}" -m venv .venv-lowest
     source .venv-lowest/bin/activate
     python - >.venv-lowest/lowest.txt <<'END'
@@ -18,6 +18,7 @@ END
     grep '^torch==' .venv-lowest/lowest.txt >.venv-lowest/torch.txt
     python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/torch.txt -e '.[demo,dev]'
     python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/lowest.txt # it may warn of other packages' wishes
+    touch .venv-lowest/ready
 else
     source .venv-lowest/bin/activate
 fi

@@ -182,7 +182,7 @@ def _teacher(objective: Objective) -> Callable[[Batch], Tensor | None]:
     def answer(batch: Batch) -> Tensor | None:
         assert objective.teacher is not None
         model = objective.teacher.model
-        with torch.no_grad(), objective.autocast():
+        with objective.autocast():
             return _response(objective, ask(objective.task, model.eval(), batch))
 
     return answer
