@@ -36,7 +36,8 @@ def own_state_kept(*models: nn.Module) -> Iterator[None]:
     Attributes are what they were, and so is what they lead to: the content of tensors and NumPy arrays, which is put back in
     place; of lists, dicts, sets, deques, and objects of anybody's own classes; the state of random generators. Iterators of
     Python, such as `itertools.count`, are replaced by copies from before. Parameters that are not trained are put back where
-    a module of somebody's own class has them, which may update them by itself.
+    a module of somebody's own class has them, or where such a module is in a model that is trained otherwise: its forward
+    pass may update them through `.data`, as a momentum encoder's.
 
     Left alone: other modules and parameters, data sets and loaders, objects of libraries, and what cannot be copied.
     """
@@ -52,20 +53,14 @@ class _OwnState:
         self._back: list[Callable[[], Any]] = []
         # By id: the object, which holds the id, and what takes its place. Buffers are kept elsewhere.
         self._seen: dict[int, tuple[Any, Any]] = {id(b): (b, b) for model in models for b in model.buffers()}
-        known: dict[type, bool] = {}  # of the classes that have frozen parameters
         for module in dict.fromkeys(m for model in models for m in model.modules()):
             if isinstance(module, LazyModuleMixin):  # its first pass makes it another module
                 continue
             now = vars(module)
             values = {name: self._keep(now[name], DEPTH) for name in now.keys() - _MADE_WITH_MODULES}
             self._back.append(partial(_put_attributes_back, module, values, _MADE_WITH_MODULES))
-            frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad]
-            if frozen:
-                kind = type(module)
-                if kind not in known:
-                    known[kind] = known_class(kind)
-                for p in () if known[kind] else frozen:
-                    self._keep_tensor(p)
+        for p in dict.fromkeys(p for model in models for p in _that_passes_may_write(model)):
+            self._keep_tensor(p)
 
     def put_back(self) -> None:
         for back in self._back:
@@ -122,6 +117,19 @@ class _OwnState:
             self._back.append(partial(_put_data_back, tensor, data, data.clone()))
         except (RuntimeError, NotImplementedError):  # a kind of tensor that has no copy
             pass
+
+
+def _that_passes_may_write(model: nn.Module) -> list[nn.Parameter]:
+    """Frozen parameters that code of no trusted package can reach: in a model that is frozen as a whole, such as a teacher,
+    only its own modules', for a second copy of a large model is dear."""
+    parameters = list(model.parameters())
+    frozen = [p for p in parameters if not p.requires_grad]
+    known = {kind: known_class(kind) for kind in {type(m) for m in model.modules()}} if frozen else {}
+    if all(known.values()):
+        return []
+    if len(frozen) < len(parameters):
+        return frozen
+    return [p for m in model.modules() if not known[type(m)] for p in m.parameters(recurse=False)]
 
 
 def _copied(iterator: Any) -> Any:

@@ -59,6 +59,12 @@ def through_data(parameter, y):
     return parameter
 
 
+def momentum(encoder, y):
+    for parameter in encoder.parameters():
+        through_data(parameter, y)
+    return encoder(y)
+
+
 def of_object(owner, y):
     owner.passes += 1
     return in_place(owner.mean, y) * owner.passes
@@ -78,6 +84,7 @@ KINDS = {  # what the model holds, and what a pass adds to its output, having ch
         lambda: nn.Parameter(torch.zeros(3), requires_grad=False),
         lambda m, y: through_data(m.held, y),
     ),
+    "momentum encoder": (lambda: nn.Linear(3, 3).requires_grad_(False), lambda m, y: momentum(m.held, y)),
     "generator": (lambda: torch.Generator().manual_seed(0), lambda m, y: torch.rand(3, generator=m.held)),
     "Random": (lambda: random.Random(0), lambda m, y: m.held.random()),
     "NumPy generator": (lambda: np.random.default_rng(0), lambda m, y: float(m.held.random())),
