@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torchvision
+from torchvision.models import swin_transformer
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.resnet import Bottleneck
 
 
 class Stages(NamedTuple):
@@ -66,6 +68,10 @@ class Architecture(NamedTuple):
             pytest.importorskip(self.library)
             params = dict(self.params)
             return pydoc.locate(params.pop("class"))(**params, num_classes=5)
+        if "classifier" in self.params:  # of a few layers of thousands of features each
+            model = torchvision.models.get_model(self.name, weights=None)
+            model.classifier = torch.nn.Linear(self.params["classifier"], 5)
+            return model
         if self.library == "timm":
             return pytest.importorskip("timm").create_model(self.name, num_classes=5, **self.params)
         if self.name == "vit":
@@ -194,25 +200,59 @@ _FOUR = {"depth": 4, "embed_dim": 48, "num_heads": 3}
 _LEVELS = {"depths": (1, 1, 2, 1)}
 _CN_BLOCKS = [CNBlockConfig(*widths) for widths in ((24, 48, 1), (48, 96, 1), (96, 192, 2), (192, None, 1))]
 SMALLER = {
+    "torchvision-alexnet": {"classifier": 256 * 6 * 6},
     "torchvision-convnext_tiny": {"class": "torchvision.models.ConvNeXt", "block_setting": _CN_BLOCKS},
     "torchvision-densenet121": {
         "class": "torchvision.models.DenseNet", "growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16,
+    },
+    "torchvision-resnet50": {"class": "torchvision.models.ResNet", "block": Bottleneck, "layers": [1, 1, 1, 1]},
+    "torchvision-resnext50_32x4d": {
+        "class": "torchvision.models.ResNet", "block": Bottleneck, "layers": [1, 1, 1, 1], "groups": 32, "width_per_group": 4,
     },
     "torchvision-swin_t": {
         "class": "torchvision.models.SwinTransformer", "patch_size": [4, 4], "embed_dim": 24, "depths": [1, 1, 2, 1],
         "num_heads": [1, 2, 4, 8], "window_size": [7, 7],
     },
+    "torchvision-swin_v2_t": {
+        "class": "torchvision.models.SwinTransformer", "patch_size": [4, 4], "embed_dim": 24, "depths": [1, 1, 2, 1],
+        "num_heads": [1, 2, 4, 8], "window_size": [8, 8], "block": swin_transformer.SwinTransformerBlockV2,
+        "downsample_layer": swin_transformer.PatchMergingV2,
+    },
+    "torchvision-vgg11": {"classifier": 512 * 7 * 7},
+    "timm-cait_xxs24_224": {"depth": 4, "embed_dim": 48, "num_heads": 4},
+    "timm-convmixer_768_32": {
+        "class": "timm.models.convmixer.ConvMixer", "dim": 64, "depth": 4, "kernel_size": 7, "patch_size": 7,
+    },
     "timm-convnext_atto": {**_LEVELS, "dims": (16, 32, 48, 64)},
+    "timm-convnextv2_atto": {**_LEVELS, "dims": (16, 32, 48, 64)},
+    "timm-davit_tiny": {
+        **_LEVELS, "embed_dims": (24, 48, 96, 192), "num_heads": (1, 2, 4, 8), "num_groups": (1, 2, 4, 8),
+    },
     "timm-deit_tiny_distilled_patch16_224": _FOUR,
+    "timm-densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16},
+    "timm-dla34": {"channels": [8, 16, 16, 32, 64, 128]},
     "timm-edgenext_xx_small": {"depths": (1, 2, 2, 2)},
+    "timm-efficientvit_b0": {"depths": (1, 1, 1, 1), "head_widths": (64, 64)},
+    "timm-eva02_tiny_patch14_224": _FOUR,
+    "timm-focalnet_tiny_srf": {**_LEVELS, "embed_dim": 24},
     "timm-mambaout_femto": {**_LEVELS, "dims": (16, 32, 64, 96)},
     "timm-mixer_s32_224": {
         "class": "timm.models.mlp_mixer.MlpMixer", "patch_size": 32, "num_blocks": 4, "embed_dim": 64,
     },
+    "timm-pit_ti_224": {"base_dims": [16, 16, 16], "heads": [2, 4, 8], "depth": [1, 2, 1]},
     "timm-poolformer_s12": {"size": 32},
     "timm-pvt_v2_b0": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 80, 128)},
+    "timm-repvit_m0_9": {"depth": (1, 1, 2, 1), "embed_dim": (16, 32, 64, 128)},
+    "timm-res2net50_14w_8s": {"layers": [1, 1, 1, 1]},
+    "timm-resmlp_12_224": {"num_blocks": 4, "embed_dim": 64},
+    "timm-resnetv2_50": {"layers": (1, 1, 1, 1)},
+    "timm-sequencer2d_s": {"layers": (1, 1, 2, 1), "embed_dims": (48, 96, 96, 96), "hidden_sizes": (12, 24, 24, 24)},
+    "timm-starnet_s1": {"base_dim": 8, "depths": [1, 1, 2, 1]},
     "timm-swin_tiny_patch4_window7_224": {**_LEVELS, "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
+    "timm-swinv2_cr_tiny_224": {**_LEVELS, "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
     "timm-twins_svt_small": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)},
     "timm-vit_small_patch16_dinov3": _FOUR,
+    "timm-vit_tiny_patch16_224": _FOUR,
+    "timm-xcit_nano_12_p16_224": {"depth": 4, "embed_dim": 48, "num_heads": 4},
 }  # fmt: skip
 """The same architectures with fewer and narrower layers: what the derivatives of a layer are does not depend on its width."""

@@ -105,7 +105,8 @@ class Classifies(nn.Module):
         self.model, self.key = model, key
 
     def forward(self, x):
-        return response_of(self.model(x) if self.key is None else self.model(**{self.key: x}))
+        response = response_of(self.model(x) if self.key is None else self.model(**{self.key: x}))
+        return response.flatten(2).mean(2) if response.dim() > 2 else response
 
 
 def pair_of(architecture):
