@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torchvision
-from torchvision.models import swin_transformer
 from torchvision.models.convnext import CNBlockConfig
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.efficientnet import _efficientnet_conf
 
 
 class Stages(NamedTuple):
@@ -66,8 +65,8 @@ class Architecture(NamedTuple):
             return getattr(transformers, f"{self.name}For{kind}")(config)
         if "class" in self.params:
             pytest.importorskip(self.library)
-            params = dict(self.params)
-            return pydoc.locate(params.pop("class"))(**params, num_classes=5)
+            params = {k: pydoc.locate(v) if isinstance(v, str) else v for k, v in self.params.items()}
+            return params.pop("class")(**params, num_classes=5)
         if "classifier" in self.params:  # of a few layers of thousands of features each
             model = torchvision.models.get_model(self.name, weights=None)
             model.classifier = torch.nn.Linear(self.params["classifier"], 5)
@@ -199,15 +198,22 @@ ALL = [*TORCHVISION, *TIMM, *TRANSFORMERS]
 _FOUR = {"depth": 4, "embed_dim": 48, "num_heads": 3}
 _LEVELS = {"depths": (1, 1, 2, 1)}
 _CN_BLOCKS = [CNBlockConfig(*widths) for widths in ((24, 48, 1), (48, 96, 1), (96, 192, 2), (192, None, 1))]
+_BOTTLENECK = "torchvision.models.resnet.Bottleneck"
 SMALLER = {
     "torchvision-alexnet": {"classifier": 256 * 6 * 6},
     "torchvision-convnext_tiny": {"class": "torchvision.models.ConvNeXt", "block_setting": _CN_BLOCKS},
     "torchvision-densenet121": {
         "class": "torchvision.models.DenseNet", "growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16,
     },
-    "torchvision-resnet50": {"class": "torchvision.models.ResNet", "block": Bottleneck, "layers": [1, 1, 1, 1]},
+    "torchvision-deeplabv3_mobilenet_v3_large": {"size": 32},
+    "torchvision-efficientnet_b0": {
+        "class": "torchvision.models.EfficientNet", "dropout": 0.2,
+        "inverted_residual_setting": _efficientnet_conf("efficientnet_b0", width_mult=0.25, depth_mult=0.3)[0],
+    },
+    "torchvision-inception_v3": {"size": 75},
+    "torchvision-resnet50": {"class": "torchvision.models.ResNet", "block": _BOTTLENECK, "layers": [1, 1, 1, 1]},
     "torchvision-resnext50_32x4d": {
-        "class": "torchvision.models.ResNet", "block": Bottleneck, "layers": [1, 1, 1, 1], "groups": 32, "width_per_group": 4,
+        "class": "torchvision.models.ResNet", "block": _BOTTLENECK, "layers": [1, 1, 1, 1], "groups": 32, "width_per_group": 4,
     },
     "torchvision-swin_t": {
         "class": "torchvision.models.SwinTransformer", "patch_size": [4, 4], "embed_dim": 24, "depths": [1, 1, 2, 1],
@@ -215,26 +221,32 @@ SMALLER = {
     },
     "torchvision-swin_v2_t": {
         "class": "torchvision.models.SwinTransformer", "patch_size": [4, 4], "embed_dim": 24, "depths": [1, 1, 2, 1],
-        "num_heads": [1, 2, 4, 8], "window_size": [8, 8], "block": swin_transformer.SwinTransformerBlockV2,
-        "downsample_layer": swin_transformer.PatchMergingV2,
+        "num_heads": [1, 2, 4, 8], "window_size": [8, 8], "block": "torchvision.models.swin_transformer.SwinTransformerBlockV2",
+        "downsample_layer": "torchvision.models.swin_transformer.PatchMergingV2",
     },
-    "torchvision-vgg11": {"classifier": 512 * 7 * 7},
+    "torchvision-vgg11": {"classifier": 512 * 7 * 7, "size": 32},
     "timm-cait_xxs24_224": {"depth": 4, "embed_dim": 48, "num_heads": 4},
+    "timm-coat_tiny": {"size": 32, "img_size": 32, "embed_dims": [48, 48, 48, 48], "serial_depths": [2, 1, 1, 1], "parallel_depth": 1},
     "timm-convmixer_768_32": {
         "class": "timm.models.convmixer.ConvMixer", "dim": 64, "depth": 4, "kernel_size": 7, "patch_size": 7,
     },
     "timm-convnext_atto": {**_LEVELS, "dims": (16, 32, 48, 64)},
     "timm-convnextv2_atto": {**_LEVELS, "dims": (16, 32, 48, 64)},
+    "timm-crossvit_tiny_240": {
+        "class": "timm.models.crossvit.CrossVit", "img_size": 48, "size": 48, "patch_size": (12, 16), "depth": ((1, 3, 0),),
+        "embed_dim": (24, 48), "num_heads": (3, 3), "mlp_ratio": (4.0, 4.0, 1.0),
+    },
     "timm-davit_tiny": {
-        **_LEVELS, "embed_dims": (24, 48, 96, 192), "num_heads": (1, 2, 4, 8), "num_groups": (1, 2, 4, 8),
+        **_LEVELS, "embed_dims": (24, 48, 96, 192), "num_heads": (1, 2, 4, 8),
     },
     "timm-deit_tiny_distilled_patch16_224": _FOUR,
-    "timm-densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16},
+    "timm-densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
     "timm-dla34": {"channels": [8, 16, 16, 32, 64, 128]},
     "timm-edgenext_xx_small": {"depths": (1, 2, 2, 2)},
     "timm-efficientvit_b0": {"depths": (1, 1, 1, 1), "head_widths": (64, 64)},
     "timm-eva02_tiny_patch14_224": _FOUR,
-    "timm-focalnet_tiny_srf": {**_LEVELS, "embed_dim": 24},
+    "timm-focalnet_tiny_srf": {"class": "timm.models.focalnet.FocalNet", **_LEVELS, "embed_dim": 24},
+    "timm-hrnet_w18_small": {"size": 32},
     "timm-mambaout_femto": {**_LEVELS, "dims": (16, 32, 64, 96)},
     "timm-mixer_s32_224": {
         "class": "timm.models.mlp_mixer.MlpMixer", "patch_size": 32, "num_blocks": 4, "embed_dim": 64,
@@ -244,15 +256,26 @@ SMALLER = {
     "timm-pvt_v2_b0": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 80, 128)},
     "timm-repvit_m0_9": {"depth": (1, 1, 2, 1), "embed_dim": (16, 32, 64, 128)},
     "timm-res2net50_14w_8s": {"layers": [1, 1, 1, 1]},
-    "timm-resmlp_12_224": {"num_blocks": 4, "embed_dim": 64},
-    "timm-resnetv2_50": {"layers": (1, 1, 1, 1)},
+    "timm-resmlp_12_224": {
+        "class": "timm.models.mlp_mixer.MlpMixer", "num_blocks": 4, "embed_dim": 64,
+        "mlp_ratio": 4, "block_layer": "timm.models.mlp_mixer.ResBlock", "norm_layer": "timm.models.mlp_mixer.Affine",
+    },
+    "timm-resnet18": {"channels": (16, 32, 64, 128), "layers": [1, 1, 1, 1]},
+    "timm-resnetv2_50": {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_chs": 16},
     "timm-sequencer2d_s": {"layers": (1, 1, 2, 1), "embed_dims": (48, 96, 96, 96), "hidden_sizes": (12, 24, 24, 24)},
     "timm-starnet_s1": {"base_dim": 8, "depths": [1, 1, 2, 1]},
     "timm-swin_tiny_patch4_window7_224": {**_LEVELS, "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
     "timm-swinv2_cr_tiny_224": {**_LEVELS, "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
+    "timm-tnt_s_patch16_224": {"depth": 4, "embed_dim": 48, "num_heads_outer": 3},
     "timm-twins_svt_small": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)},
     "timm-vit_small_patch16_dinov3": _FOUR,
     "timm-vit_tiny_patch16_224": _FOUR,
     "timm-xcit_nano_12_p16_224": {"depth": 4, "embed_dim": 48, "num_heads": 4},
 }  # fmt: skip
 """The same architectures with fewer and narrower layers: what the derivatives of a layer are does not depend on its width."""
+NAMED = {  # taps of those without stages
+    "timm-coat_tiny": ["serial_blocks1.0", "serial_blocks1.1"],
+    "timm-crossvit_tiny_240": ["norm.0", "norm.1"],
+    "timm-hrnet_w18_small": ["act1", "act2", "incre_modules.0"],
+    "timm-tnt_s_patch16_224": ["blocks.1.norm2_proj", "blocks.3.norm2_proj"],
+}
