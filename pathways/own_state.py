@@ -48,8 +48,14 @@ def own_state_kept(*models: nn.Module) -> Iterator[None]:
         state.put_back()
 
 
+def keep_own_state(*models: nn.Module) -> Callable[[], None]:
+    """A function that puts back what the modules hold now, as often as it is called, as `own_state_kept` does; of
+    parameters none."""
+    return _OwnState(models, parameters=False).put_back
+
+
 class _OwnState:
-    def __init__(self, models: tuple[nn.Module, ...]):
+    def __init__(self, models: tuple[nn.Module, ...], parameters: bool = True):
         self._back: list[Callable[[], Any]] = []
         # By id: the object, which holds the id, and what takes its place. Buffers are kept elsewhere.
         self._seen: dict[int, tuple[Any, Any]] = {id(b): (b, b) for model in models for b in model.buffers()}
@@ -59,7 +65,7 @@ class _OwnState:
             now = vars(module)
             values = {name: self._keep(now[name], DEPTH) for name in now.keys() - _MADE_WITH_MODULES}
             self._back.append(partial(_put_attributes_back, module, values, _MADE_WITH_MODULES))
-        for p in dict.fromkeys(p for model in models for p in _that_passes_may_write(model)):
+        for p in dict.fromkeys(p for model in models if parameters for p in _that_passes_may_write(model)):
             self._keep_tensor(p)
 
     def put_back(self) -> None:

@@ -239,7 +239,8 @@ def _choose_estimator(
     if several and config.sync_batch_norm:
         why_not = "with sync_batch_norm, forward_mode cannot see through batch statistics of several processes"
     else:
-        why_not = next(filter(None, distributed.gather(obstacle(objective, example))), "")
+        clipped = config.training.clip_norm is not None
+        why_not = next(filter(None, distributed.gather(obstacle(objective, example, clipped))), "")
         why_not = why_not and f"forward_mode cannot be used with this student: {why_not}"
     if not why_not:
         return "forward_mode", params

@@ -121,6 +121,7 @@ class Searcher:
         self.steps_done = 0
         self.validation_steps = 0
         self._current: TrainingStep | None = None
+        self._checked = False  # whether a pass can be done again
         self._known_constants: tuple[list[float], Tensor] = ([], torch.empty(0))
         self._weights = self._constants(0)
         self._weighted: Tensor | list[float] = self._weights
@@ -215,6 +216,9 @@ class Searcher:
         if self._current is None or not self.updates_after(step):
             return False
         validation = [next(self.validation) for _ in range(self.validation_batches)]
+        if not self._checked:
+            self.estimator.check(self._current)
+            self._checked = True
         h = self.estimator(self._current, validation)
         self.validation_steps += len(validation)
         self._current = None

@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from distpro.batch import Batch
 from distpro.features import Reader, TrainingPass
 from distpro.objective import Objective
+from distpro.search.estimators.start import Start
 from distpro.search.estimators.step import StepDerivative
+from distpro.search.estimators.swap import swapped
 from distpro.search.learned import LearnedScalars
 from distpro.tasks import calibrated_loss
 from distpro.train import distributed
-from distpro.train.state import no_trace
-from pathways.registry import Registry
+from distpro.train.state import no_trace, set_random_state
+from pathways.registry import Registry, UserError
 
 ESTIMATORS = Registry("hypergradient estimator")
+REPEATED = 1e-3
+"""Largest difference of the losses of a pass that is done again, of the largest loss, that counts as rounding (of a GPU's
+atomic sums)."""
 
 
 @dataclass
@@ -78,9 +83,35 @@ class Estimator:
         self.derivative = StepDerivative(optimizer, max_norm, objective.clip_groups(clip_by))
         self.validation_loss = torch.zeros(())
         self.calibrated = False
+        self.start: Start | None = None
 
     def before_pass(self) -> None:
         """Before the forward pass of a step that counts."""
+        self.start = Start(self.objective)
+
+    def begin_again(self, step: TrainingStep) -> None:
+        """Let everything besides the parameters be what the step's pass began with."""
+        if self.start is not None:
+            self.start.put_back()
+        set_random_state(step.state)
+
+    def check(self, step: TrainingStep) -> None:
+        """Raise UserError where the step's pass, done again, gives other losses. After ``optimizer.step()``."""
+        if self.start is None or self.objective.backend is not None:
+            return  # CUDA graphs would overwrite what the step has kept
+        weighted = step.scale * step.weights if step.weighted is None else step.weighted
+        with no_trace(self.objective.student, self.objective.terms), torch.enable_grad():
+            self.begin_again(step)
+            with swapped(self.objective, step.theta):
+                again = self.objective.training_pass(step.batch, weighted, teacher=step.done.teacher or None)
+        before, after = (torch.cat([done.task.reshape(1), done.terms]).double() for done in (step.done, again))
+        off = ((after - before).abs().max() / before.abs().max().clamp(min=1e-30)).item()
+        if distributed.any_of(off > REPEATED):
+            raise UserError(
+                f"search: a training pass that is done again gives other losses (they differ by {off:.1e} of the largest), and the "
+                "search would follow another training: the student or a loss writes to its input, or keeps something that cannot "
+                "be put back (a frozen parameter that it updates, a file, a library's object)"
+            )
 
     def before_step(self, step: TrainingStep) -> None:
         """After the backward pass of a step that counts, before clipping and ``optimizer.step()``."""

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distpro.batch import Batch
 from distpro.objective import Objective, entries_of
 from distpro.search.estimators.formulas import Formulas
-from distpro.search.estimators.forward_mode import StudentFeatures
+from distpro.search.estimators.forward_mode import StudentFeatures, shares_parameters
 from distpro.search.estimators.tangents import NoRule, forward_mode
 from distpro.train.state import no_trace, random_state, set_random_state
 from pathways.call import Call
@@ -22,8 +22,9 @@ AGREEMENT = 0.005
 torchvision's models; TF32 has ten bits. A part of the model that has no tangent is far above it."""
 
 
-def obstacle(objective: Objective, batch: Batch) -> str:
-    """Why the search cannot use forward mode, in words; "" where it can. Leaves no trace in the student.
+def obstacle(objective: Objective, batch: Batch, clipped: bool = False) -> str:
+    """Why the search cannot use forward mode, in words; "" where it can. Leaves no trace in the student. ``clipped``: whether
+    gradients are.
 
     An operator without a rule says so or, where it is not PyTorch's own (torchvision's, custom ones), loses its tangent
     without a word. So for every tensor f that a term may read, g its gradient of ⟨c, f⟩ for a random c, scaled to ‖g‖ = 1, the
@@ -33,6 +34,8 @@ def obstacle(objective: Objective, batch: Batch) -> str:
     for term in objective.terms:
         if len(entries_of(term)) > 1:
             return f"term '{term.key}' has several weights"
+    if shared := shares_parameters(objective, clipped):
+        return shared
     student, call = StudentFeatures(objective), Call((batch,))
     with no_trace(student), sdpa_kernel(SDPBackend.MATH):
         state = random_state(student)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distpro.batch import Batch
 from distpro.objective import Objective
 from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
-from distpro.train.state import no_trace, set_random_state
+from distpro.train.state import no_trace
 from pathways.registry import UserError
 
 
@@ -54,9 +54,12 @@ class FiniteDifference(Estimator):
     def _losses(self, step: TrainingStep, shift: dict[nn.Parameter, Tensor]) -> Tensor:
         _assign({p: value + shift[p] if p in shift else value for p, value in step.theta.items()})
         with no_trace(self.objective.student, self.objective.terms):
-            set_random_state(step.state)
+            self.begin_again(step)
             _, features = self.objective.run_student(step.batch, autocast=False)
-            wide = next(self.objective.student.parameters()).dtype  # under autocast the teacher's are half precision
+            floating = [p.dtype for p in self.objective.student.parameters() if p.is_floating_point()]
+            wide = max(
+                floating, key=lambda dtype: torch.finfo(dtype).bits
+            )  # under autocast the teacher's are half precision
             teacher = {n: f.to(wide) if f.is_floating_point() else f for n, f in step.done.teacher.items()}
             active = (step.weights != 0).tolist()
             losses = self.objective.term_losses(features, teacher, step.batch, active, autocast=False)

@@ -12,9 +12,8 @@ from distpro.features import Reader
 from distpro.objective import Objective, entries_of
 from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.tangents import forward_mode
-from distpro.train.state import random_state, set_random_state
+from distpro.train.state import no_trace
 from pathways.call import Call
-from pathways.own_state import own_state_kept
 from pathways.registry import UserError
 
 
@@ -26,7 +25,8 @@ class ForwardMode(Estimator):
     student alone along u gives the tangents ḟ and with them every h_p. Parameters of a term's own (transforms) come in
     only where clipping gives u a part along them; their gradient is theirs alone and known too.
 
-    A term of weight zero has no signal: its h_p is 0.
+    A term of weight zero has no signal: its h_p is 0. Raises UserError where a term's parameters are the student's too or, with
+    clipping, another term's.
 
     Args:
         precision: ``float32`` or ``bfloat16`` for the forward-mode pass; None is the training's own precision. In
@@ -49,6 +49,8 @@ class ForwardMode(Estimator):
         if precision not in allowed:
             raise UserError(f"forward_mode: precision is '{precision}' (allowed: float32, bfloat16)")
         self.precision = allowed[precision]
+        if shared := shares_parameters(objective, max_norm is not None):
+            raise UserError(f"forward_mode: {shared}; use finite_difference")
 
     def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
         u = self.direction(step, validation)
@@ -68,9 +70,8 @@ class ForwardMode(Estimator):
     def feature_tangents(self, step: TrainingStep, u: dict[nn.Parameter, Tensor]) -> dict[str, Tensor]:
         """ḟ of the student's taps and output along u at θ_t: one forward-mode pass on the training batch."""
         student = StudentFeatures(self.objective)
-        now = random_state(student)
-        with own_state_kept(student):  # forward_mode itself gives copies of the buffers to the pass
-            set_random_state(step.state)
+        with no_trace(student, self.objective.terms):
+            self.begin_again(step)
             tangents = forward_mode(
                 student,
                 {name: step.theta.get(p, p) for name, p in student.named_parameters()},
@@ -78,8 +79,19 @@ class ForwardMode(Estimator):
                 Call((step.batch,)),
                 self.precision,
             )
-        set_random_state(now)
         return {name: tangent.to(step.weights.dtype) for name, tangent in tangents.items()}
+
+
+def shares_parameters(objective: Objective, clipped: bool) -> str:
+    """Which term has trained parameters of the student, which no tap shows, or, where gradients are clipped, of another term,
+    whose gradients are then not its own, in words; "" where none has."""
+    owners: dict[nn.Parameter, str] = dict.fromkeys(objective.student.parameters(), "the student")
+    for term in objective.terms:
+        own = {p for p in term.parameters() if p.requires_grad}
+        if owner := next((owners[p] for p in own if p in owners), None):
+            return f"term '{term.key}' shares parameters with {owner}"
+        owners |= dict.fromkeys(own, f"term '{term.key}'") if clipped else {}
+    return ""
 
 
 class StudentFeatures(nn.Module):

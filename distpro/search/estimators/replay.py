@@ -16,6 +16,7 @@ from distpro.batch import Batch
 from distpro.objective import Objective
 from distpro.search.estimators.base import TrainingStep
 from distpro.search.estimators.differentiable import State
+from distpro.search.estimators.start import Start
 from distpro.train import distributed
 from distpro.train.state import set_random_state
 from pathways.call import tensors_in
@@ -24,11 +25,11 @@ from pathways.registry import UserError
 
 @dataclass
 class Snapshot:
-    """What a training step starts from: parameters, the optimiser's state of each, and buffers."""
+    """What a training step starts from: parameters, the optimiser's state of each, and what a pass begins with besides."""
 
     theta: list[Tensor]
     states: list[State]
-    buffers: list[Tensor]
+    start: Start
 
 
 @dataclass
@@ -68,14 +69,9 @@ class Replay:
         self.params: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._clip_groups = objective.clip_groups(clip_by)
 
-    def buffers(self) -> list[Tensor]:
-        """The buffers that a pass may change."""
-        return [*self.objective.student.buffers(), *self.objective.terms.buffers()]
-
     def snapshot(self) -> Snapshot:
         """A copy of where the training is."""
-        theta, buffers = ([t.detach().clone() for t in tensors] for tensors in (self.params, self.buffers()))
-        return Snapshot(theta, self.states(), buffers)
+        return Snapshot([p.detach().clone() for p in self.params], self.states(), Start(self.objective))
 
     def states(self) -> list[State]:
         """A copy of the optimiser's state of each parameter."""
@@ -154,8 +150,7 @@ class Replay:
             self.optimizer.state.pop(p, None)
             if state:
                 self.optimizer.state[p] = {k: v.clone() for k, v in state.items()}
-        for buffer, value in zip(self.buffers(), snapshot.buffers, strict=True):
-            buffer.copy_(value)
+        snapshot.start.put_back()
 
 
 @torch.no_grad()

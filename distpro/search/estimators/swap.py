@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pathways.trust import own_containers
+
 
 @contextmanager
 def swapped(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
@@ -15,24 +17,18 @@ def swapped(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]
     from; afterwards the module has its own again.
 
     As `torch.func.functional_call`, but for modules that are reachable by two names, which that leaves with plain
-    tensors in place of their parameters, and for recurrent layers, which keep a list of their weights beside.
+    tensors in place of their parameters, and for lists and dicts of weights beside, as recurrent layers have one.
     """
-    kept: list[tuple[Any, str, Tensor]] = []
-    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-    flat = [(module, module._flat_weights) for module in recurrent]
+    kept: list[tuple[Any, Any, Tensor]] = []
+    for module in model.modules():
+        for own in (module._parameters, module._buffers, *own_containers(module)):
+            if isinstance(own, (dict, list)):
+                entries = own.items() if isinstance(own, dict) else enumerate(own)
+                kept += [(own, place, t) for place, t in entries if isinstance(t, Tensor) and t in values]
     try:
-        for module in model.modules():
-            for own in (module._parameters, module._buffers):
-                for name, tensor in own.items():
-                    if tensor is not None and tensor in values:
-                        kept.append((own, name, tensor))
-        for own, name, tensor in kept:
-            own[name] = values[tensor]
-        for module in recurrent:
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+        for own, place, tensor in kept:
+            own[place] = values[tensor]
         yield
     finally:
-        for own, name, tensor in kept:
-            own[name] = tensor
-        for module, weights in flat:
-            module._flat_weights = weights
+        for own, place, tensor in kept:
+            own[place] = tensor

@@ -29,6 +29,7 @@ from distpro.search.estimators.base import ESTIMATORS, Estimator, TrainingStep
 from distpro.search.estimators.differentiable import State, clip, differentiable_step
 from distpro.search.estimators.formulas import Formulas
 from distpro.search.estimators.replay import Kept, Replay, Snapshot
+from distpro.search.estimators.start import Start
 from distpro.search.estimators.swap import swapped
 from distpro.search.estimators.tangents import dual_numbers
 from distpro.train import distributed
@@ -91,11 +92,9 @@ class Sweep(Estimator):
         self._max_norm = max_norm
         self.over_reverse: bool | None = None
         self._kept: list[Kept] = []
-        self._buffers: list[Tensor] = []
 
     def before_pass(self) -> None:
-        """Before the forward pass of a step that counts."""
-        self._buffers = [b.detach().clone() for b in self._replay.buffers()] if self._keeps_whole else []
+        self.start = Start(self.objective) if self._keeps_whole else None
 
     @property
     def _keeps_whole(self) -> bool:
@@ -107,7 +106,8 @@ class Sweep(Estimator):
         lean = replace(step.done, loss=step.done.task, output=None, views=[], teacher={})  # without the graph
         before = None
         if self._keeps_whole:
-            before = Snapshot([step.theta[p] for p, _ in self._params], self._replay.states(), self._buffers)
+            start = self.start or Start(self.objective)
+            before = Snapshot([step.theta[p] for p, _ in self._params], self._replay.states(), start)
         kept = Kept(replace(step, done=lean, theta={}), groups, before)
         if self.stretch == 1:
             kept.gradients, kept.teacher = self._replay.gradients(), step.done.teacher
@@ -162,11 +162,12 @@ class Sweep(Estimator):
         """∇²L u by parameter and h, as the derivative of ⟨∇L, u⟩."""
         leaves = [t.detach().requires_grad_() for t in theta]
         row = _row(kept.step)
-        gradients = torch.autograd.grad(self._loss(kept, leaves, row), leaves, create_graph=True, allow_unused=True)
-        pull = [(g * x).sum() for g, x in zip(gradients, u, strict=True) if g is not None and x is not None]
-        found: list[Tensor | None] = list(
-            torch.autograd.grad(torch.stack(pull).sum(), [*leaves, row], allow_unused=True)
-        )
+        with self._again(kept, leaves, row) as loss:
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            pull = [(g * x).sum() for g, x in zip(gradients, u, strict=True) if g is not None and x is not None]
+            found: list[Tensor | None] = list(
+                torch.autograd.grad(torch.stack(pull).sum(), [*leaves, row], allow_unused=True)
+            )
         return found[:-1], _or_zero(found[-1], row)
 
     def _forward_over_reverse(
@@ -179,25 +180,26 @@ class Sweep(Estimator):
                 for t, x in zip(theta, u, strict=True)
             ]
             row = _row(kept.step)
-            gradients = torch.autograd.grad(self._loss(kept, leaves, row), [*leaves, row], allow_unused=True)
+            with self._again(kept, leaves, row) as loss:
+                gradients = torch.autograd.grad(loss, [*leaves, row], allow_unused=True)
             tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
             *product, h = [None if t is None else t.detach().clone() for t in tangents]
             return product, _or_zero(h, row)
 
-    def _loss(self, kept: Kept, theta: list[Tensor], row: Tensor) -> Tensor:
+    @contextmanager
+    def _again(self, kept: Kept, theta: list[Tensor], row: Tensor) -> Iterator[Tensor]:
         """The step's loss with other tensors in the place of the parameters, w and scalars; the same random numbers and
-        buffers."""
+        buffers. The tensors stay there inside: activation checkpointing runs the student again in the backward pass."""
         step = kept.step
         weights, scalars = row[: len(step.weights)], row[len(step.weights) :]
-        with torch.no_grad():
-            for buffer, before in zip(self._replay.buffers(), kept.before.buffers, strict=True):  # type: ignore[union-attr]
-                buffer.copy_(before)
+        assert kept.before is not None
+        kept.before.start.put_back()
         set_random_state(step.state)
         self.objective.at(step.number)
         held = nullcontext() if self.scalars is None else self.scalars.held(scalars.unbind())
         with held, swapped(self.objective, dict(zip([p for p, _ in self._params], theta, strict=True))):
             taught = kept.teacher or None
-            return self.objective.training_pass(step.batch, step.scale * weights, teacher=taught).loss
+            yield self.objective.training_pass(step.batch, step.scale * weights, teacher=taught).loss
 
     def _through_step(
         self, kept: Kept, theta: Sequence[Tensor], gradients: Sequence[Tensor | None], a: list[Tensor], b: list[State]

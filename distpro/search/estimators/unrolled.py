@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import higher
@@ -14,6 +15,7 @@ from distpro.batch import Batch
 from distpro.objective import Objective
 from distpro.search.estimators.base import Estimator, TrainingStep
 from distpro.search.estimators.formulas import Formulas
+from distpro.search.estimators.start import Start
 from distpro.search.estimators.swap import swapped
 from distpro.train.state import no_trace, set_random_state
 from pathways.registry import UserError
@@ -74,11 +76,13 @@ class Unrolled(Estimator):
             raise UserError(f"unrolled: steps must be at least 1, got {steps}")
         self.window = steps
         self._steps: list[TrainingStep] = []
+        self._first: Start | None = None
         self._learning_rates: list[dict[str, list[float]]] = []
         self._differentiable: Any = None
 
     def before_step(self, step: TrainingStep) -> None:
         if not self._steps:
+            self._first = self.start
             params = [p for g in self.optimizer.param_groups for p in g["params"]]
             self._differentiable = _DIFFERENTIABLE[type(self.optimizer)](self.optimizer, params)
         self._steps.append(step)
@@ -92,7 +96,9 @@ class Unrolled(Estimator):
         groups = [[place[p] for p in group] for group in self.derivative.groups]
         clip = None if self.derivative.max_norm is None else _clip(self.derivative.max_norm, groups)
         untraced = no_trace(self.objective.student, self.objective.terms)
-        with untraced, torch.enable_grad(), Formulas(), sdpa_kernel(SDPBackend.MATH):  # what has a second derivative
+        with untraced, torch.enable_grad(), Formulas(), sdpa_kernel(SDPBackend.MATH), _without_checkpointing():
+            if self._first is not None:
+                self._first.put_back()
             for past, rates in zip(self._steps, self._learning_rates, strict=True):
                 set_random_state(past.state)
                 with swapped(self.objective, dict(zip(params, values, strict=True))):
@@ -108,6 +114,20 @@ class Unrolled(Estimator):
         self.validation_loss = self.validation_loss.detach()
         self._steps, self._learning_rates = [], []
         return h
+
+
+@contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    """The last backward pass goes through all steps, and activation checkpointing would compute them again with the parameters of
+    the moment. Raises UserError where the student does that."""
+    reason = "unrolled: the student computes activations again in the backward pass (activation checkpointing), which has to be off"
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(reason):
+            yield
+    except RuntimeError as error:
+        if reason in str(error):
+            raise UserError(f"{reason}; or use search.estimator=sweep") from None
+        raise
 
 
 def _clip(max_norm: float, groups: Sequence[Sequence[int]]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
