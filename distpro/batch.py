@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pathways.call import Call, map_tensors, tensors_in
+from pathways.registry import UserError
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,20 @@ class Batch:
 
 
 def batch_of(inputs: Any, target: Any = None, index: Tensor | None = None) -> Batch:
-    """A batch with one row per sample: as many samples as the first tensor of the inputs has rows, or a list items."""
+    """A batch with one row per sample: as many samples as the first tensor of the inputs has rows, or a list items.
+
+    Raises UserError where there is no such tensor, or a number (): a graph, an object."""
     first = Call.of(inputs)
     values = [*first.args, *first.kwargs.values()]
-    listed = bool(values) and isinstance(values[0], list)
-    samples = len(values[0]) if listed else len(next(tensors_in(values)))
-    return Batch(inputs, target, samples, index)
+    if values and isinstance(values[0], list):
+        return Batch(inputs, target, len(values[0]), index)
+    tensor = next(tensors_in(values), None)
+    if tensor is None or tensor.dim() == 0:
+        found = (
+            f"no tensor in {type(inputs).__name__}" if tensor is None else "their first tensor is a number, shape ()"
+        )
+        raise UserError(
+            f"inputs: how many samples they hold cannot be told ({found}); give distpro.batch.Batch(inputs, target, samples=N) in "
+            "their place"
+        )
+    return Batch(inputs, target, len(tensor), index)

@@ -18,7 +18,7 @@ from distpro.process import Clock
 from distpro.schedule import Said, Schedule
 from distpro.task import Task, ask
 from distpro.tasks.classification import Classification
-from distpro.term import Entry, Moving, Term, as_term, check_moving_number, entries_of, trained_of
+from distpro.term import Entry, Moving, Term, as_term, check_moving_number, device_of, entries_of, trained_of
 from distpro.weights import Scalars, Scale, Uncertainty, columns_of, constants_of, strength_of, weights_of
 from pathways.compiled import begin_step, compiled, run, run_each
 from pathways.registry import UserError
@@ -131,8 +131,8 @@ class Objective(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the student is."""
-        return next(self.student.parameters()).device
+        """Where the student is. Raises UserError for one without parameters."""
+        return device_of(self.student)
 
     def train(self, mode: bool = True) -> Objective:
         """As of any module, but the teacher stays in evaluation mode (unless ``teacher_training``)."""

@@ -182,6 +182,14 @@ def entries_of(term: Any) -> list[Entry]:
     return [Entry(term.key, getattr(term, "level", None), getattr(term, "transform_name", ""))]
 
 
+def device_of(student: nn.Module) -> torch.device:
+    """Where the student is. Raises UserError for one without parameters."""
+    parameter = next(student.parameters(), None)
+    if parameter is None:
+        raise UserError("objective: the student has no parameters: there is nothing to train")
+    return parameter.device
+
+
 def trained_of(modules: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
     """The parameters of each module that are trained; those that an earlier one has too are that one's alone."""
     seen: set[nn.Parameter] = set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from copy import copy
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +80,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value) if f.init}
-        )
+        return _of_fields(value, function)
     if isinstance(value, Mapping):
         changed = {key: map_tensors(function, inner) for key, inner in value.items()}
         if type(value) is dict:
@@ -96,6 +94,21 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return _of_kind(value, [map_tensors(function, inner) for inner in value])
     return value
+
+
+def _of_fields(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A dataclass of the same type with ``function`` of the tensors in its fields, and in what it keeps beside them. It is not made
+    anew: an ``__init__`` of its own may take something else than the fields, and a ``__post_init__`` would change them twice."""
+    same_kind: Any = copy(value) if isinstance(value, Mapping) else object.__new__(type(value))
+    held = {**getattr(value, "__dict__", {}), **{f.name: getattr(value, f.name) for f in fields(value)}}
+    changed = {name: map_tensors(function, inner) for name, inner in held.items()}
+    if isinstance(value, MutableMapping):
+        for key, inner in value.items():
+            is_field = key in held and held[key] is inner
+            same_kind[key] = changed[key] if is_field else map_tensors(function, inner)
+    for name, inner in changed.items():
+        object.__setattr__(same_kind, name, inner)  # a frozen one has no setattr
+    return same_kind
 
 
 def _of_kind(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:

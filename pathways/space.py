@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pathways.call import Call
@@ -12,6 +13,7 @@ from pathways.connections import connect as connect_taps
 from pathways.distances import DISTANCES, over_tokens
 from pathways.layouts import Layout, channels_first, probe_layouts
 from pathways.registry import UserError
+from pathways.taps import parse_tap
 from pathways.transforms import TRANSFORMS, MapTransform, Tokens
 
 Spec = str | Mapping[str, Any]
@@ -108,7 +110,8 @@ def build_pathways(
 
     Shapes, and whether a map has its channels last, are probed with ``example_input``, anything that `Call.of` takes,
     which leaves no trace. Where ``teacher_shapes`` or ``student_shapes`` give them, tap → shape of one sample, of maps
-    (C, H, W), or its `Layout`, that model does not run. The new parameters are on the student's device.
+    (C, H, W), or its `Layout`, that model does not run. The new parameters are on the student's device, and of the dtype of the
+    parameters in the module that is read (of the student's first where that has none).
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
     >>> import torch
@@ -145,10 +148,21 @@ def build_pathways(
                 DISTANCES.build(distance_name, **distance_params),
                 (ours.channels_last, theirs.channels_last),
             )
-            space.append(pathway.to(device))
+            precision = _precision(student, student_taps[j])
+            made = torch.get_default_dtype()  # a part of somebody else's own may hold other types beside
+            space.append(pathway.to(device) if precision == made else pathway.to(device, precision))
     if not space:
         raise UserError("the search space is empty: no connections or no transforms")
     return space
+
+
+def _precision(student: nn.Module, tap: str) -> torch.dtype:
+    """The dtype of the layers that compute a tap, without which a transform of it cannot run outside of autocast."""
+    module = dict(student.named_modules()).get(parse_tap(tap).module)
+    modules = (student,) if module is None else (module, student)
+    computing = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # and not what weights may be stored in
+    found = (p.dtype for m in modules for p in m.parameters() if p.dtype in computing)
+    return next(found, torch.float32)
 
 
 def _grids(name: str, params: Mapping[str, Any], ours: Layout, theirs: Layout) -> dict[str, Any]:

@@ -289,6 +289,13 @@ def test_wrong_use(build, message):
         build(network(0), network(1))
 
 
+@pytest.mark.parametrize("term", [[], [Term(nn.Bilinear(3, 3, 1), "b", weight=0.0)]])
+def test_a_student_without_parameters(term):
+    objective = Objective(nn.Linear(4, 3), nn.Softmax(-1), term)
+    with pytest.raises(UserError, match="objective: the student has no parameters: there is nothing to train"):
+        objective(*batch())
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1.0] * 3, torch.ones(1)])
 def test_weights_of_another_number_than_the_terms_are_refused(weights):
     terms = [Term(build_loss("kd"), "one"), Term(build_loss("kd"), "two")]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from distpro.build.copying import copied_apart
 from distpro.data.foreign import adopt, from_objects
 from distpro.task import TASK_PARTS, Task, check_parts
 from pathways.registry import UserError
@@ -55,13 +55,7 @@ class Given:
 
     def copied(self) -> Given:
         """With a copy of the student, which may be trained. Raises UserError for one that cannot be copied."""
-        try:
-            return replace(self, student=copy.deepcopy(self.student))
-        except Exception as error:
-            said = str(error).partition("\n")[0][:160]
-            raise UserError(
-                f"student: {type(self.student).__name__} cannot be copied, which a search does ({said})"
-            ) from None
+        return self if self.student is None else replace(self, student=copied_apart(self.student))
 
     def overrides(self) -> list[str]:
         """What a config says in place of the names of what was handed over: ``key=object:Type``."""

@@ -43,7 +43,7 @@ def build_optimizer(
     kind = find_optimizer(o)
     groups = parameter_groups(o, params, model, undecayed)
     if o.name in OPTIMIZERS:
-        return kind(groups, o)
+        return kind(groups, o, _may_fuse(o, groups, model))
     more = o.params if is_code(o.name) else {"weight_decay": o.weight_decay, **o.params}
     try:
         optimizer = kind(groups, lr=o.lr, **more)
@@ -158,14 +158,38 @@ def libraries() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def _may_fuse(o: OptimizerConfig, groups: list[Any], model: nn.Module | None) -> bool:
+    """Whether a fused step can take every parameter: it takes neither complex ones nor sparse gradients. Raises UserError for sparse
+    gradients that no step of the optimiser takes."""
+    sparse = {
+        m.weight: name
+        for name, m in (() if model is None else model.named_modules())
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse
+    }
+    fuses = True
+    for group in groups:
+        decay = group.get("weight_decay", o.weight_decay) if isinstance(group, dict) else o.weight_decay
+        for p in _flat([group]):
+            if p in sparse and (o.name != "sgd" or decay):
+                cannot = "with training.optimizer.weight_decay" if o.name == "sgd" else "at all"
+                raise UserError(
+                    f"optimiser '{o.name}' takes no sparse gradients {cannot}, which the student's '{sparse[p]}' gives (sparse=True): "
+                    "make it with sparse=False, or take sgd without weight decay"
+                )
+            fuses = fuses and p not in sparse and p.is_floating_point()
+    return fuses
+
+
 def _flat(params: list[Any]) -> list[nn.Parameter]:
     return [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
 
 
 @OPTIMIZERS.register("sgd")
-def _sgd(params: list[Any], o: Any) -> torch.optim.Optimizer:
+def _sgd(params: list[Any], o: Any, fused: bool) -> torch.optim.Optimizer:
     nesterov = o.nesterov and o.momentum > 0 and o.dampening == 0
-    fused = o.dampening == 0  # dampening treats a first step apart, and a fused step cannot mix first and later ones
+    fused = (
+        fused and o.dampening == 0
+    )  # dampening treats a first step apart, and a fused step cannot mix first and later ones
     sgd = torch.optim.SGD(params, o.lr, o.momentum, o.dampening, o.weight_decay, nesterov=nesterov, fused=fused)
     if fused and o.momentum:
         for p in _flat(params):  # of a term that is dropped at first, the first gradient comes late
@@ -174,10 +198,10 @@ def _sgd(params: list[Any], o: Any) -> torch.optim.Optimizer:
 
 
 @OPTIMIZERS.register("adam")
-def _adam(params: list[Any], o: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+def _adam(params: list[Any], o: Any, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=fused)
 
 
 @OPTIMIZERS.register("adamw")
-def _adamw(params: list[Any], o: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+def _adamw(params: list[Any], o: Any, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=fused)

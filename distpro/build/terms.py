@@ -14,6 +14,7 @@ from distpro.config.schema import Config, TermConfig
 from distpro.losses import LOSSES, DistillationLoss, build_loss
 from distpro.objective import Term
 from distpro.process import Clock, is_process, learned_of, parse_process, reduction_of
+from distpro.term import device_of
 from distpro.train.state import seed_random
 from pathways import build_pathways, connect
 from pathways.registry import UserError
@@ -104,7 +105,7 @@ def _build_term(config: TermConfig, pair: Pair, facts: _Facts, clock: Clock) -> 
             [teacher[t].shape for t in theirs] if pair.teacher is not None else [student[t].shape for t in ours],
             **params,
             **{need: value for need, value in needs.items() if value is not None},
-        ).to(next(pair.student.parameters()).device)
+        ).to(device_of(pair.student))
         padded = getattr(pair.task, "tokens", None) is not None and any(len(student[t].shape) == 2 for t in ours)
         if padded and not loss.masked and any(True for _ in loss.parameters()):
             raise UserError(

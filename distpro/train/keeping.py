@@ -35,8 +35,8 @@ Test = Callable[[Any], dict[str, float]]
 
 class MovingAverage(AveragedModel):
     """An exponential moving average of a module after every step, PyTorch's `AveragedModel`: the first update copies, each
-    later one is average ← d · average + (1 − d) · weights. Buffers of real numbers (BatchNorm's statistics) are averaged as
-    parameters are; whole numbers are copied.
+    later one is average ← d · average + (1 − d) · weights. Real and complex buffers (BatchNorm's statistics) are averaged
+    as parameters are; whole numbers are copied.
 
     decay: d. warmup: d is min(decay, (1 + n) / (10 + n)) at update n (from 0), as TensorFlow's ExponentialMovingAverage: a
     short training is not held by where it began.
@@ -53,7 +53,7 @@ class MovingAverage(AveragedModel):
 
     @torch.no_grad()
     def _blend(self, averaged: Tensors, current: Tensors, _: Any) -> None:
-        if averaged[0].is_floating_point():
+        if averaged[0].is_floating_point() or averaged[0].is_complex():
             torch._foreach_lerp_(averaged, current, 1 - self.decay_at(int(self.n_averaged)))  # a count on the CPU
         else:
             torch._foreach_copy_(averaged, current)
@@ -228,8 +228,11 @@ def _put(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _mean(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each tensor; of whole numbers the first's."""
+    wide = {False: torch.double, True: torch.cdouble}
     return {
-        name: torch.stack([w[name].double() for w in several]).mean(0) if first.is_floating_point() else first
+        name: torch.stack([w[name].to(wide[first.is_complex()]) for w in several]).mean(0)
+        if first.is_floating_point() or first.is_complex()
+        else first
         for name, first in several[0].items()
     }
 

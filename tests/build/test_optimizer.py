@@ -148,3 +148,81 @@ def test_without_timm_its_optimisers_are_unknown_with_what_to_install(monkeypatc
 def test_a_search_says_which_optimisers_have_a_derivative():
     with pytest.raises(distpro.UserError, match=r"the step of lion has no known derivative.*allowed: adam, adamw, sgd"):
         distpro.search(settings("none.pt", {"training": {"optimizer": {"name": "lion"}}}))
+
+
+class Bag(torch.nn.Module):
+    """Its embedding gives sparse gradients."""
+
+    def __init__(self, sparse=True):
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(10, 5, sparse=sparse), torch.nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.table(x).mean(1))
+
+
+class Fourier(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.filter = torch.nn.Linear(5, 3), torch.nn.Parameter(torch.randn(3, dtype=torch.cfloat))
+
+    def forward(self, x):
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=5))
+
+
+IDS = torch.tensor([[0, 3, 3], [7, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "options"),
+    [
+        (Bag, IDS, {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0}),
+        (Fourier, torch.linspace(-1, 1, 10).view(2, 5), {"name": "sgd", "momentum": 0.9, "weight_decay": 0.01}),
+        (Fourier, torch.linspace(-1, 1, 10).view(2, 5), {"name": "adam", "weight_decay": 0.01}),
+        (Fourier, torch.linspace(-1, 1, 10).view(2, 5), {"name": "adamw", "weight_decay": 0.01}),
+    ],
+)
+def test_what_a_fused_step_does_not_take_is_trained_as_by_plain_torch(make, x, options):
+    """Complex numbers count as pairs of real ones; of a sparse gradient, what the dense one would do."""
+    torch.manual_seed(0)
+    model = make()
+    twin = make(sparse=False) if make is Bag else make()
+    twin.load_state_dict(model.state_dict())
+    plain = {
+        name: torch.view_as_real(p).detach().clone() if p.is_complex() else p for name, p in twin.named_parameters()
+    }
+    plain = {name: p.detach().clone().requires_grad_() for name, p in plain.items()}
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    more = {"momentum": 0.9, "nesterov": True} if options["name"] == "sgd" else {}
+    truth = kinds[options["name"]](plain.values(), lr=0.1, weight_decay=options["weight_decay"], **more)
+    read = read_config({"student": {"model": "resnet8"}, "training": {"optimizer": {"lr": 0.1, **options}}})
+    optimizer = build_optimizer(read, [*model.parameters()], model)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(x + step % 2).square().mean().backward()
+        optimizer.step()
+        truth.zero_grad()
+        seen = {n: torch.view_as_complex(p) if n == "filter" else p for n, p in plain.items()}
+        torch.func.functional_call(twin, seen, (x + step % 2,)).square().mean().backward()
+        truth.step()
+    for name, p in model.named_parameters():
+        found = torch.view_as_real(p) if p.is_complex() else p
+        assert torch.allclose(found, plain[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("name", "decay", "said"), [("adam", 0, "at all"), ("sgd", 0.1, "weight_decay")])
+def test_sparse_gradients_that_no_step_takes_are_refused(name, decay, said):
+    model = Bag()
+    options = {"name": name, "lr": 0.1, "weight_decay": decay}
+    read = read_config({"student": {"model": "resnet8"}, "training": {"optimizer": options}})
+    with pytest.raises(distpro.UserError, match=f"takes no sparse gradients .*{said}.* student's 'table' gives"):
+        build_optimizer(read, [*model.parameters()], model)
+    model.table.requires_grad_(False)  # which is then none
+    build_optimizer(read, [*model.head.parameters()], model)
+
+
+def test_real_and_dense_parameters_have_a_fused_step():
+    for name in ("sgd", "adam", "adamw"):
+        model = Bag(sparse=False)
+        read = read_config({"student": {"model": "resnet8"}, "training": {"optimizer": {"name": name, "lr": 0.1}}})
+        assert build_optimizer(read, [*model.parameters()], model).defaults["fused"]

@@ -1,7 +1,8 @@
 """Tensors in containers: their names, their copies, and taps that read them before something overwrites them."""
 
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 
 import pytest
 import torch
@@ -95,6 +96,54 @@ def test_tuples_and_lists_that_are_made_in_ways_of_their_own():
     largest = torch.max(t(1, 3).view(1, 2), 1)
     assert map_tensors(lambda x: x + 1, largest).values == 4 and type(largest) is type(map_tensors(abs, largest))
     assert map_tensors(abs, largest.values.shape) == torch.Size([1])
+
+
+@dataclass(init=False)
+class Headed:
+    """Made from something else than its fields."""
+
+    logits: torch.Tensor
+
+    def __init__(self, head, hidden):
+        self.logits = head(hidden)
+        self.hidden = hidden
+
+
+@dataclass(frozen=True)
+class Normed:
+    """Frozen, and changes what it is given."""
+
+    x: torch.Tensor
+    scale: InitVar[float] = 2.0
+    size: torch.Tensor = field(init=False)
+
+    def __post_init__(self, scale):
+        object.__setattr__(self, "x", self.x / scale)
+        object.__setattr__(self, "size", self.x.sum())
+
+    @cached_property
+    def twice(self):
+        return 2 * self.x
+
+
+@dataclass(frozen=True)
+class Slotted:
+    __slots__ = ("x",)
+    x: torch.Tensor
+
+
+def test_dataclasses_that_are_made_in_ways_of_their_own():
+    headed, normed, slotted = Headed(lambda h: 3 * h, t(1, 2)), Normed(t(4, 8)), Slotted(t(1))
+    assert normed.twice.tolist() == [4, 8]
+    changed = map_tensors(lambda x: x + 1, headed)
+    assert type(changed) is Headed and changed.logits.tolist() == [4, 7] and changed.hidden.tolist() == [2, 3]
+    changed = map_tensors(lambda x: x.double(), normed)
+    assert changed.x.tolist() == [2, 4] and changed.size == 6 and changed.twice.tolist() == [4, 8]
+    assert {x.dtype for x in (changed.x, changed.size, changed.twice)} == {torch.float64}
+    assert map_tensors(lambda x: x + 1, slotted).x == 2
+    output = map_tensors(lambda x: x + 1, ModelOutput(logits=t(1)))
+    assert output["logits"] is output.logits and output.logits == 2 and list(output) == ["logits"]
+    assert headed.logits.tolist() == [3, 6] and normed.x.dtype is torch.float32 and slotted.x == 1  # left alone
 
 
 def test_differences_of_containers_are_noticed():

@@ -96,6 +96,37 @@ def test_a_student_without_parameters(images):
     assert pathway.transform.project[0].weight.shape == (16, 3, 1, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("known", [{}, {"student_shapes": {"0": (4, 7, 7)}}])
+def test_transforms_compute_in_the_precision_of_what_they_read(dtype, known):
+    torch.manual_seed(0)
+    teacher, student = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(dtype) for _ in range(2))
+    x = torch.randn(2, 3, 9, 9).to(dtype)
+    (pathway,) = build_pathways(teacher, student, x, ["0"], ["0"], transforms=["conv1x1"], distance="l2", **known)
+    assert {p.dtype for p in pathway.parameters()} == {dtype}
+    ours, theirs = student[0](x), teacher[0](x)
+    loss = pathway(ours, theirs)
+    conv, norm = pathway.transform.project
+    mixed = torch.einsum("oi,nihw->nohw", conv.weight.detach()[:, :, 0, 0].double(), ours.detach().double())
+    spread = mixed.var((0, 2, 3), correction=0, keepdim=True)
+    normed = (mixed - mixed.mean((0, 2, 3), keepdim=True)) / (spread + norm.eps).sqrt()
+    truth = (normed - theirs.detach().double()).square().mean()
+    # a bfloat16 has 8 bits; a mean over 392 positions averages their rounding
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert loss.item() == pytest.approx(truth.item(), rel=tolerance)
+    loss.backward()
+    assert conv.weight.grad.any()
+
+
+def test_a_part_of_the_student_in_another_precision(images):
+    student = nn.Sequential(nn.Conv2d(3, 4, 3).double(), nn.Conv2d(4, 5, 3), nn.ReLU())
+    shapes = {"0": (4, 30, 30), "1": (5, 28, 28), "2": (5, 28, 28)}
+    space = build_pathways(
+        Net(), student, images, ["layer1"], list(shapes), transforms=["conv1x1"], student_shapes=shapes
+    )
+    assert [p.transform.project[0].weight.dtype for p in space] == [torch.float64, torch.float32, torch.float64]
+
+
 def test_both_sides_may_have_taps_and_widths_of_their_own(images):
     space = build_pathways(
         Net((8, 24, 40)),

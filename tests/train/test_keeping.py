@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import distpro
-from distpro.train.keeping import Keeper, MovingAverage, refresh_statistics
+from distpro.train.keeping import Keeper, MovingAverage, _mean, refresh_statistics
 from distpro.train.trainer import Interrupted, Trainer
 from tests.digits import settings
 from tests.train.test_trainer import Batches, build, network
@@ -47,6 +47,47 @@ def test_the_moving_average_is_a_hand_loop_in_float64(decay, warmup):
         assert torch.allclose(found[name], truth, rtol=1e-13, atol=1e-14), name
     assert not torch.equal(found["1.running_mean"], now["1.running_mean"])
     assert found["1.num_batches_tracked"] == 6
+
+
+class Fourier(nn.Module):
+    """A complex parameter and a complex buffer beside real ones."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.real = nn.Parameter(torch.randn(3, generator=generator, dtype=torch.double))
+        self.phase = nn.Parameter(torch.randn(3, 2, generator=generator, dtype=torch.cdouble))
+        self.register_buffer("spectrum", torch.randn(4, generator=generator, dtype=torch.cdouble))
+        self.register_buffer("count", torch.tensor(seed))
+
+
+def states(count):
+    return [{k: v.clone() for k, v in Fourier(seed).state_dict().items()} for seed in range(count)]
+
+
+def test_complex_weights_are_averaged_as_real_ones_are():
+    model, several = Fourier(0), states(4)
+    average = MovingAverage(model, 0.7, warmup=False)
+    for state in several:
+        model.load_state_dict(state)
+        average.update_parameters(model)
+    found = average.module.state_dict()
+    for name in ("real", "phase", "spectrum"):
+        parts = [torch.view_as_real(s[name]) if s[name].is_complex() else s[name] for s in several]
+        shares = (0.7**3, 0.3 * 0.7**2, 0.3 * 0.7, 0.3)
+        truth = sum(share * part for share, part in zip(shares, parts, strict=True))
+        part = torch.view_as_real(found[name]) if found[name].is_complex() else found[name]
+        assert torch.allclose(part, truth, rtol=1e-13, atol=1e-14), name
+    assert found["count"] == 3
+
+
+def test_the_mean_of_the_best_has_complex_weights_too():
+    several = states(3)
+    mean = _mean(several)
+    for name in ("real", "phase", "spectrum"):
+        truth = (several[0][name] + several[1][name] + several[2][name]) / 3
+        assert mean[name].dtype == truth.dtype and torch.allclose(mean[name], truth, rtol=1e-13, atol=1e-14), name
+    assert mean["count"] == 0
 
 
 def test_the_average_of_the_last_step_is_kept_and_evaluated_beside_the_student():
