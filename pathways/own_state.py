@@ -60,23 +60,24 @@ def own_state(*models: nn.Module) -> Callable[[], None]:
     return _OwnState(models).put_back
 
 
-def parts(module: nn.Module) -> set[nn.Module | str | None]:
+def parts(module: nn.Module) -> tuple[nn.Module | str, ...]:
     """The modules that a module has, and the names of its parameters."""
-    named = (name for name, p in module._parameters.items() if p is not None)
-    return {None, *module._modules.values(), *named}
+    inner = [m for m in module._modules.values() if m is not None]
+    return (*inner, *[name for name, p in module._parameters.items() if p is not None])
 
 
-def having_built(before: Mapping[nn.Module, set[nn.Module | str | None]]) -> set[nn.Module]:
+def having_built(before: Mapping[nn.Module, tuple[nn.Module | str, ...]]) -> set[nn.Module]:
     """The modules that have got parts since `parts` was taken of them, and those that they are in."""
-    built = {module for module, then in before.items() if not parts(module) <= then}
-    return {module for module in before if not built.isdisjoint(module.modules())} if built else built
+    changed = [(m, now, then) for m, then in before.items() if (now := parts(m)) != then]
+    built = {m for m, now, then in changed if not set(now) <= set(then)}
+    return {m for m in before if not built.isdisjoint(m.modules())} if built else built
 
 
 class _OwnState:
     def __init__(self, models: tuple[nn.Module, ...]):
         self._back: list[Callable[[], Any]] = []
         self._back_of: dict[nn.Module, list[Callable[[], Any]]] = {}
-        self._parts: dict[nn.Module, set[nn.Module | str | None]] = {}
+        self._parts: dict[nn.Module, tuple[nn.Module | str, ...]] = {}
         self._wholes = {whole for model in models for whole in _wholes(model)}
         modules = dict.fromkeys(m for model in models for m in model.modules())
         known = (x for m in modules for x in (m, *m._parameters.values(), *m._buffers.values()))
