@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from pathways.call import Call
 from pathways.own_state import having_built, own_state_kept, parts
-from pathways.taps import Taps, is_compiled, tap
+from pathways.taps import Taps, is_compiled, tap, without_fast_path
 
 
 @contextmanager
@@ -31,6 +31,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         _drawn_again(),
         own_state_kept(model),
         torch.no_grad(),
+        without_fast_path(),  # as where taps are read
         buffers_kept(model),
     ):
         try:

@@ -161,6 +161,18 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
+@contextmanager
+def without_fast_path(wanted: bool = True) -> Iterator[None]:
+    """Let attention layers of torch.nn in evaluation mode run what they run in training mode, not one fused operation: it
+    goes over their submodules, and `nn.TransformerEncoder` makes nested tensors for it, which have no shape."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before and not wanted)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 class _ActivationWatch(TorchFunctionMode):
     """Remembers what entered the last activation function that ran, and what came out of it."""
 
@@ -269,7 +281,8 @@ class Taps(Mapping[str, Tensor]):
 
 @contextmanager
 def tap(model: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
-    """Read taps of ``model`` inside a ``with`` block; the hooks are gone afterwards.
+    """Read taps of ``model`` inside a ``with`` block; the hooks are gone afterwards. Where there are taps, attention takes
+    the same path in training and evaluation mode, see `without_fast_path`.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     >>> with tap(model, ["0"]) as taps:
@@ -281,6 +294,7 @@ def tap(model: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
     """
     taps = Taps(model, names)
     try:
-        yield taps
+        with without_fast_path(bool(names)):
+            yield taps
     finally:
         taps.remove()
