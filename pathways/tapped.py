@@ -288,7 +288,7 @@ class Tapped(nn.Module):
     def _by_hooks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's own pass, under hooks that are gone afterwards: they come last, and on the modules of this moment."""
         may_end = self._may_end and self.unchanged
-        with tap(self.model, self.names) as taps:
+        with tap(self.model, self.names, taught=torch.is_grad_enabled()) as taps:
             run = partial(_run_to_the_last_tap, self.model, self.names) if may_end else self.model
             output = run(*args, **kwargs)
         return output if self.output else None, {name: taps[name] for name in self.names}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pathways import Tapped, Taps, UserError, tap
 from pathways.probing import probe_features
@@ -391,3 +392,73 @@ def test_a_model_without_taps_keeps_its_fast_path():
     with torch.no_grad():
         output, _ = Tapped(model, [], tokens)(tokens)
         assert torch.equal(output, model(tokens))
+
+
+# Checkpointed modules
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.pre, self.body, self.fc, self.run = nn.Linear(5, 5), nn.Linear(5, 8), nn.Linear(8, 3), run
+
+    def forward(self, x):
+        return self.fc(torch.tanh(self.run(self.body, torch.tanh(self.pre(x)))))
+
+
+def reentrant(module, x):
+    return checkpoint(module, x, use_reentrant=True)
+
+
+def without_gradients(module, x):
+    with torch.no_grad():
+        return module(x)
+
+
+def gradients(run, name, read):
+    """Of the tapped tensor's sum, by parameter."""
+    torch.manual_seed(0)
+    model = Checkpointed(run)
+    _, features = read(model, [name], torch.randn(6, 5))
+    features[name].sum().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [(), ("body",), ("pre",)])
+def test_a_tap_without_a_graph_in_a_reentrant_checkpoint_is_refused(frozen):
+    """Also where only the module itself, or only what it is given, is trained."""
+    model = Checkpointed(reentrant)
+    for name in frozen:
+        getattr(model, name).requires_grad_(False)
+    for example in (None, torch.randn(6, 5)):
+        tapped = Tapped(model, ["body"], example)
+        with pytest.raises(UserError, match=r"tap 'body'.*use_reentrant=True.*checkpoint with use_reentrant=False"):
+            tapped(torch.randn(6, 5))
+    assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize(
+    "name, run",
+    [("body", lambda m, x: checkpoint(m, x, use_reentrant=False)), ("body:input", reentrant), ("pre", reentrant)],
+)
+def test_a_tap_with_a_graph_at_a_checkpoint_is_read(name, run):
+    def read(model, names, x):
+        return Tapped(model, names)(x)
+
+    found, expected = gradients(run, name, read), gradients(lambda m, x: m(x), name, by_hooks)
+    assert found.keys() == expected.keys() and all(torch.equal(g, found[n]) for n, g in expected.items())
+
+
+def test_a_tap_that_is_not_to_be_taught_is_read():
+    """In a pass without gradients, in a frozen model, where the model itself turns gradients off, and by `tap` alone."""
+    x = torch.randn(6, 5)
+    model = Checkpointed(reentrant)
+    expected = model.body(torch.tanh(model.pre(x)))
+    with torch.no_grad():
+        assert torch.equal(Tapped(model, ["body"])(x)[1]["body"], expected)
+    assert torch.equal(by_hooks(model, ["body"], x)[1]["body"], expected)
+    model.pre.requires_grad_(False)
+    model.body.requires_grad_(False)
+    assert torch.equal(Tapped(model, ["body"])(x)[1]["body"], expected)
+    model = Checkpointed(without_gradients)
+    assert not Tapped(model, ["body"])(x)[1]["body"].requires_grad
