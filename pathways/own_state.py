@@ -7,10 +7,10 @@ import random
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
+from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,40 +37,96 @@ def own_state_kept(*models: nn.Module) -> Iterator[None]:
     place; of lists, dicts, sets, deques, and objects of anybody's own classes; the state of random generators. Iterators of
     Python, such as `itertools.count`, are replaced by copies from before. Parameters that are not trained are put back where
     a module of somebody's own class has them, or where such a module is in a model that is trained otherwise: its forward
-    pass may update them through `.data`, as a momentum encoder's.
+    pass may update them through `.data`, as a momentum encoder's. So are the weights of embeddings with a ``max_norm``, which
+    their passes rescale; and all of a module that is not among the submodules but in a tuple, list, dict or object, where it
+    is hidden from the optimiser.
 
-    Left alone: other modules and parameters, data sets and loaders, objects of libraries, and what cannot be copied.
+    What a pass has built stays: a module that has got a module or parameter, by ``if self.fc is None: self.fc = nn.Linear(...)``,
+    is another one now, as a lazy module is after its first pass, and so are those that it is a part of. Their attributes are
+    left as the pass has left them, for these say that the parts are there.
+
+    Left alone: other trained parameters, modules that the models are a part of, data sets and loaders, objects of libraries,
+    and what cannot be copied.
     """
-    state = _OwnState(models)
+    put_back = own_state(*models)
     try:
         yield
     finally:
-        state.put_back()
+        put_back()
 
 
-def keep_own_state(*models: nn.Module) -> Callable[[], None]:
-    """A function that puts back what the modules hold now, as often as it is called, as `own_state_kept` does; of
-    parameters none."""
-    return _OwnState(models, parameters=False).put_back
+def own_state(*models: nn.Module, parameters: bool = True) -> Callable[[], None]:
+    """A function that puts back what the modules hold now, as `own_state_kept` says; without ``parameters`` not those that they
+    may write to."""
+    return _OwnState(models, parameters).put_back
+
+
+def parts(module: nn.Module) -> tuple[nn.Module | str, ...]:
+    """The modules that a module has, and the names of its parameters."""
+    inner = [m for m in module._modules.values() if m is not None]
+    return (*inner, *[name for name, p in module._parameters.items() if p is not None])
+
+
+def having_built(before: Mapping[nn.Module, tuple[nn.Module | str, ...]]) -> set[nn.Module]:
+    """The modules that have got parts since `parts` was taken of them, and those that they are in."""
+    changed = [(m, now, then) for m, then in before.items() if (now := parts(m)) != then]
+    built = {m for m, now, then in changed if not set(now) <= set(then)}
+    return {m for m in before if not built.isdisjoint(m.modules())} if built else built
 
 
 class _OwnState:
     def __init__(self, models: tuple[nn.Module, ...], parameters: bool = True):
+        self._parameters = parameters
         self._back: list[Callable[[], Any]] = []
+        self._back_of: dict[nn.Module, list[Callable[[], Any]]] = {}
+        self._parts: dict[nn.Module, tuple[nn.Module | str, ...]] = {}
+        self._wholes = {whole for model in models for whole in _wholes(model)}
+        modules = dict.fromkeys(m for model in models for m in model.modules())
+        known = (x for m in modules for x in (m, *m._parameters.values(), *m._buffers.values()))
         # By id: the object, which holds the id, and what takes its place. Buffers are kept elsewhere.
-        self._seen: dict[int, tuple[Any, Any]] = {id(b): (b, b) for model in models for b in model.buffers()}
-        for module in dict.fromkeys(m for model in models for m in model.modules()):
-            if isinstance(module, LazyModuleMixin):  # its first pass makes it another module
-                continue
-            now = vars(module)
-            values = {name: self._keep(now[name], DEPTH) for name in now.keys() - _MADE_WITH_MODULES}
-            self._back.append(partial(_put_attributes_back, module, values, _MADE_WITH_MODULES))
+        self._seen: dict[int, tuple[Any, Any]] = {id(x): (x, x) for x in known}
+        for module in modules:
+            self._keep_module(module, DEPTH)
         for p in dict.fromkeys(p for model in models if parameters for p in _that_passes_may_write(model)):
             self._keep_tensor(p)
 
     def put_back(self) -> None:
+        built = having_built(self._parts)
+        for module, backs in self._back_of.items():
+            for back in backs if module not in built else ():
+                back()
         for back in self._back:
             back()
+
+    def _keep_module(self, module: nn.Module, depth: int, tensors: Sequence[Tensor] = ()) -> None:
+        """Note how a module's attributes, and these tensors, are put back."""
+        if isinstance(module, LazyModuleMixin):  # its first pass makes it another module
+            return
+        self._parts[module] = parts(module)
+        outer, self._back = self._back, []
+        self._back_of[module] = self._back
+        now = vars(module)
+        values = {name: self._keep(now[name], depth) for name in now.keys() - _MADE_WITH_MODULES}
+        self._back.append(partial(_put_attributes_back, module, values, _MADE_WITH_MODULES))
+        for tensor in tensors:
+            self._keep_tensor(tensor)
+        self._back = outer
+
+    def _keep_hidden(self, module: nn.Module, depth: int) -> None:
+        """Note how all of a module is put back that a model has besides its submodules."""
+        inside = list(module.modules())
+        if not self._wholes.isdisjoint(inside):  # the model is a part of it, and knows where
+            return
+        for m in inside:
+            if m is not module and id(m) in self._seen:
+                continue
+            own = m._parameters.values() if self._parameters else ()
+            tensors = [t for t in (*own, *m._buffers.values()) if t is not None]
+            tensors = [t for t in tensors if id(t) not in self._seen]
+            self._seen |= {id(x): (x, x) for x in (m, *tensors)}
+            self._keep_module(m, depth, tensors)
+            if isinstance(m._buffers, dict):  # not in a scripted module
+                self._back.append(partial(_put_content_back, m._buffers, dict(m._buffers)))
 
     def _keep(self, value: Any, depth: int) -> Any:
         """Note how a value is put back; gives what is to be in its place then, mostly itself."""
@@ -94,8 +150,9 @@ class _OwnState:
             items = [self._keep(v, depth) for v in value] if len(value) <= LARGEST else list(value)
             self._back.append(partial(_put_content_back, value, items))
         elif isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter):
-                self._keep_tensor(value)
+            self._keep_tensor(value)
+        elif isinstance(value, nn.Module):
+            self._keep_hidden(value, depth)
         elif isinstance(value, torch.Generator):
             self._back.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
@@ -108,11 +165,15 @@ class _OwnState:
             elif isinstance(value, numpy.random.Generator):
                 bits = value.bit_generator
                 self._back.append(partial(setattr, bits, "state", copy.deepcopy(bits.state)))
-        elif kind.__module__ in ("itertools", "builtins") and hasattr(kind, "__next__"):
+        elif _is_iterator(value):
             return _copied(value)
         elif _of_own_class(value):
-            values = {name: self._keep(v, depth) for name, v in vars(value).items()}
-            self._back.append(partial(_put_attributes_back, value, values))
+            if hasattr(value, "__dict__"):
+                values = {name: self._keep(v, depth) for name, v in vars(value).items()}
+                self._back.append(partial(_put_attributes_back, value, values))
+            for slot in _slots(kind):
+                content = _in_slot(slot, value)
+                self._back.append(partial(_put_in_slot, slot, value, self._keep(content, depth)))
         return value
 
     def _keep_tensor(self, tensor: Tensor) -> None:
@@ -125,17 +186,36 @@ class _OwnState:
             pass
 
 
-def _that_passes_may_write(model: nn.Module) -> list[nn.Parameter]:
-    """Frozen parameters that code of no trusted package can reach: in a model that is frozen as a whole, such as a teacher,
-    only its own modules', for a second copy of a large model is dear."""
-    parameters = list(model.parameters())
+def _wholes(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, and what it is but a wrapper of."""
+    yield model
+    while len(model._modules) == 1:
+        (inner,) = model._modules.values()
+        if inner is None:
+            return
+        model = inner
+        yield model
+
+
+def _that_passes_may_write(model: nn.Module) -> list[Tensor]:
+    """Weights of embeddings that their passes rescale, and frozen parameters that code of no trusted package can reach: in
+    a model that is frozen as a whole, such as a teacher, only its own modules', for a second copy of a large model is dear."""
+    modules, parameters = list(model.modules()), list(model.parameters())
+    rescaled: list[Tensor] = [
+        m.weight for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+    ]
     frozen = [p for p in parameters if not p.requires_grad]
-    known = {kind: known_class(kind) for kind in {type(m) for m in model.modules()}} if frozen else {}
+    known = {kind: known_class(kind) for kind in {type(m) for m in modules}} if frozen else {}
     if all(known.values()):
-        return []
+        return rescaled
     if len(frozen) < len(parameters):
-        return frozen
-    return [p for m in model.modules() if not known[type(m)] for p in m.parameters(recurse=False)]
+        return rescaled + frozen
+    return rescaled + [p for m in modules if not known[type(m)] for p in m.parameters(recurse=False)]
+
+
+def _is_iterator(value: Any) -> bool:
+    """Of Python's own."""
+    return type(value).__module__ in ("itertools", "builtins") and hasattr(type(value), "__next__")
 
 
 def _copied(iterator: Any) -> Any:
@@ -149,10 +229,35 @@ def _copied(iterator: Any) -> Any:
 
 def _of_own_class(value: Any) -> bool:
     """Whether a value is an object with attributes, of a class that is neither Python's nor PyTorch's."""
-    if isinstance(value, _NOT_LOOKED_INTO) or not isinstance(getattr(value, "__dict__", None), dict):
+    if isinstance(value, _NOT_LOOKED_INTO):
+        return False
+    if not (isinstance(getattr(value, "__dict__", None), dict) or _slots(type(value))):
         return False
     package = type(value).__module__.partition(".")[0]
     return isinstance(value, SimpleNamespace) or (package != "torch" and package not in sys.stdlib_module_names)
+
+
+def _slots(kind: type) -> list[MemberDescriptorType]:
+    """Where objects of a class with ``__slots__`` have their attributes."""
+    bases = (base for base in kind.__mro__ if "__slots__" in vars(base))
+    return [v for base in bases for v in vars(base).values() if isinstance(v, MemberDescriptorType)]
+
+
+def _in_slot(slot: MemberDescriptorType, holder: Any) -> Any:
+    try:
+        return slot.__get__(holder, type(holder))
+    except AttributeError:
+        return _ABSENT
+
+
+def _put_in_slot(slot: MemberDescriptorType, holder: Any, value: Any) -> None:
+    """By the slot, for the class may refuse it (a frozen dataclass)."""
+    if _in_slot(slot, holder) is value:
+        return
+    if value is _ABSENT:
+        slot.__delete__(holder)
+    else:
+        slot.__set__(holder, value)
 
 
 def _put_attributes_back(holder: Any, values: dict[str, Any], but: frozenset[str] = frozenset()) -> None:
@@ -161,7 +266,7 @@ def _put_attributes_back(holder: Any, values: dict[str, Any], but: frozenset[str
         del now[name]
     for name, value in values.items():
         if now.get(name, _ABSENT) is not value:  # compiled code looks whether a dict has been written to
-            now[name] = value
+            now[name] = _copied(value) if _is_iterator(value) else value  # it may be put back once more
 
 
 def _put_content_back(container: Any, content: Any) -> None:
@@ -171,6 +276,10 @@ def _put_content_back(container: Any, content: Any) -> None:
     else:
         same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
     if not same:
+        if isinstance(container, dict):
+            content = {k: _copied(v) if _is_iterator(v) else v for k, v in content.items()}
+        else:
+            content = [_copied(v) if _is_iterator(v) else v for v in content]
         container.clear()
         (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pathways.call import Call
-from pathways.own_state import own_state_kept
-from pathways.taps import Taps, is_compiled, tap
+from pathways.own_state import having_built, own_state_kept, parts
+from pathways.taps import Taps, is_compiled, tap, without_fast_path
 
 
 @contextmanager
@@ -31,6 +31,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         _drawn_again(),
         own_state_kept(model),
         torch.no_grad(),
+        without_fast_path(),  # as where taps are read
         buffers_kept(model),
     ):
         try:
@@ -43,17 +44,24 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def buffers_kept(*models: nn.Module) -> Iterator[None]:
     """The buffers are afterwards what they were, in content, size and number: those of quantisation observers take the size
-    of what they see."""
-    kept = [(m, dict(m._buffers)) for model in models for m in model.modules()]
-    copies = {id(b): b.clone() for _, buffers in kept for b in buffers.values() if b is not None and not is_lazy(b)}
+    of what they see. Where a pass has built modules or parameters (see `own_state_kept`), the buffers that it has made with
+    them stay."""
+    kept = {m: dict(m._buffers) for model in models for m in model.modules()}
+    copies = {
+        id(b): b.clone() for buffers in kept.values() for b in buffers.values() if b is not None and not is_lazy(b)
+    }
+    before = {m: parts(m) for m in kept}
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, buffers in kept:
+            built = having_built(before)
+            for module, buffers in kept.items():
+                made = {k: b for k, b in module._buffers.items() if buffers.get(k) is None} if module in built else {}
                 module._buffers.clear()
                 for name, buffer in buffers.items():
                     module._buffers[name] = _put_back(buffer, copies.get(id(buffer)))
+                module._buffers.update(made)
 
 
 def _put_back(buffer: Tensor | None, copy: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from pathways.containers import alike
 from pathways.fusing import foldable, fused
 from pathways.probing import untouched
 from pathways.registry import UserError
-from pathways.taps import Taps, check_taps, is_compiled, locate, tap
+from pathways.taps import Taps, check_taps, is_compiled, locate, tap, without_fast_path
 from pathways.tracing import CannotTrace, as_function, trace
 from pathways.trust import Unchanged, hooks_of, trusted
 
@@ -278,7 +278,7 @@ class Tapped(nn.Module):
         if torch.compiler.is_compiling():
             if self._function is not None:
                 return self._run(self._function, args, kwargs)
-            by_hooks = torch.compiler.disable(self._by_hooks) if self._held is None else self._by_held_hooks
+            by_hooks = torch.compiler.disable(self._by_hooks) if self._held is None else self._read_held
             return by_hooks(args, kwargs)
         if self._function is not None and self.unchanged:
             fused = self._fused is not None and self._may_fuse() and not (self._frozen and _not_finite(args, kwargs))
@@ -288,12 +288,16 @@ class Tapped(nn.Module):
     def _by_hooks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's own pass, under hooks that are gone afterwards: they come last, and on the modules of this moment."""
         may_end = self._may_end and self.unchanged
-        with tap(self.model, self.names) as taps:
+        with tap(self.model, self.names, taught=torch.is_grad_enabled()) as taps:
             run = partial(_run_to_the_last_tap, self.model, self.names) if may_end else self.model
             output = run(*args, **kwargs)
         return output if self.output else None, {name: taps[name] for name in self.names}
 
     def _by_held_hooks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        with without_fast_path(bool(self.names)):
+            return self._read_held(args, kwargs)
+
+    def _read_held(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         assert self._held is not None
         try:
             output = self.model(*args, **kwargs)
@@ -333,4 +337,9 @@ def guarded(run: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[.
     otherwise ``run``, the same uncompiled."""
     if compiled is run:
         return run
-    return lambda model, *args: (compiled if model.unchanged else run)(model, *args)
+
+    def either(model: Tapped, *args: Any) -> Any:
+        with without_fast_path(bool(model.names)):
+            return (compiled if model.unchanged else run)(model, *args)
+
+    return either

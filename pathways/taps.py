@@ -24,14 +24,17 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from pathways.containers import copied, entries, entry, items_of, named, shown
 from pathways.registry import UserError, nearest
@@ -161,6 +164,30 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
+@contextmanager
+def without_fast_path(wanted: bool = True) -> Iterator[None]:
+    """Let attention layers of torch.nn in evaluation mode run what they run in training mode, not one fused operation: it
+    goes over their submodules, and `nn.TransformerEncoder` makes nested tensors for it, which have no shape."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before and not wanted)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _in_reentrant_checkpoint(module: nn.Module) -> bool:
+    """Whether a pass of ``module`` runs now where `checkpoint(..., use_reentrant=True)` keeps no graph of it, though something
+    in it, or what the checkpointed code is given, needs gradients."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return False
+    given = (t for t in frame.f_locals["args"] if isinstance(t, Tensor))
+    return any(t.requires_grad for t in chain(module.parameters(), given))
+
+
 class _ActivationWatch(TorchFunctionMode):
     """Remembers what entered the last activation function that ran, and what came out of it."""
 
@@ -186,11 +213,12 @@ class Taps(Mapping[str, Tensor]):
 
     The model goes on with a copy of each, and of every tensor in the same container, so that what it writes in place
     later does not reach the tap. ``strict``: raise UserError for a tap that cannot be read; else it has read nothing.
+    ``taught``: raise UserError also for a tensor without the graph that it would have outside a reentrant checkpoint.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], strict: bool = True):
+    def __init__(self, model: nn.Module, names: Sequence[str], strict: bool = True, taught: bool = False):
         check_taps(model, names, type(model).__name__)
-        self._strict = strict
+        self._strict, self._taught = strict, taught
         self._names = list(dict.fromkeys(names))
         self._values: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -203,7 +231,7 @@ class Taps(Mapping[str, Tensor]):
     def _watch_output(self, name: str, tap: TapName, module: nn.Module) -> None:
         def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
             with self._refusing():
-                self._values[name] = read_output(name, tap, output)
+                self._note(name, module, read_output(name, tap, output))
             return copied(output)
 
         self._handles.append(module.register_forward_hook(hook))
@@ -211,7 +239,7 @@ class Taps(Mapping[str, Tensor]):
     def _watch_input(self, name: str, tap: TapName, module: nn.Module) -> None:
         def hook(m: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
             with self._refusing():
-                self._values[name] = read_input(name, tap, m, args, kwargs)
+                self._note(name, m, read_input(name, tap, m, args, kwargs))
             return copied((args, kwargs))
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -231,10 +259,18 @@ class Taps(Mapping[str, Tensor]):
             with self._refusing():
                 if watch.before is None or watch.after is not read_output(name, tap, output):
                     raise UserError(f"tap '{name}': '{tap.module}' does not end in a ReLU; tap its output instead")
-                self._values[name] = watch.before
+                self._note(name, module, watch.before)
 
         self._handles.append(module.register_forward_pre_hook(enter))
         self._handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def _note(self, name: str, module: nn.Module, tensor: Tensor) -> None:
+        if self._taught and not tensor.requires_grad and _in_reentrant_checkpoint(module):
+            raise UserError(
+                f"tap '{name}': its module runs inside checkpoint(..., use_reentrant=True), which keeps no graph of what is "
+                "inside, so that a loss on it teaches nothing; checkpoint with use_reentrant=False"
+            )
+        self._values[name] = tensor
 
     def _refusing(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._strict else suppress(UserError)
@@ -268,8 +304,9 @@ class Taps(Mapping[str, Tensor]):
 
 
 @contextmanager
-def tap(model: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
-    """Read taps of ``model`` inside a ``with`` block; the hooks are gone afterwards.
+def tap(model: nn.Module, names: Sequence[str], taught: bool = False) -> Iterator[Taps]:
+    """Read taps of ``model`` inside a ``with`` block; the hooks are gone afterwards. Where there are taps, attention takes
+    the same path in training and evaluation mode, see `without_fast_path`.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     >>> with tap(model, ["0"]) as taps:
@@ -277,10 +314,12 @@ def tap(model: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
     >>> taps["0"].shape
     torch.Size([1, 3])
 
-    Raises UserError if the model has no such module.
+    Raises UserError if the model has no such module, and, where losses on the tensors are to be ``taught``, if a reentrant
+    checkpoint around a tapped module keeps no graph of it.
     """
-    taps = Taps(model, names)
+    taps = Taps(model, names, taught=taught)
     try:
-        yield taps
+        with without_fast_path(bool(names)):
+            yield taps
     finally:
         taps.remove()

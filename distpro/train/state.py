@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distpro.train import distributed
-from pathways.own_state import own_state_kept
+from pathways.own_state import own_state, own_state_kept
 from pathways.probing import buffers_kept
 
 if TYPE_CHECKING:
@@ -98,15 +98,18 @@ def set_random_of_ranks(checkpoint: Mapping[str, Any]) -> None:
 
 
 def snapshot(objective: Objective, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A function that takes parameters, buffers, optimiser and random state back to now."""
-    tensors = [*objective.trainable_parameters(), *objective.student.buffers(), *objective.terms.buffers()]
-    copies = [t.detach().clone() for t in tensors]
+    """A function that takes parameters, buffers, optimiser and random state back to now, and what modules hold besides (see
+    `own_state_kept`), for the step that is taken again runs the same passes again."""
+    modules = [m for m in (objective.student, objective.terms, objective.teacher) if m is not None]
+    tensors = [*objective.trainable_parameters(), *(b for m in modules for b in m.buffers())]
+    copies, put_back = [t.detach().clone() for t in tensors], own_state(*modules)
     settings, state = copy.deepcopy(optimizer.state_dict()), random_state(objective.student)
 
     def go_back() -> None:
         with torch.no_grad():
             for tensor, saved in zip(tensors, copies, strict=True):
                 tensor.copy_(saved)
+        put_back()
         optimizer.load_state_dict(settings)
         set_random_state(state)
 

@@ -1,13 +1,16 @@
 """What a model holds besides parameters and buffers is left as it was by whatever only looks."""
 
 import collections
+import dataclasses
 import itertools
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from distpro.batch import batch_of
@@ -26,6 +29,14 @@ class Owner:
     def __init__(self):
         self.mean = torch.zeros(3)
         self.passes = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    """An object without a ``__dict__``."""
+
+    n: int = 0
+    mean: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3))
 
 
 def in_place(tensor, y):
@@ -70,6 +81,17 @@ def of_object(owner, y):
     return in_place(owner.mean, y) * owner.passes
 
 
+def of_slots(slotted, y):
+    slotted.n += 1
+    slotted.mean = 0.9 * slotted.mean + 0.1 * y.detach().mean(0)
+    return slotted.mean * slotted.n
+
+
+def encoder():
+    """A momentum encoder, whose BatchNorm follows the passes too."""
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False)
+
+
 KINDS = {  # what the model holds, and what a pass adds to its output, having changed it
     "tensor": (lambda: torch.zeros(3), lambda m, y: in_place(m.held, y)),
     "another tensor": (lambda: None, noted),
@@ -92,6 +114,12 @@ KINDS = {  # what the model holds, and what a pass adds to its output, having ch
     "count": (lambda: itertools.count(1), lambda m, y: next(m.held)),
     "namespace": (lambda: SimpleNamespace(n=0), lambda m, y: counted(vars(m.held), "n")),
     "object": (Owner, lambda m, y: of_object(m.held, y)),
+    "object with slots": (Slotted, lambda m, y: of_slots(m.held, y)),
+    "module in a tuple": (lambda: (encoder(),), lambda m, y: momentum(m.held[0], y)),
+    "module in a dict": (lambda: {"a": [encoder()]}, lambda m, y: momentum(m.held["a"][0], y)),
+    "module in an object": (lambda: SimpleNamespace(e=encoder()), lambda m, y: momentum(m.held.e, y)),
+    "module in a module in a tuple": (lambda: (Student("object"),), lambda m, y: m.held[0].change(m.held[0], y)),
+    "parameter in a list": (lambda: [nn.Parameter(torch.zeros(3))], lambda m, y: through_data(m.held[0], y)),
 }
 
 
@@ -207,16 +235,115 @@ def test_a_backward_pass_goes_on_through_what_was_put_back():
 
 
 def test_what_is_left_alone():
-    """Other modules, trained parameters, data sets, and what has no copy."""
+    """Modules that the model is in, trained parameters, data sets, and what has no copy."""
     model = student("number")
-    model.other, model.data = (nn.BatchNorm1d(3),), torch.utils.data.TensorDataset(torch.zeros(2))
+    whole = nn.ModuleDict({"model": model, "norm": nn.BatchNorm1d(3)})
+    model.whole, model.data = (whole,), torch.utils.data.TensorDataset(torch.zeros(2))
     model.listed, model.drawn, model.wide = [model.fc.bias], (n for n in range(3)), torch.zeros(1).expand(3)
     model.itself = [model.listed]
     model.itself.append(model.itself)
-    with own_state_kept(model), torch.no_grad():
-        model.other[0].running_mean.add_(1)
+    with own_state_kept(nn.Sequential(model)), torch.no_grad():
+        whole["norm"].running_mean.add_(1)
         model.data.tensors[0].add_(1)
         model.fc.bias.fill_(7)
         next(model.drawn)
-    assert model.other[0].running_mean.tolist() == [1, 1, 1] and model.data.tensors[0].tolist() == [1, 1]
+    assert whole["norm"].running_mean.tolist() == [1, 1, 1] and model.data.tensors[0].tolist() == [1, 1]
     assert model.fc.bias.tolist() == [7, 7, 7] and next(model.drawn) == 1 and model.itself[1] is model.itself
+
+
+def test_hidden_modules_keep_their_buffers_and_modes():
+    model, norm = student("number"), nn.BatchNorm1d(3)
+    model.hidden, mean = (nn.Sequential(norm),), norm.running_mean
+    with own_state_kept(model), torch.no_grad():
+        norm.eval()
+        norm.running_mean, norm.running_var = torch.ones(5), norm.running_var.add_(1)
+        norm.register_buffer("seen", torch.ones(1))
+        norm.passes = 1
+    assert norm.training and norm.running_mean is mean and not mean.any() and norm.running_var.tolist() == [1, 1, 1]
+    assert not hasattr(norm, "seen") and not hasattr(norm, "passes")
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("keep", [own_state_kept, untouched, no_trace])
+def test_embeddings_are_not_rescaled(keep, kind):
+    """A pass of an embedding with a ``max_norm`` scales longer rows down, in the trained weight itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(5, 4, max_norm=0.5), nn.Linear(4, 4))
+    (weight, *_), tokens = model.parameters(), torch.tensor([[0, 1, 2]])
+    before = weight.detach().clone()
+    with keep(model):
+        model(tokens)
+        assert weight[:3].norm(dim=1).max() < 0.51 < before[:3].norm(dim=1).min()
+    assert model[0].weight is weight and torch.equal(weight, before)
+
+
+class Builds(nn.Module):
+    """A classifier that makes its last layers, with ``build``, when it sees how many features there are."""
+
+    def __init__(self, attributes, built, build):
+        super().__init__()
+        self.body, self.built, self.build = nn.Linear(4, 8), built, build
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        if not self.built(self):
+            self.build(self, nn.Linear(h.shape[1], 3))
+        return self.head(h)
+
+    def head(self, h):
+        return (self.fc[0] if isinstance(self.fc, nn.ModuleList) else self.fc)(h) + getattr(self, "shift", 0)
+
+
+def builds_with_a_flag(model, layer):
+    model.fc, model.done = layer, True
+    model.register_buffer("shift", torch.ones(3))
+
+
+def builds_in_a_list(model, layer):
+    model.fc.append(layer)
+    model.done = True
+
+
+def builds_under_a_name(model, layer):
+    model.add_module("fc", layer)
+    model.names.append("fc")
+
+
+def builds_parameters(model, layer):
+    model.fc, model.weight = partial(F.linear, weight=layer.weight), layer.weight
+
+
+BUILDERS = {
+    "for None": lambda: Builds({"fc": None}, lambda m: m.fc, lambda m, layer: setattr(m, "fc", layer)),
+    "with a flag": lambda: Builds({"done": False}, lambda m: m.done, builds_with_a_flag),
+    "for another layer": lambda: Builds({"done": False, "fc": nn.Identity()}, lambda m: m.done, builds_with_a_flag),
+    "in a list": lambda: Builds({"done": False, "fc": nn.ModuleList()}, lambda m: m.done, builds_in_a_list),
+    "under a name": lambda: Builds({"names": []}, lambda m: m.names, builds_under_a_name),
+    "parameters": lambda: Builds({"fc": None}, lambda m: m.fc, builds_parameters),
+}
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_what_the_first_pass_builds_is_trained(kind):
+    """Looking is that first pass: training then is what it is in plain PyTorch after one."""
+    teaching, (batch,) = teacher(), batches(1)
+    plain = seeded(BUILDERS[kind])
+    plain(batch.inputs)
+    looked_at = seeded(BUILDERS[kind])
+    objective = Objective(teaching, looked_at, terms(), example_input=batch.inputs)
+    for model, parameters in ((plain, plain.parameters()), (looked_at, objective.trainable_parameters())):
+        optimizer = torch.optim.SGD(parameters, 0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch.inputs), batch.target).backward()
+            optimizer.step()
+    expected, found = plain.state_dict(), looked_at.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(v, found[k]) for k, v in expected.items())
+    assert torch.equal(plain(batch.inputs), looked_at(batch.inputs))

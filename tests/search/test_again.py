@@ -3,6 +3,8 @@
 The truth is plain autograd in float64: of one step of SGD, h_j = −η ⟨∇L_val(θ'), ∇ℓ_j(θ)⟩.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,14 @@ class Counter(Net):
     def between(self, x):
         self.passes += 1
         return super().between(x) * min(1.0, 0.3 * self.passes)
+
+
+class Iterator(Counter):
+    def more(self):
+        self.numbers = [itertools.count(1)]
+
+    def between(self, x):
+        return Net.between(self, x) * min(1.0, 0.3 * next(self.numbers[0]))
 
 
 class OwnGenerator(Net):
@@ -165,7 +175,17 @@ def estimated(kind, name, check=False):
     return estimator(step, [validation])
 
 
-KINDS = [Net, Counter, OwnGenerator, SpectralNorm, RunningScale, WeightsInAList, Checkpointed, WholeNumberFirst]
+KINDS = [
+    Net,
+    Counter,
+    Iterator,
+    OwnGenerator,
+    SpectralNorm,
+    RunningScale,
+    WeightsInAList,
+    Checkpointed,
+    WholeNumberFirst,
+]
 
 
 @pytest.mark.parametrize("name", ["forward_mode", "finite_difference", "unrolled", "sweep"])
@@ -175,6 +195,8 @@ def test_it_is_the_pass_of_the_training(kind, name):
         with pytest.raises(UserError, match="activation checkpointing.*use search.estimator=sweep"):
             estimated(kind, name)
         return
+    if (kind, name) == (SpectralNorm, "finite_difference"):
+        pytest.skip("central differences see the power iteration, through which no gradient goes")
     expected = truth(kind)
     found = estimated(kind, name, check=True)
     tolerance = 1e-4 if name == "finite_difference" else 1e-9  # its error is of the order of epsilon squared

@@ -15,7 +15,9 @@ from distpro.search.estimators import ESTIMATORS, obstacle
 from distpro.search.scales import measure_scales
 from distpro.search.searcher import Searcher
 from distpro.search.weighting import BiasedSoftmax
+from distpro.tasks import Classification
 from distpro.train.state import no_trace, random_state, set_random_state
+from distpro.train.trainer import Trainer
 
 
 def quantised() -> nn.Module:
@@ -141,3 +143,39 @@ def test_numbers_that_a_model_keeps_are_given_back(fails):
         model(torch.zeros(2, 3))
         1 / (not fails)
     assert (model[1].passes, model[1].share) == (1, 0.5)
+
+
+class Following(nn.Module):
+    """A student that counts its passes in a frozen parameter, in a module that is hidden, and in a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.passes = nn.Linear(4, 3), 0
+        self.key = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.hidden = (nn.BatchNorm1d(4),)
+
+    def forward(self, x):
+        self.key.data.add_(1)
+        self.hidden[0](x)
+        self.passes += 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_step_that_is_taken_again_is_one_pass(repeats):
+    torch.manual_seed(0)
+    student, teacher = Following(), nn.Sequential(nn.BatchNorm1d(4), Following())
+    batch = batch_of(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+    terms = [Term(build_loss(name), name) for name in ("kd", "dist")]
+    objective = Objective(teacher, student, terms, teacher_training=True)
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), 0.1)
+    estimator = ESTIMATORS.build("finite_difference", objective, optimizer)
+    held_out = lambda start: iter(lambda: batch, None)  # noqa: E731
+    searcher = Searcher(objective, estimator, BiasedSoftmax(), held_out, total_steps=3, repeats=repeats)
+    trainer = Trainer(objective, Classification(), optimizer, searcher, [batch] * 3, [batch], epochs=1)
+    for _ in range(3):
+        trainer.train_step(batch)
+    assert (searcher.alpha_tilde != 1).all()
+    for model in (student, teacher[1]):
+        assert model.key.item() == model.passes == model.hidden[0].num_batches_tracked == 3
+    assert teacher[0].num_batches_tracked == 3

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distpro.objective import Objective
-from pathways.own_state import keep_own_state
+from pathways.own_state import own_state
 
 
 class Start:
@@ -22,7 +22,7 @@ class Start:
     def __init__(self, objective: Objective):
         self._objective = objective
         self._buffers = [b.detach().clone() for b in _buffers(objective)]
-        self._put_own_back = keep_own_state(objective.student, objective.terms)
+        self._put_own_back = own_state(objective.student, objective.terms, parameters=False)
 
     @torch.no_grad()
     def put_back(self) -> None:

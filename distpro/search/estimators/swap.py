@@ -12,7 +12,7 @@ from pathways.trust import own_containers
 
 
 @contextmanager
-def swapped(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def swapped(model: nn.Module, values: Mapping[Any, Tensor]) -> Iterator[None]:
     """Inside, every parameter and buffer of ``model`` that is a key of ``values`` is its value, wherever it is reached
     from; afterwards the module has its own again.
 
