@@ -41,6 +41,10 @@ class Call(NamedTuple):
         """``model(*args, **kwargs)``."""
         return model(*self.args, **self.kwargs)
 
+    def copied(self) -> Call:
+        """The same with copies of the tensors, for models that write to their input."""
+        return Call(map_tensors(torch.clone, self.args), map_tensors(torch.clone, dict(self.kwargs)))
+
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor among the arguments, inside containers too."""
         return tensors_in((self.args, dict(self.kwargs)))

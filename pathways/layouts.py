@@ -156,7 +156,7 @@ class Record:
 
 def probe_layouts(model: nn.Module, names: Sequence[str], example_input: Any) -> dict[str, Layout]:
     """Layout of each tap, found by passes that leave no trace. Raises UserError as `tap` does."""
-    taps = Record(model, Call.of(example_input), names).taps
+    taps = Record(model, Call.of(example_input).copied(), names).taps
     if set(names) - taps.keys() or any(parse_tap(name).point == "pre_relu" for name in names):
         probe_shapes(model, names, example_input)  # says what cannot be read
     found = {name: taps[name] for name in names}

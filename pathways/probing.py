@@ -108,7 +108,7 @@ def probe_features(model: nn.Module, names: Sequence[str], example_input: Any) -
     ``example_input`` is anything that `Call.of` takes. Raises UserError as `tap` does.
     """
     with probing(model), tap(model, names) as taps:
-        Call.of(example_input).run(model.eval())
+        Call.of(example_input).copied().run(model.eval())
         return {name: taps[name].detach() for name in taps}
 
 
@@ -117,7 +117,7 @@ def readable(model: nn.Module, names: Sequence[str], example_input: Any) -> set[
     with probing(model):
         taps = Taps(model, names, strict=False)
         try:
-            Call.of(example_input).run(model.eval())
+            Call.of(example_input).copied().run(model.eval())
         finally:
             taps.remove()
         return taps.read

@@ -31,7 +31,7 @@ def find_stages(model: nn.Module, example_input: Any, token_stages: int = 4) -> 
 
     ``example_input`` is anything that `Call.of` takes. Raises UserError if none are found.
     """
-    call = Call.of(example_input)
+    call = Call.of(example_input).copied()
     seen = Record(model, call).outputs
     inputs = {tuple(t.shape[-2:]) for t in call.tensors() if t.dim() >= 3}
     features = [s for s in seen if s.layout is not None and len(s.shape) > 1]

@@ -161,7 +161,7 @@ class Tapped(nn.Module):
         if not (output or self.names):
             self.modules_run = []
             return
-        example = None if example_input is None else Call.of(example_input)
+        example = None if example_input is None else Call.of(example_input).copied()
         modes = (False,) if frozen else (False, True)
         try:
             graph = trace(model, self.names, True, output)

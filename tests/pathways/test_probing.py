@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+from distpro.objective import Objective
 from pathways import UserError, find_stages, probe_shapes
 from pathways.probing import untouched
 from tests.pathways.reference import Fails, hooks_on, images, resnet
@@ -147,3 +148,24 @@ class OneBlockRepeated(nn.Module):
 def test_find_stages_gives_up_with_a_message(model, x):
     with pytest.raises(UserError, match="no stages found in .*: name its taps in the config"):
         find_stages(model, x)
+
+
+class WritesToItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 5, 3, stride=2)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.body(x.sub_(0.5).div_(2))))
+
+
+@pytest.mark.parametrize("look", [
+    lambda m, x: probe_shapes(m, ["body"], x),
+    find_stages,
+    lambda m, x: Objective(m, WritesToItsInput(), [], example_input=x),
+])  # fmt: skip
+def test_an_example_stays_as_it_is(look):
+    x = torch.rand(2, 3, 16, 16)
+    before = x.clone()
+    look(WritesToItsInput(), x)
+    assert torch.equal(x, before)

@@ -16,6 +16,8 @@ from distpro.objective import Objective, Term
 from distpro.search.estimators import ESTIMATORS
 from distpro.search.estimators.base import TrainingStep
 from distpro.search.estimators.choice import obstacle
+from distpro.search.searcher import Searcher
+from distpro.search.weighting import WEIGHTINGS
 from distpro.train.state import random_state
 from pathways import UserError
 
@@ -241,3 +243,21 @@ def test_forward_mode_refuses_what_terms_share():
     optimizer = torch.optim.SGD(students.trainable_parameters(), RATE)
     with pytest.raises(UserError, match="forward_mode: term 'a' shares parameters with the student; use finite_diff"):
         ESTIMATORS.build("forward_mode", students, optimizer)
+
+
+def test_a_search_tries_it():
+    student, teacher = made(0, WritesToItsInput).float(), made(1, Net).float()
+    objective = Objective(teacher, student, [Term(L2(), "l2", ["body"], ["body"]), Term(Cosine(), "cosine")])
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), RATE)
+    estimator = ESTIMATORS.build("forward_mode", objective, optimizer)
+    batch, validation = (batch_of(x.float(), y) for x, y in batches())
+    weighting = WEIGHTINGS.build("biased_softmax")
+    searcher = Searcher(objective, estimator, weighting, lambda _: itertools.repeat(validation), total_steps=4)
+    weights = searcher.weights(0)
+    state = random_state(student)
+    done = objective.training_pass(batch, weights, capture=estimator.needs_views)
+    done.loss.backward()
+    searcher.before_update(0, batch, state, done)
+    optimizer.step()
+    with pytest.raises(UserError, match="a training pass that is done again"):
+        searcher.after_update(0)
