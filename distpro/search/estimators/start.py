@@ -36,7 +36,7 @@ class Start:
 
 def _has_buffers_alone(model: nn.Module) -> bool:
     """Whether a model is made of classes that are known to keep nothing else; looking at what they hold takes time in every step."""
-    return all(_known(kind) for kind in {type(m) for m in model.modules()})
+    return all(_known(kind) for kind in {type(m) for m in model.modules()})  # type: ignore[arg-type]
 
 
 @cache
