@@ -29,6 +29,8 @@ from pathways.registry import UserError
 
 RESPONSES = {"classes": "logits", "maps": "logits", "depths": "depth"}
 """What an ONNX file calls the response, by the kind of the task's targets."""
+ONE_FILE = 1_800_000_000
+"""Bytes of weights from which on an ONNX file, which can have 2 GB, has them beside it, in ``student.onnx.data``."""
 
 
 def export(folder: str | Path, format: str = "safetensors", out: str | Path | None = None) -> Path:
@@ -91,6 +93,8 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
         ) from error
     if format == "pt2":
         write_atomically(buffer.getvalue(), path)
+    elif sum(t.nbytes for t in (*model.parameters(), *model.buffers())) < ONE_FILE:
+        write_atomically(written.model_proto.SerializeToString(), path)
     else:
         with naming(path):
             written.save(str(path), external_data=True)

@@ -138,7 +138,11 @@ def test_the_file_gives_the_student_s_numbers(config, inputs, outputs, tmp_path,
     monkeypatch.setattr("distpro.runs.export.load_checkpoint", load)
     few = {"training": {"batch_size": 4, "max_steps": 1}, "tracking": {"tensorboard": False}}
     distpro.train({"threads": 1, "precision": "float32", **config(tmp_path), **few}, out=tmp_path / "run")
+    large = config is two
+    if large:
+        monkeypatch.setattr("distpro.runs.export.ONE_FILE", 0)
     path = export(tmp_path / "run", "onnx")
+    assert path.with_name("student.onnx.data").exists() == large
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert [output.name for output in model.graph.output] == outputs
