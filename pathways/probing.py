@@ -60,12 +60,12 @@ def buffers_kept(*models: nn.Module) -> Iterator[None]:
                 made = {k: b for k, b in module._buffers.items() if buffers.get(k) is None} if module in built else {}
                 module._buffers.clear()
                 for name, buffer in buffers.items():
-                    module._buffers[name] = _put_back(buffer, copies.get(id(buffer)))
+                    module._buffers[name] = with_content(buffer, copies.get(id(buffer)))
                 module._buffers.update(made)
 
 
-def _put_back(buffer: Tensor | None, copy: Tensor | None) -> Tensor | None:
-    """The buffer with its former content; the copy, where the buffer cannot hold it any more."""
+def with_content(buffer: Tensor | None, copy: Tensor | None) -> Tensor | None:
+    """The buffer with the content of ``copy``, in its size; the copy, where the buffer cannot hold it any more."""
     if buffer is None or copy is None:
         return buffer
     if (buffer.dtype, buffer.device) != (copy.dtype, copy.device):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distpro.objective import Objective
 from pathways.own_state import own_state
+from pathways.probing import with_content
 from pathways.trust import known_class
 
 
@@ -30,7 +31,7 @@ class Start:
     @torch.no_grad()
     def put_back(self) -> None:
         for buffer, before in zip(_buffers(self._objective), self._buffers, strict=True):
-            buffer.copy_(before)
+            with_content(buffer, before)  # an observer's have no size before its first pass
         self._put_own_back()
 
 
