@@ -187,9 +187,8 @@ def _flat(params: list[Any]) -> list[nn.Parameter]:
 @OPTIMIZERS.register("sgd")
 def _sgd(params: list[Any], o: Any, fused: bool) -> torch.optim.Optimizer:
     nesterov = o.nesterov and o.momentum > 0 and o.dampening == 0
-    fused = (
-        fused and o.dampening == 0
-    )  # dampening treats a first step apart, and a fused step cannot mix first and later ones
+    # Dampening treats a first step apart, and a fused step cannot mix first and later ones.
+    fused = fused and o.dampening == 0
     sgd = torch.optim.SGD(params, o.lr, o.momentum, o.dampening, o.weight_decay, nesterov=nesterov, fused=fused)
     if fused and o.momentum:
         for p in _flat(params):  # of a term that is dropped at first, the first gradient comes late

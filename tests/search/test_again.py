@@ -156,7 +156,7 @@ def truth(kind):
     return torch.stack([-RATE * torch.stack(row).sum() for row in rows])
 
 
-def estimated(kind, name, check=False):
+def estimated(kind, name):
     student, teacher = made(0, kind), made(1, Net)
     objective = Objective(teacher, student, [Term(L2(), "l2", ["body"], ["body"]), Term(Cosine(), "cosine")])
     optimizer = torch.optim.SGD(objective.trainable_parameters(), RATE)
@@ -172,8 +172,7 @@ def estimated(kind, name, check=False):
     step = TrainingStep(batch, WEIGHTS, 1.0, theta, state, done)
     estimator.before_step(step)
     optimizer.step()
-    if check:
-        estimator.check(step)
+    estimator.check(step)
     return estimator(step, [validation])
 
 
@@ -200,7 +199,7 @@ def test_it_is_the_pass_of_the_training(kind, name):
     if (kind, name) == (SpectralNorm, "finite_difference"):
         pytest.skip("central differences see the power iteration, through which no gradient goes")
     expected = truth(kind)
-    found = estimated(kind, name, check=True)
+    found = estimated(kind, name)
     tolerance = 1e-4 if name == "finite_difference" else 1e-9  # its error is of the order of epsilon squared
     assert ((found - expected).norm() / expected.norm()).item() < tolerance
 
@@ -209,7 +208,7 @@ def test_it_is_the_pass_of_the_training(kind, name):
 @pytest.mark.parametrize("kind", [WritesToItsInput, EMA])
 def test_what_cannot_be_put_back_is_refused(kind, name):
     with pytest.raises(UserError, match="a training pass that is done again gives other losses"):
-        estimated(kind, name, check=True)
+        estimated(kind, name)
 
 
 class Projected(nn.Module):

@@ -63,6 +63,7 @@ class Estimator:
         window: training steps that one hypergradient looks at.
         learns_scalars: whether it gives the derivatives by numbers beside the weights.
         scalars: those numbers; None where there are none.
+        start: what the last pass that counts began with besides parameters; None where that is not kept.
         calibrated: whether the validation loss is that of the task's ``rows`` at their best temperature, see `judge`.
     """
 

@@ -56,10 +56,9 @@ class FiniteDifference(Estimator):
         with no_trace(self.objective.student, self.objective.terms):
             self.begin_again(step)
             _, features = self.objective.run_student(step.batch, autocast=False)
+            # Under autocast the teacher's are half precision.
             floating = [p.dtype for p in self.objective.student.parameters() if p.is_floating_point()]
-            wide = max(
-                floating, key=lambda dtype: torch.finfo(dtype).bits
-            )  # under autocast the teacher's are half precision
+            wide = max(floating, key=lambda dtype: torch.finfo(dtype).bits, default=torch.get_default_dtype())
             teacher = {n: f.to(wide) if f.is_floating_point() else f for n, f in step.done.teacher.items()}
             active = (step.weights != 0).tolist()
             losses = self.objective.term_losses(features, teacher, step.batch, active, autocast=False)
