@@ -4,7 +4,8 @@
 
 For each network, as a frozen teacher and as a student that trains, read at its stages: a pass of traced code, the
 looks that it takes in every pass (is the model what was traced; are the folded weights what they were), and the same
-network by hooks, as one of somebody's own class runs.
+network by hooks, as one of somebody's own class runs. Then what a search keeps of such a student before each step that
+counts, to be able to do the step's pass again: its buffers, and of somebody's own class its attributes as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from benchmark import measure, medians, parser, repeated, save
 from torch import nn
 
 from distpro.models import build_model
+from distpro.objective import Objective
+from distpro.search.estimators.start import Start
 from pathways import Tapped, find_stages
 from pathways.fusing import foldable
 from pathways.trust import Unchanged
@@ -80,11 +84,16 @@ def main() -> int:
             "student, traced": Tapped(student, stages, x[:2]),
             "student, hooks": Tapped(somebodys(student), stages, x[:2]),
         }
+        searched = {
+            "known class": Objective(None, copy.deepcopy(student), example_input=x[:2]),
+            "own class": Objective(None, somebodys(student), example_input=x[:2]),
+        }
         runs: dict[str, Callable[[], Any]] = {
             form: lambda tapped=tapped, x=x: without_gradients(tapped, x)  # type: ignore[misc]
             for form, tapped in forms.items()
         }
         runs |= {form: train_step(tapped, x) for form, tapped in trained.items()}
+        runs |= {f"10 starts, {kind}": repeated(partial(Start, o), 10) for kind, o in searched.items()}
         runs |= {"100 looks at the model": repeated(Unchanged(teacher), 100)}
         if foldable(teacher) and forms["teacher, traced"].traced:
             runs |= {"10 looks at the weights": repeated(same_values(teacher), 10)}
@@ -98,6 +107,10 @@ def main() -> int:
                 looks += median.get("10 looks at the weights", 0.0) / 10
             ratios[f"{name}, {who}: looks / traced pass"] = looks / traced
             ratios[f"{name}, {who}: hooks / traced"] = median[f"{who}, hooks"] / traced
+        for kind in searched:
+            ratios[f"{name}, {kind}: kept for a search / student's traced step"] = (
+                median[f"10 starts, {kind}"] / 10 / median["student, traced"]
+            )
         print(
             f"  {name}: teacher traced {forms['teacher, traced'].traced}, student {trained['student, traced'].traced}\n"
         )

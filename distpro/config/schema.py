@@ -317,7 +317,9 @@ class Config(Section):
     metrics: list[Spec] = Field([], description="beside those of the task: names, or package.module:name")
     data: DataConfig = DataConfig()
     teacher: ModelConfig | None = None
-    teachers: dict[str, ModelConfig] = Field({}, description="several, in place of one")
+    teachers: dict[str, ModelConfig] = Field(
+        {}, description="several, in place of one; NAME: null takes one away that a base has"
+    )
     combine: Literal["logits", "probabilities", "log_probabilities"] = Field(
         "logits", description="what of several teachers is averaged to their common output"
     )
@@ -339,6 +341,11 @@ class Config(Section):
     tune: TuneConfig = TuneConfig()
     tracking: TrackingConfig = TrackingConfig()
     stages: list[dict[str, Any]] = Field([], description="trainings one after the other, see distpro.config.stages")
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _without_those_taken_away(cls, teachers: Any) -> Any:
+        return {k: v for k, v in teachers.items() if v is not None} if isinstance(teachers, dict) else teachers
 
     @field_validator("task_weight")
     @classmethod

@@ -213,6 +213,12 @@ def test_null_takes_the_parameters_of_another_model_away(write):
     assert read_config(path, ["student.params.width=1"]).student.params == {"width": 1}
 
 
+def test_null_takes_one_of_several_teachers_of_the_base_away(write):
+    write(STUDENT + "teachers: {a: {model: resnet14}, b: {model: resnet20}}", "base.yaml")
+    config = read_config(write("base: base.yaml\nteachers: {a: null, c: {model: resnet32}}"))
+    assert {name: teacher.model for name, teacher in config.teachers.items()} == {"b": "resnet20", "c": "resnet32"}
+
+
 def test_merge_is_deep_for_mappings_and_whole_for_lists():
     below = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
     assert merge(below, {"a": {"y": [3]}, "b": {"c": 2}}) == {"a": {"x": 1, "y": [3]}, "b": {"c": 2}}
