@@ -174,6 +174,11 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def computes_in_bfloat16() -> bool:
+    """Whether the CPU has units for bfloat16. On others PyTorch emulates it, an order of magnitude slower than float32."""
+    return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+
+
 def _output_shape(conv: nn.Conv2d, x: Tensor) -> torch.Size:
     sizes = (
         (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1

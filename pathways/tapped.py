@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from pathways.call import Call, tensors_in
 from pathways.containers import alike
-from pathways.fusing import foldable, fused
+from pathways.fusing import computes_in_bfloat16, foldable, fused
 from pathways.probing import untouched
 from pathways.registry import UserError
 from pathways.taps import Taps, check_taps, is_compiled, locate, tap, without_fast_path
@@ -223,7 +223,7 @@ class Tapped(nn.Module):
         _, function = as_function(self.model, fused(graph, dict(self.model.named_modules()), self._frozen))
         if not self._agrees(function, example, expected, 1e-4 if self._frozen else 0):
             return
-        if self._frozen:  # oneDNN has operations for some types only
+        if self._frozen and computes_in_bfloat16():  # oneDNN has operations for some types only
             with torch.autocast("cpu", torch.bfloat16):
                 if not self._agrees(function, example, expected, None):
                     return
@@ -238,6 +238,8 @@ class Tapped(nn.Module):
     def _may_fuse(self) -> bool:
         if not self._frozen:
             return True
+        if torch.is_autocast_enabled("cpu") and not computes_in_bfloat16():  # not tried, see `_fuse`
+            return False
         on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
         return on_cpu and not (torch.is_grad_enabled() or any(m.training for m in self.model.modules()))
 

@@ -9,6 +9,7 @@ import torch
 from distpro.config.schema import Config
 from distpro.console import note
 from distpro.train import distributed
+from pathways.fusing import computes_in_bfloat16
 from pathways.registry import UserError
 
 
@@ -73,5 +74,6 @@ def _computes_in(precision: str, device: torch.device) -> bool:
         return True
     if device.type == "cuda":
         return precision == "float16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    units = {"bfloat16": ("avx512_bf16", "amx_tile"), "float16": ("amx_fp16",)}[precision]
-    return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in units)
+    if device.type != "cpu":
+        return False
+    return computes_in_bfloat16() if precision == "bfloat16" else getattr(torch.cpu, "_is_amx_fp16_supported", bool)()

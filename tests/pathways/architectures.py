@@ -23,6 +23,43 @@ class Stages(NamedTuple):
     prefix: int = 0
 
 
+def narrowed(model, by):
+    """A model of convolutions, BatchNorms and linear layers with so many times fewer channels between image and classes."""
+
+    def less(channels, ends=()):
+        return channels if channels in ends else channels // by
+
+    for module in model.modules() if by > 1 else ():
+        if isinstance(module, torch.nn.Conv2d):
+            depthwise = module.groups == module.in_channels
+            module.in_channels, module.out_channels = less(module.in_channels, (3,)), less(module.out_channels, (5,))
+            module.groups = module.in_channels if depthwise else module.groups
+            _keep_rows(module, ["weight", "bias"], module.out_channels)
+            _keep_columns(module, module.in_channels // module.groups)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.num_features = less(module.num_features)
+            _keep_rows(module, ["weight", "bias", "running_mean", "running_var"], module.num_features)
+        elif isinstance(module, torch.nn.Linear):
+            module.in_features, module.out_features = less(module.in_features), less(module.out_features, (5,))
+            _keep_rows(module, ["weight", "bias"], module.out_features)
+            _keep_columns(module, module.in_features)
+    return model
+
+
+def _keep_rows(module, names, rows):
+    for name in names:
+        tensor = getattr(module, name)
+        if tensor is not None:
+            kept = tensor[:rows].detach().clone()
+            setattr(module, name, torch.nn.Parameter(kept) if isinstance(tensor, torch.nn.Parameter) else kept)
+
+
+def _keep_columns(module, columns):
+    """And outputs as large as before: their variance is a sum over the columns."""
+    scale = (module.weight.shape[1] / columns) ** 0.5
+    module.weight = torch.nn.Parameter(scale * module.weight.detach()[:, :columns])
+
+
 def maps(*widths):
     return Stages("maps", list(widths))
 
@@ -41,17 +78,20 @@ class Architecture(NamedTuple):
     size: int
     stages: Stages | None
     params: dict[str, Any] = {}
+    narrower: int = 1
 
     def smaller(self):
         """With fewer and narrower layers or smaller images, where it is known how to say so."""
         changes = dict(SMALLER.get(str(self), {}))
-        return self._replace(size=changes.pop("size", self.size), params={**self.params, **changes})
+        return self._replace(
+            size=changes.pop("size", self.size), narrower=changes.pop("narrower", 1), params={**self.params, **changes}
+        )
 
     def build(self, seed=0):
         """The model in float64, its parameters drawn at random: also class tokens that begin at zero, where a
         LayerNorm with eps 1e-12 has derivatives that no two ways of computing agree on."""
         torch.manual_seed(seed)
-        model = self._build().double()
+        model = narrowed(self._build(), self.narrower).double()
         for parameter in model.parameters():
             if parameter.dim() > 1 and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -68,8 +108,13 @@ class Architecture(NamedTuple):
             params = {k: pydoc.locate(v) if isinstance(v, str) else v for k, v in self.params.items()}
             return params.pop("class")(**params, num_classes=5)
         if "classifier" in self.params:  # of a few layers of thousands of features each
-            model = torchvision.models.get_model(self.name, weights=None)
-            model.classifier = torch.nn.Linear(self.params["classifier"], 5)
+            with torch.device("meta"):
+                model = torchvision.models.get_model(self.name, weights=None)
+                model.classifier = torch.nn.Linear(self.params["classifier"], 5)
+            model.to_empty(device="cpu")
+            for module in model.modules():
+                if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                    module.reset_parameters()
             return model
         if self.library == "timm":
             return pytest.importorskip("timm").create_model(self.name, num_classes=5, **self.params)
@@ -200,17 +245,21 @@ _LEVELS = {"depths": (1, 1, 2, 1)}
 _CN_BLOCKS = [CNBlockConfig(*widths) for widths in ((24, 48, 1), (48, 96, 1), (96, 192, 2), (192, None, 1))]
 _BOTTLENECK = "torchvision.models.resnet.Bottleneck"
 SMALLER = {
-    "torchvision-alexnet": {"classifier": 256 * 6 * 6},
+    "torchvision-alexnet": {"classifier": 256 * 6 * 6, "narrower": 4},
     "torchvision-convnext_tiny": {"class": "torchvision.models.ConvNeXt", "block_setting": _CN_BLOCKS},
     "torchvision-densenet121": {
         "class": "torchvision.models.DenseNet", "growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16,
     },
-    "torchvision-deeplabv3_mobilenet_v3_large": {"size": 32},
+    "torchvision-deeplabv3_mobilenet_v3_large": {"size": 32, "narrower": 4},
     "torchvision-efficientnet_b0": {
         "class": "torchvision.models.EfficientNet", "dropout": 0.2,
         "inverted_residual_setting": _efficientnet_conf("efficientnet_b0", width_mult=0.25, depth_mult=0.3)[0],
     },
-    "torchvision-inception_v3": {"size": 75},
+    "torchvision-inception_v3": {"size": 75, "narrower": 8},
+    "torchvision-googlenet": {"narrower": 4},
+    "torchvision-mnasnet0_5": {"narrower": 2},
+    "torchvision-mobilenet_v2": {"narrower": 4},
+    "torchvision-resnet18": {"narrower": 4},
     "torchvision-resnet50": {"class": "torchvision.models.ResNet", "block": _BOTTLENECK, "layers": [1, 1, 1, 1]},
     "torchvision-resnext50_32x4d": {
         "class": "torchvision.models.ResNet", "block": _BOTTLENECK, "layers": [1, 1, 1, 1], "groups": 32, "width_per_group": 4,
@@ -224,7 +273,7 @@ SMALLER = {
         "num_heads": [1, 2, 4, 8], "window_size": [8, 8], "block": "torchvision.models.swin_transformer.SwinTransformerBlockV2",
         "downsample_layer": "torchvision.models.swin_transformer.PatchMergingV2",
     },
-    "torchvision-vgg11": {"classifier": 512 * 7 * 7, "size": 32},
+    "torchvision-vgg11": {"classifier": 512 * 7 * 7, "size": 32, "narrower": 8},
     "timm-cait_xxs24_224": {"depth": 4, "embed_dim": 48, "num_heads": 4},
     "timm-coat_tiny": {"size": 32, "img_size": 32, "embed_dims": [48, 48, 48, 48], "serial_depths": [2, 1, 1, 1], "parallel_depth": 1},
     "timm-convmixer_768_32": {
@@ -243,10 +292,11 @@ SMALLER = {
     "timm-densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
     "timm-dla34": {"channels": [8, 16, 16, 32, 64, 128]},
     "timm-edgenext_xx_small": {"depths": (1, 2, 2, 2)},
+    "timm-efficientnet_b0": {"narrower": 4},
     "timm-efficientvit_b0": {"depths": (1, 1, 1, 1), "head_widths": (64, 64)},
     "timm-eva02_tiny_patch14_224": _FOUR,
     "timm-focalnet_tiny_srf": {"class": "timm.models.focalnet.FocalNet", **_LEVELS, "embed_dim": 24},
-    "timm-hrnet_w18_small": {"size": 32},
+    "timm-hrnet_w18_small": {"size": 32, "narrower": 2},
     "timm-mambaout_femto": {**_LEVELS, "dims": (16, 32, 64, 96)},
     "timm-mixer_s32_224": {
         "class": "timm.models.mlp_mixer.MlpMixer", "patch_size": 32, "num_blocks": 4, "embed_dim": 64,
@@ -254,6 +304,7 @@ SMALLER = {
     "timm-pit_ti_224": {"base_dims": [16, 16, 16], "heads": [2, 4, 8], "depth": [1, 2, 1]},
     "timm-poolformer_s12": {"size": 32},
     "timm-pvt_v2_b0": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 80, 128)},
+    "timm-repvgg_a0": {"narrower": 2},
     "timm-repvit_m0_9": {"depth": (1, 1, 2, 1), "embed_dim": (16, 32, 64, 128)},
     "timm-res2net50_14w_8s": {"layers": [1, 1, 1, 1]},
     "timm-resmlp_12_224": {

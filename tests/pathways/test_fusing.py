@@ -73,6 +73,20 @@ def test_a_frozen_model_gives_the_same(name, taps, layout):
         assert error(wide(x.double()), exact) < 1e-12
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_folded_where_the_cpu_computes_in_it(native, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    model, x = trained("resnet8"), images().float()
+    tapped = Tapped(model, ["layer2"], x[:2], frozen=True).eval()
+    with torch.no_grad():
+        assert tapped.runs_fused
+        with torch.autocast("cpu", torch.bfloat16):
+            assert tapped.runs_fused == native
+            exact = plain(copy.deepcopy(model).double(), ["layer2"], x.double())
+            assert error(tapped(x), exact) < 1.5 * error(plain(model, ["layer2"], x), exact)
+
+
 def test_what_follows_a_convolution_becomes_part_of_it(monkeypatch):
     """ResNet-8 has 9 convolutions, one BatchNorm each; a tap before a ReLU keeps that ReLU apart."""
     model, calls = trained("resnet8"), []
