@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -172,3 +173,29 @@ def test_the_table_of_horizons_leaves_out_the_first_steps():
     }
     # K = 1: mean 1e-3, deviation 3√2 e-3, two windows; K = 2: mean -2e-3, deviation √2 e-3
     assert "| a | +1.0 ± 3.0 (1 of 2) | -2.0 ± 1.0 (2 of 2) |" in horizon.render(content)
+
+
+def written_in(page):
+    text = page.read_text()
+    return dict(re.findall(r"^<!-- study: (\S+) -->\n(.*?)^<!-- end -->", text, re.DOTALL | re.MULTILINE))
+
+
+SPLICED = [
+    pytest.param(page, name, block, id=f"{page.stem}-{name}")
+    for page in sorted((ROOT / "docs").rglob("*.md"))
+    for name, block in written_in(page).items()
+]
+
+
+@pytest.mark.parametrize(("page", "name", "block"), SPLICED)
+def test_a_page_shows_the_table_of_its_rows(page, name, block):
+    results = ROOT / "docs" / "results" / name
+    shown = table.seen_from(page, results.with_suffix(".md").read_text().replace("../figures/", "figures/"))
+    assert block.strip() == shown.strip()
+    rows = [json.loads(line) for line in results.with_suffix(".jsonl").read_text().splitlines()]
+    seeds = {label: len({r["seed"] for r in rows if r["label"] == label}) for label in {r["label"] for r in rows}}
+    table_says = {
+        label.strip("()"): int(n) for label, n in re.findall(r"^\| (.+?) \| [^|]+ \| (\d+) \|", block, re.MULTILINE)
+    }
+    own = table_says.keys() & seeds.keys()  # a table may take rows of other studies, and leave some of its own out
+    assert own and {label: table_says[label] for label in own} == {label: seeds[label] for label in own}
