@@ -23,7 +23,7 @@ from distpro.weights import Scalars, Scale, Uncertainty, columns_of, constants_o
 from pathways.compiled import begin_step, compiled, run, run_each
 from pathways.registry import UserError
 from pathways.space import Pathway
-from pathways.tapped import Tapped, guarded
+from pathways.tapped import Tapped, guarded, keep_in_evaluation
 from pathways.taps import LOGITS
 
 __all__ = ["Entry", "Features", "Moving", "Objective", "Term", "TrainingPass", "entries_of"]
@@ -139,8 +139,7 @@ class Objective(nn.Module):
         super().train(mode)
         if self.teacher is not None:
             self.teacher.train(mode and self.teacher_training)
-        for module in self._frozen:
-            module.eval()
+        keep_in_evaluation(self._frozen)
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -236,8 +235,7 @@ class Objective(nn.Module):
         known = None if self.cache is None or batch.index is None else self.cache.read(batch.index, epoch)
         if known is not None:
             return known
-        if not self.teacher_training and any(m.training for m in self.teacher.model.modules()):
-            self.teacher.eval()  # another module that holds the teacher has put it into training mode
+        keep_in_evaluation(() if self.teacher_training else (self.teacher,))
         with torch.no_grad(), self.autocast():
             output, features = self._run(self.teacher, *self.task.call(batch, self.teacher.training))
         taught = self._with_response(output, features)
@@ -251,6 +249,7 @@ class Objective(nn.Module):
         if autocast is not None:
             with self.autocast(autocast):
                 return self.run_student(batch, None)
+        keep_in_evaluation(self._frozen)
         output, features = self._run(self.student, *self.task.call(batch, self.student.training))
         return output, self._with_response(output, features)
 
@@ -389,12 +388,13 @@ class Objective(nn.Module):
 
         Args:
             inputs, target, index: see `distpro.batch.Batch`, which may be the inputs; without one, one row per sample.
-            step: the training step. Without one, each call in which objective or student train is one, from 0 or `at` on.
+            step: the training step. Without one, each call with gradients in training mode is one, from 0 or `at` on.
         """
         batch = inputs if isinstance(inputs, Batch) else batch_of(inputs, target, index)
         count = self._next_step
         self.at(count if step is None else step)
         done = self.training_pass(batch, self.weights_at(self._step))
-        self._next_step = self._step + 1 if self.training or self.student.model.training else count
+        trains = torch.is_grad_enabled() and (self.training or self.student.model.training)
+        self._next_step = self._step + 1 if trains else count
         parts = {"loss": done.loss.detach(), "task": done.task, **dict(zip(self.keys, done.terms, strict=True))}
         return done.loss, parts

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import MemberDescriptorType, SimpleNamespace
+from types import FunctionType, MemberDescriptorType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from pathways.trust import OF_ANY_MODULE, known_class
+from pathways.trust import OF_ANY_MODULE, hooks_on, known_class, known_code
 
 DEPTH = 4  # containers and objects in each other, from a module's attribute on
 LARGEST = 10_000  # items of a container that are looked into; of longer ones it is known which they are
@@ -34,8 +34,8 @@ def own_state_kept(*models: nn.Module) -> Iterator[None]:
     """What the modules hold besides parameters and buffers is afterwards what it was.
 
     Attributes are what they were, and so is what they lead to: the content of tensors and NumPy arrays, which is put back in
-    place; of lists, dicts, sets, deques, and objects of anybody's own classes; the state of random generators. Iterators of
-    Python, such as `itertools.count`, are replaced by copies from before. Parameters that are not trained are put back where
+    place; of lists, dicts, sets, deques, and objects of anybody's own classes; the state of random generators; and what hooks
+    and functions hold, as an object, an argument that is bound, or a variable around them. Iterators of Python, such as `itertools.count`, are replaced by copies from before. Parameters that are not trained are put back where
     a module of somebody's own class has them, or where such a module is in a model that is trained otherwise: its forward
     pass may update them through `.data`, as a momentum encoder's. So are the weights of embeddings with a ``max_norm``, which
     their passes rescale; and all of a module that is not among the submodules but in a tuple, list, dict or object, where it
@@ -108,6 +108,8 @@ class _OwnState:
         now = vars(module)
         values = {name: self._keep(now[name], depth) for name in now.keys() - _MADE_WITH_MODULES}
         self._back.append(partial(_put_attributes_back, module, values, _MADE_WITH_MODULES))
+        for hook in hooks_on(module):
+            self._keep(hook, depth)
         for tensor in tensors:
             self._keep_tensor(tensor)
         self._back = outer
@@ -167,6 +169,8 @@ class _OwnState:
                 self._back.append(partial(setattr, bits, "state", copy.deepcopy(bits.state)))
         elif _is_iterator(value):
             return _copied(value)
+        elif isinstance(value, (MethodType, partial, FunctionType)):
+            self._look_into_function(value, depth)
         elif _of_own_class(value):
             if hasattr(value, "__dict__"):
                 values = {name: self._keep(v, depth) for name, v in vars(value).items()}
@@ -175,6 +179,21 @@ class _OwnState:
                 content = _in_slot(slot, value)
                 self._back.append(partial(_put_in_slot, slot, value, self._keep(content, depth)))
         return value
+
+    def _look_into_function(self, value: MethodType | partial[Any] | FunctionType, depth: int) -> None:
+        """What a call finds there: the object of a method, arguments that are bound, defaults, and variables of the functions around it."""
+        if isinstance(value, MethodType):
+            self._keep(value.__self__, depth)
+        elif isinstance(value, partial):
+            for inner in (value.func, *value.args, *value.keywords.values()):
+                self._keep(inner, depth)
+        elif not known_code(value.__globals__.get("__name__", "")):
+            for inner in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+                self._keep(inner, depth)
+            for cell in value.__closure__ or ():
+                content = getattr(cell, "cell_contents", _ABSENT)  # none yet where the variable has no value
+                if content is not _ABSENT:
+                    self._back.append(partial(setattr, cell, "cell_contents", self._keep(content, depth)))
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         if tensor.is_inference() or is_lazy(tensor):  # the one does not change, the other has no content yet

@@ -101,6 +101,13 @@ def _not_finite(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return not all(bool(t.isfinite().all()) for t in tensors)
 
 
+def keep_in_evaluation(modules: Sequence[nn.Module]) -> None:
+    """Put modules back into evaluation mode where another one that holds them has put them into training mode."""
+    for module in modules:
+        if any(m.training for m in module.modules()):
+            module.eval()
+
+
 class Tapped(nn.Module):
     """A model that returns its taps as values: ``tapped(x) → (output, {tap: tensor})``, with any arguments and any
     output that the model has.

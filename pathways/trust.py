@@ -33,7 +33,7 @@ def _inside(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def _known_code(name: str) -> bool:
+def known_code(name: str) -> bool:
     """Whether code of this Python module may make a part of a trace."""
     return _inside(name, (*TRUSTED, "torch", "pathways")) and not _inside(name, _RUNS_AGAIN)
 
@@ -42,7 +42,7 @@ def only_known_code_runs(since: Any) -> bool:
     """Whether all callers, up to the one with the code ``since``, are functions of PyTorch or of trusted packages."""
     frame = sys._getframe(1)
     while frame.f_code is not since:
-        if not _known_code(frame.f_globals.get("__name__", "")):
+        if not known_code(frame.f_globals.get("__name__", "")):
             return False
         assert frame.f_back is not None
         frame = frame.f_back
@@ -54,9 +54,9 @@ def _foreign(value: Any) -> bool:
     while isinstance(value, (partial, MethodType)):
         value = value.func if isinstance(value, partial) else value.__func__
     if isinstance(value, FunctionType):
-        return not _known_code(value.__globals__.get("__name__", ""))
+        return not known_code(value.__globals__.get("__name__", ""))
     if isinstance(value, BuiltinFunctionType):
-        return not _known_code(value.__module__ or "")
+        return not known_code(value.__module__ or "")
     return callable(value) and not isinstance(value, (type, nn.Module))
 
 
@@ -79,8 +79,16 @@ def trusted(model: nn.Module) -> bool:
 
 
 def _as_made(module: nn.Module) -> bool:
-    hooks = any(getattr(module, kind) for kind in _HOOKS)
-    return not hooks and vars(module).keys().isdisjoint(_REPLACED) and not any(map(_foreign, vars(module).values()))
+    return (
+        not hooks_on(module)
+        and vars(module).keys().isdisjoint(_REPLACED)
+        and not any(map(_foreign, vars(module).values()))
+    )
+
+
+def hooks_on(module: nn.Module) -> list[Any]:
+    """What is called around a module's passes."""
+    return [hook for kind in _HOOKS if (hooks := getattr(module, kind)) for hook in hooks.values()]
 
 
 def _global_hooks() -> bool:

@@ -302,3 +302,45 @@ def test_weights_of_another_number_than_the_terms_are_refused(weights):
     objective = Objective(nn.Linear(4, 3), nn.Linear(4, 3), terms)
     with pytest.raises(UserError, match="weights for 2 term losses"):
         objective.training_pass(batch_of(torch.randn(2, 4), torch.tensor([0, 1])), weights)
+
+
+# The usual loop: student.train(), steps, student.eval(), validation
+
+
+def small(width):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, 3)
+    )
+
+
+def test_frozen_statistics_stay_whatever_mode_the_student_is_put_into():
+    torch.manual_seed(0)
+    student = small(4)
+    x, y = torch.randn(6, 3, 6, 6) * 3 + 1, torch.arange(6) % 3
+    objective = Objective(small(8), student, frozen=[student[1]])
+    before = student[1].running_mean.clone()
+    for _ in range(2):
+        student.eval()
+        student.train()
+        objective(x, y)
+    assert torch.equal(student[1].running_mean, before) and student[4].training
+
+
+def test_validation_takes_no_step():
+    torch.manual_seed(0)
+    steps = []
+    term = Term(build_loss("kd", [(3,)], [(3,)]), "kd", weight=lambda step: steps.append(step) or float(step))
+    objective = Objective(small(8), small(4), [term])
+    student = objective.student.model
+    x, y = torch.randn(6, 3, 6, 6), torch.arange(6) % 3
+    for _ in range(2):
+        student.train()
+        objective(x, y)
+        student.eval()
+        with torch.no_grad():
+            for _ in range(3):
+                objective(x, y)
+    student.train()
+    del steps[:]
+    objective(x, y)
+    assert set(steps) == {2}

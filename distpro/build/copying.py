@@ -17,12 +17,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distpro.search.estimators.base import refuse_gradient_hooks
 from pathways.registry import UserError
 
 
 def copied_apart(model: nn.Module) -> nn.Module:
-    """A copy. Raises UserError for a model that cannot be copied, or whose copy would still use the original's layers."""
+    """A copy. Raises UserError for a model that cannot be copied, whose copy would still use the original's layers, or which has
+    hooks on gradients."""
     kind = type(model).__name__
+    refuse_gradient_hooks(model)
     try:
         made = copy.deepcopy(model)
     except Exception as error:

@@ -3,6 +3,8 @@
 The truth is plain autograd in float64: of one step of SGD, h_j = −η ⟨∇L_val(θ'), ∇ℓ_j(θ)⟩.
 """
 
+import collections
+import functools
 import itertools
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from distpro.batch import batch_of
+from distpro.build.copying import copied_apart
 from distpro.objective import Objective, Term
 from distpro.search.estimators import ESTIMATORS
 from distpro.search.estimators.base import TrainingStep
@@ -87,6 +90,69 @@ class WeightsInAList(Net):
 
     def between(self, x):
         return torch.tanh(F.linear(x, self.flat[0], self.flat[1]["bias"]))
+
+
+Layer = collections.namedtuple("Layer", "weight bias")
+
+
+class WeightsInTuples(Net):
+    def more(self):
+        self.flat = [("first", Layer(self.pre.weight, self.pre.bias))]
+
+    def between(self, x):
+        return torch.tanh(F.linear(x, *self.flat[0][1]))
+
+
+class WeightsInAFunction(Net):
+    def more(self):
+        self.map = functools.partial(F.linear, weight=self.pre.weight, bias=self.pre.bias)
+
+    def between(self, x):
+        return torch.tanh(self.map(x))
+
+
+class Growing:
+    def __init__(self):
+        self.passes = 0
+
+    def __call__(self, module, args, output):
+        self.passes += 1
+        return output * (1 + 0.02 * self.passes)
+
+    def as_method(self, module, args, output):
+        return self(module, args, output)
+
+
+class HookOfAnObject(Net):
+    def more(self):
+        self.pre.register_forward_hook(Growing())
+
+
+class HookOfAMethod(Net):
+    def more(self):
+        self.pre.register_forward_hook(Growing().as_method)
+
+
+class HookOfAClosure(Net):
+    def more(self):
+        generator, passes = torch.Generator().manual_seed(3), 0
+
+        def disturb(module, args, output):
+            nonlocal passes
+            passes += 1
+            return output + 0.1 * passes * torch.rand(output.shape, generator=generator, dtype=output.dtype)
+
+        self.pre.register_forward_hook(disturb)
+
+
+class GradientHook(Net):
+    def more(self):
+        self.pre.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+
+
+class AccumulatedGradientHook(Net):
+    def more(self):
+        self.pre.weight.register_post_accumulate_grad_hook(lambda parameter: parameter.grad.mul_(0.5))
 
 
 class Checkpointed(Net):
@@ -184,6 +250,11 @@ KINDS = [
     SpectralNorm,
     RunningScale,
     WeightsInAList,
+    WeightsInTuples,
+    WeightsInAFunction,
+    HookOfAnObject,
+    HookOfAMethod,
+    HookOfAClosure,
     Checkpointed,
     WholeNumberFirst,
 ]
@@ -194,6 +265,10 @@ KINDS = [
 def test_it_is_the_pass_of_the_training(kind, name):
     if (kind, name) == (Checkpointed, "unrolled"):  # whose last backward pass goes through several steps
         with pytest.raises(UserError, match="activation checkpointing.*use search.estimator=sweep"):
+            estimated(kind, name)
+        return
+    if kind is WeightsInAFunction and name != "finite_difference":  # which alone moves the parameters in place
+        with pytest.raises(UserError, match="other losses.*from a function, a partial.*finite_difference follows"):
             estimated(kind, name)
         return
     if (kind, name) == (SpectralNorm, "finite_difference"):
@@ -209,6 +284,22 @@ def test_it_is_the_pass_of_the_training(kind, name):
 def test_what_cannot_be_put_back_is_refused(kind, name):
     with pytest.raises(UserError, match="a training pass that is done again gives other losses"):
         estimated(kind, name)
+
+
+def test_weights_in_a_function_are_noticed_however_small_the_step_is(monkeypatch):
+    monkeypatch.setattr("tests.search.test_again.RATE", 1e-6)
+    with pytest.raises(UserError, match="other losses"):
+        estimated(WeightsInAFunction, "forward_mode")
+    expected = truth(WeightsInTuples)
+    assert ((estimated(WeightsInTuples, "forward_mode") - expected).norm() / expected.norm()).item() < 1e-9
+
+
+@pytest.mark.parametrize("kind", [GradientHook, AccumulatedGradientHook])
+def test_hooks_on_gradients_are_refused(kind):
+    with pytest.raises(UserError, match="search: parameter 'pre.weight' has a hook on its gradient"):
+        estimated(kind, "forward_mode")
+    with pytest.raises(UserError, match="search: parameter 'pre.weight' has a hook on its gradient"):
+        copied_apart(made(0, kind))  # which would have lost it
 
 
 class Projected(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from distpro.features import Reader, TrainingPass
 from distpro.objective import Objective
 from distpro.search.estimators.start import Start
 from distpro.search.estimators.step import StepDerivative
-from distpro.search.estimators.swap import swapped
+from distpro.search.estimators.swap import moved, swapped
 from distpro.search.learned import LearnedScalars
 from distpro.tasks import calibrated_loss
 from distpro.train import distributed
@@ -25,6 +26,17 @@ ESTIMATORS = Registry("hypergradient estimator")
 REPEATED = 1e-3
 """Largest difference of the losses of a pass that is done again, of the largest loss, that counts as rounding (of a GPU's
 atomic sums)."""
+
+
+def refuse_gradient_hooks(model: nn.Module) -> None:
+    """Raise UserError where a parameter has a hook on its gradient: it changes the training step, and a hypergradient does not know
+    how; a copy of the model has lost it."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UserError(
+                f"search: parameter '{name}' has a hook on its gradient, which a search does not follow; freeze what is not to be "
+                "trained (requires_grad, `freeze`), use training.clip_norm, or search without the hook and retrain with it"
+            )
 
 
 @dataclass
@@ -80,6 +92,8 @@ class Estimator:
         max_norm: float | None = None,
         clip_by: str = "all",
     ):
+        for model in (objective.student.model, objective.terms):
+            refuse_gradient_hooks(model)
         self.objective, self.optimizer = objective, optimizer
         self.derivative = StepDerivative(optimizer, max_norm, objective.clip_groups(clip_by))
         self.validation_loss = torch.zeros(())
@@ -96,6 +110,13 @@ class Estimator:
             self.start.put_back()
         set_random_state(step.state)
 
+    @contextmanager
+    def repeating_at(self, theta: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+        """The parameters as a pass that is done again has them. What a model reads otherwise is then far off: a step alone may
+        have moved it by less than rounding."""
+        with moved(theta), swapped(self.objective, theta):
+            yield
+
     def check(self, step: TrainingStep) -> None:
         """Raise UserError where the step's pass, done again, gives other losses. After ``optimizer.step()``."""
         if self.start is None or self.objective.backend is not None:
@@ -103,15 +124,16 @@ class Estimator:
         weighted = step.scale * step.weights if step.weighted is None else step.weighted
         with no_trace(self.objective.student, self.objective.terms), torch.enable_grad():
             self.begin_again(step)
-            with swapped(self.objective, step.theta):
+            with self.repeating_at(step.theta):
                 again = self.objective.training_pass(step.batch, weighted, teacher=step.done.teacher or None)
         before, after = (torch.cat([done.task.reshape(1), done.terms]).double() for done in (step.done, again))
         off = ((after - before).abs().max() / before.abs().max().clamp(min=1e-30)).item()
         if distributed.any_of(off > REPEATED):
             raise UserError(
                 f"search: a training pass that is done again gives other losses (they differ by {off:.1e} of the largest), and the "
-                "search would follow another training: the student or a loss writes to its input, or keeps something that cannot "
-                "be put back (a frozen parameter that it updates, a file, a library's object)"
+                "search would follow another training: the student or a loss writes to its input, keeps something that cannot "
+                "be put back (a frozen parameter that it updates, a file, a library's object), or reads a weight by another way "
+                "than its modules (from a function, a partial, an object, which search.estimator finite_difference follows)"
             )
 
     def before_step(self, step: TrainingStep) -> None:

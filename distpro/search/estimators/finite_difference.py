@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +39,24 @@ class FiniteDifference(Estimator):
             raise UserError(f"finite_difference: epsilon must be positive, got {epsilon}")
         self.epsilon = epsilon
 
+    @contextmanager
+    def repeating_at(self, theta: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+        """In place, wherever a model reads its parameters from."""
+        after = {p: p.detach().clone() for p in theta}
+        try:
+            _assign(theta)
+            yield
+        finally:
+            _assign(after)
+
     @torch.no_grad()
     def __call__(self, step: TrainingStep, validation: Sequence[Batch]) -> Tensor:
         with torch.enable_grad():
             u = self.direction(step, validation)
         norm = torch.nn.utils.get_total_norm(list(u.values()))
         epsilon = self.epsilon / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        after = {p: p.detach().clone() for p in step.theta}
-        try:
+        with self.repeating_at(step.theta):
             plus, minus = (self._losses(step, {p: epsilon * sign * d for p, d in u.items()}) for sign in (1, -1))
-        finally:
-            _assign(after)
         return step.scale * (plus - minus) / (2 * epsilon)
 
     def _losses(self, step: TrainingStep, shift: dict[nn.Parameter, Tensor]) -> Tensor:

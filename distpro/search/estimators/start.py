@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distpro.objective import Objective
 from pathways.own_state import own_state
 from pathways.probing import with_content
-from pathways.trust import known_class
+from pathways.trust import hooks_on, known_class
 
 
 class Start:
@@ -37,7 +37,8 @@ class Start:
 
 def _has_buffers_alone(model: nn.Module) -> bool:
     """Whether a model is made of classes that are known to keep nothing else; looking at what they hold takes time in every step."""
-    return all(_known(kind) for kind in {type(m) for m in model.modules()})  # type: ignore[arg-type]
+    modules = list(model.modules())
+    return all(_known(kind) for kind in {type(m) for m in modules}) and not any(map(hooks_on, modules))  # type: ignore[arg-type]
 
 
 @cache
