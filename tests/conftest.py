@@ -26,7 +26,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real data, or a skip."""
     folder = Path(os.environ.get("DISTPRO_DATA") or ROOT.parent / "shared" / "data")

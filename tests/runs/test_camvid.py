@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,12 +36,33 @@ SEARCH = ROOT / "search_configs" / "camvid_deeplabv3_lraspp.yaml"
 RETRAINS = sorted((ROOT / "retrain_configs").glob("camvid_*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def found(data_folder, monkeypatch):
-    """Where the configs' relative root begins."""
-    if not (data_folder / "camvid").is_dir():
+PARTS = {"train": 24, "val": 10, "test": 24}
+
+
+@pytest.fixture(scope="module")
+def fewer(data_folder, tmp_path_factory):
+    """A folder with every so manieth image of CamVid."""
+    archive = data_folder / "camvid" / "camvid_160x120.zip"
+    if not archive.is_file():
         pytest.skip(f"no CamVid in {data_folder}")
-    monkeypatch.setenv("DISTPRO_DATA", str(data_folder))
+    folder = tmp_path_factory.mktemp("fewer")
+    (folder / "camvid").mkdir()
+    with zipfile.ZipFile(archive) as whole, zipfile.ZipFile(folder / "camvid" / archive.name, "w") as out:
+        for part, count in PARTS.items():
+            lines = whole.read(f"{part}.txt").decode().splitlines()
+            kept = lines[:: len(lines) // count][:count]
+            out.writestr(f"{part}.txt", "\n".join(kept) + "\n")
+            names = {Path(word).stem for line in kept for word in line.split()}
+            for name in whole.namelist():
+                if Path(name).parts[0] in (part, f"{part}annot") and Path(name).stem in names:
+                    out.writestr(name, whole.read(name))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def found(fewer, monkeypatch):
+    """Where the configs' relative root begins."""
+    monkeypatch.setenv("DISTPRO_DATA", str(fewer))
 
 
 @pytest.fixture
@@ -84,7 +107,7 @@ def test_the_search_learns_weights_of_its_terms(search):
     assert {"kd", "cwd", "ifvd"} <= set(schedule.keys)
     assert sum("<-" in key for key in schedule.keys) == 6  # three pairs of places, two transforms
     assert (schedule.alpha_tilde[0] != schedule.alpha_tilde[-1]).all()
-    assert schedule.meta["data"]["validation"] == 101
+    assert schedule.meta["data"]["validation"] == PARTS["val"]
     result = json.loads((search / "result.json").read_text())
     assert 0 <= result["miou"] <= 100 and math.isfinite(result["loss"])
 
@@ -140,7 +163,7 @@ def test_the_metrics_are_those_of_scikit_learn_and_torchmetrics(teacher):
             target.append(batch.target.long())
             predicted.append(student(batch.inputs)["out"].argmax(1))
     target, predicted = torch.cat(target), torch.cat(predicted)
-    assert len(target) == 233
+    assert len(target) == PARTS["test"]
     found = json.loads((teacher / "result.json").read_text())
     counts = target != 255
     labels, answers = target[counts].numpy(), predicted[counts].numpy()
