@@ -210,7 +210,7 @@ def _data(wish: Wish, weights: Pretrained | None) -> tuple[dict[str, Any], int |
         "root": name,
         "params": params,
         "augment": [{"crop": {"padding": max(1, min(height, width) // 8)}}, "flip"],
-        "num_classes": len({label for label, _ in tree["train"]}),
+        "num_classes": len({of.name for of, _ in tree["train"]}),
         "image_shape": [3, height, width],
     }
     return section, round(len(tree["train"]) * (1 if parted else 1 - TEST_FRACTION))
