@@ -8,6 +8,7 @@ import yaml
 
 import distpro
 from distpro.cli import main
+from distpro.losses import DistillationLoss
 from tests import own_models
 from tests.digits import settings as digits
 from tests.runs.test_any_model import HERE, settings
@@ -76,7 +77,24 @@ def test_terms_are_built_for_the_tasks_own_response(tmp_path):
     assert schedule.keys == ("dkd",) and schedule.weights.isfinite().all()
 
 
+class Short(DistillationLoss):
+    taps = ("logits",)
+
+    def forward(self, student, teacher):
+        return (student - teacher).square().mean()
+
+
+OWN = "tests.runs.test_wrong_parts"
 WRITTEN = {
+    "a loss without target": (
+        {"terms": [{"loss": f"{OWN}:Short"}]},
+        "Short.forward(student, teacher) is called as forward(student, teacher, target=..., index=...)",
+    ),
+    "a module for a loss": (
+        {"terms": [{"loss": "torch.nn:MSELoss"}]},
+        "loss 'torch.nn:MSELoss' is not a class derived from distpro.losses.DistillationLoss",
+    ),
+    "a function for a loss": ({"terms": [{"loss": f"{OWN}:scores_of"}]}, f"loss '{OWN}:scores_of' is not a class derived"),
     "accumulate": ({"training": {"accumulate": 2}}, "training.accumulate: a search's step is one batch"),
     "unknown optimiser": (
         {"training": {"optimizer": {"name": "admw"}}},
@@ -126,7 +144,7 @@ def test_the_command_says_it_in_one_line(case, tmp_path, monkeypatch, capsys):
 
 
 def test_metrics_of_one_name(tmp_path):
-    config = digits(changes={"metrics": ["tests.runs.test_wrong_parts:Accuracy"], "training": {"max_steps": 1}})
+    config = digits(changes={"metrics": [f"{OWN}:Accuracy"], "training": {"max_steps": 1}})
     with pytest.raises(distpro.UserError, match="metrics: two give 'accuracy'"):
         distpro.train(config)
 
