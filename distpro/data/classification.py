@@ -230,10 +230,15 @@ def image_tree(store: Store, whole: bool = False) -> dict[str, list[tuple[PurePo
 
 def _without_parts(store: Store) -> list[tuple[PurePosixPath, str]]:
     """(folder of the class, file) of the images in ``<class>/...``, sorted; of the innermost folder that holds several such."""
-    files = {path: name for path, name in trees_of(store)[-1].items() if len(path.parts) > 1 and _is_image(path.parts)}
-    names = sorted({path.parts[0] for path in files})
+    images = {path: name for path, name in trees_of(store)[-1].items() if _is_image(path.parts)}
+    files = {path: name for path, name in images.items() if len(path.parts) > 1}
+    names = sorted({path.parts[0] for path in files} or {PurePosixPath(name).parent.name for name in images.values()})
+    if names == [""]:  # images without any folder
+        return []
     if names and all(name.lower() in PARTS for name in names):
         raise UserError(f"{store.path}: {names[0]}/ has no folder for each class: {names[0]}/<class>/")
+    if names and not files:
+        raise UserError(f"{store.path}: only one class: {names[0]}")
     folder_of = cache(PurePosixPath)
     return sorted((folder_of(*PurePosixPath(n).parts[: 1 - len(path.parts)]), n) for path, n in files.items())
 

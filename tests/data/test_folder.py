@@ -262,6 +262,9 @@ def test_what_is_called_like_parts_is_no_class(tree, tmp_path):
         shutil.copytree(tree / part / "bee", tmp_path / "a" / part.title())
     with pytest.raises(UserError, match=r"a: Train/ has no folder for each class: Train/<class>/$"):
         load(tmp_path / "a", test_fraction=0.5)
+    shutil.copytree(tree / "train" / "bee", tmp_path / "c" / "bee")
+    with pytest.raises(UserError, match="c: only one class: bee$"):
+        load(tmp_path / "c", test_fraction=0.5)
     for part, name in (("train", "train"), ("val", "val"), ("val", "Validation")):
         shutil.copytree(tree / part, tmp_path / "b" / name)
     with pytest.raises(UserError, match=r"b: Validation/ and val/ are both the val part; rename one of them$"):
