@@ -49,6 +49,10 @@ class Batch:
         )
 
 
+class Unstacked(list):
+    """The inputs of a batch, one item a sample, that are no tensor because their sizes differ."""
+
+
 def batch_of(inputs: Any, target: Any = None, index: Tensor | None = None) -> Batch:
     """A batch with one row per sample: as many samples as the first tensor of the inputs has rows, or a list items.
 

@@ -18,7 +18,7 @@ from distpro.process import Clock
 from distpro.schedule import Said, Schedule
 from distpro.task import Task, ask
 from distpro.tasks.classification import Classification
-from distpro.term import Entry, Moving, Term, as_term, check_moving_number, device_of, entries_of, trained_of
+from distpro.term import Entry, Moving, Term, as_term, check_moving_number, device_of, entries_of, losses_in, trained_of
 from distpro.weights import Scalars, Scale, Uncertainty, columns_of, constants_of, strength_of, weights_of
 from pathways.compiled import begin_step, compiled, run, run_each
 from pathways.registry import UserError
@@ -320,11 +320,7 @@ class Objective(nn.Module):
                 more = {"mask": unwrap([reader.mask_of(x) for x in ours or theirs])} if term.masked else {}
                 target = reader.target(bool(term.by_position), student or teacher)
                 value = term(unwrap(ours), unwrap(theirs), target=target, index=batch.index, **more)
-                found = list(value.unbind()) if value.dim() else [value]
-                if len(found) != count:
-                    given = f"term '{term.key}' gives {len(found)} losses for {count} teacher taps"
-                    raise UserError(f"{given}; weight it whole")
-                losses += found
+                losses += losses_in(value, term.key, count)
             if pathways:
                 places, *parts = zip(*pathways, strict=True)
                 for place, value in zip(places, self._run_pathways(*parts), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Term(nn.Module):
         self.by_position = bool(getattr(loss, "by_position", False)) and not per_level
         self.masked = bool(getattr(loss, "masked", False))
         self.deploys = bool(getattr(loss, "deploys", False))
+        called = "levels" if per_level else "pretrain" if pretrain else "forward"
+        _check_call(loss, key, called, ("target", "index", *(("mask",) if self.masked else ())))
         self.register_buffer("positions", positions, persistent=False)
         if pretrain and getattr(loss, "pretrain_reads", "both") == "teacher":
             self.student_taps = ()
@@ -164,6 +167,31 @@ def as_term(module: nn.Module) -> nn.Module:
         if not hasattr(module, name):
             setattr(module, name, default)
     return module
+
+
+def losses_in(value: Any, key: str, count: int) -> list[Tensor]:
+    """The ``count`` losses that a term gave: a scalar, or a vector of them. Raises UserError for anything else."""
+    if not isinstance(value, Tensor):
+        raise UserError(f"term '{key}' gave {value!r}, expected a tensor of one number")
+    found = list(value.unbind()) if value.dim() else [value]
+    if len(found) != count:
+        raise UserError(f"term '{key}' gives {len(found)} losses for {count} teacher taps; weight it whole")
+    return found
+
+
+def _check_call(loss: Any, key: str, part: str, names: Sequence[str]) -> None:
+    """Raise UserError for a loss whose method ``part`` cannot be called with two tensors and these arguments by name."""
+    function = getattr(loss, part, loss)
+    try:
+        takes = inspect.signature(function)
+    except (TypeError, ValueError):  # it does not say
+        return
+    try:
+        takes.bind(None, None, **dict.fromkeys(names))
+    except TypeError as error:
+        called = f"{part}(student, teacher, {', '.join(f'{name}=...' for name in names)})"
+        own = f"{type(loss).__name__}.{part}({', '.join(takes.parameters)})"
+        raise UserError(f"term '{key}': {own} is called as {called}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -267,6 +268,22 @@ def test_a_loss_that_does_not_have_the_levels_it_is_weighted_by():
         objective(*batch())
 
 
+@pytest.mark.parametrize("given", [None, 0.5, [torch.zeros(())]])
+def test_what_a_loss_gives_is_a_tensor(given):
+    term = Term(lambda student, teacher, target, index: given, "mine", weight=1.0)
+    with pytest.raises(
+        UserError, match=f"^term 'mine' gave {re.escape(repr(given))}, expected a tensor of one number$"
+    ):
+        Objective(network(0), network(1), [term])(*batch())
+
+
+class Masked(nn.Module):
+    masked = True
+
+    def forward(self, student, teacher, target=None, index=None):
+        return (student - teacher).square().mean()
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -275,6 +292,11 @@ def test_a_loss_that_does_not_have_the_levels_it_is_weighted_by():
         (lambda t, s: Objective(t, s, [Term(Distance(), "a", ["layer1"], ["5"])]), "no module 'layer1' to tap"),
         (lambda t, s: Objective(t, s, [Term(Distance(), "a", ["5"], ["5:out"])]), "did you mean 'output'"),
         (lambda t, s: Objective(t, s, free(["a"])).follow(pooled(), 1), "no column for term 'a'"),
+        (
+            lambda t, s: Term(nn.MSELoss(), "m"),
+            r"term 'm': MSELoss.forward\(.*\) is called as forward\(student, teacher, target=",
+        ),
+        (lambda t, s: Term(Masked(), "m"), "unexpected keyword argument 'mask'"),
         (lambda t, s: Objective(t, s, free(["p0"])).follow(pooled(), 1), "7 of 8 columns fit no term"),
         (lambda t, s: Objective(t, s, free(["p0"])).follow(pooled(), 0), "interpolated to 0 steps"),
         (lambda t, s: Objective(t, s, free(["a"], reduction="totl")).follow(pooled(), 1), "did you mean 'total'"),
@@ -289,7 +311,12 @@ def test_wrong_use(build, message):
         build(network(0), network(1))
 
 
-@pytest.mark.parametrize("term", [[], [Term(nn.Bilinear(3, 3, 1), "b", weight=0.0)]])
+class Bilinear(nn.Bilinear):
+    def forward(self, student, teacher, target=None, index=None):
+        return super().forward(student, teacher).mean()
+
+
+@pytest.mark.parametrize("term", [[], [Term(Bilinear(3, 3, 1), "b", weight=0.0)]])
 def test_a_student_without_parameters(term):
     objective = Objective(nn.Linear(4, 3), nn.Softmax(-1), term)
     with pytest.raises(UserError, match="objective: the student has no parameters: there is nothing to train"):

@@ -9,7 +9,7 @@ from distpro.build.optimizer import OPTIMIZERS, find_optimizer
 from distpro.build.terms import check_moving, split_processes
 from distpro.config.schema import Config
 from distpro.data import DATASETS, build_augment
-from distpro.losses import LOSSES
+from distpro.losses import LOSSES, DistillationLoss
 from distpro.models import MODELS
 from distpro.objective import Objective
 from distpro.process import Clock, learned_of, reduction_of
@@ -55,7 +55,11 @@ def check_names(config: Config) -> None:
             continue
         check_parameters(f"{what} '{name}'", registry[name], params)
     for loss, _, moving, learned in terms:
-        check_moving(loss, LOSSES[loss], [*moving, *learned])  # type: ignore[arg-type]
+        kind: Any = LOSSES[loss]
+        if not (isinstance(kind, type) and issubclass(kind, DistillationLoss)):
+            derived = "derived from distpro.losses.DistillationLoss"
+            raise UserError(f"loss '{loss}' is not a class {derived}, which says what a loss reads")
+        check_moving(loss, kind, [*moving, *learned])
 
 
 def check_search(config: Config) -> None:

@@ -21,6 +21,8 @@ from distpro.data.loading import make_loader
 from distpro.data.statistics import stated_by, stored_facts
 from distpro.data.tokens import as_trained
 from distpro.losses import LOSSES
+from distpro.models import MODELS
+from distpro.tasks import Classification
 from distpro.train import distributed
 from pathways.registry import UserError, is_code
 
@@ -31,7 +33,7 @@ IMAGE_SETS = {"cifar10": (10, (3, 32, 32), 50000), "cifar100": (100, (3, 32, 32)
 def build_data(config: Config, given: Given | None = None) -> Any:
     """The config's data set, or the one that was handed over."""
     if given is not None and given.data is not None:
-        return _with_classes(config, given.data)
+        return _with_classes(config, given.data, given)
     data = config.data
     refuse_object("data", data.name)
     root = {} if data.root is None else {"root": data.root}
@@ -45,15 +47,25 @@ def build_data(config: Config, given: Given | None = None) -> Any:
         **root,
         **data.params,
     )
-    return _with_classes(config, found)
+    return _with_classes(config, found, given)
 
 
-def _with_classes(config: Config, data: Any) -> Any:
-    """Objects of somebody else with the number of classes that the config states, which they may not know."""
+def _with_classes(config: Config, data: Any, given: Given | None) -> Any:
+    """Objects of somebody else with the number of classes that the config states, which they may not know. Raises UserError
+    where a model of distpro's would get a number of its own."""
     stated = config.data.num_classes
-    if stated is None or not isinstance(data, ForeignDataset) or data.num_classes == stated:
+    if not isinstance(data, ForeignDataset):
         return data
-    return replace(data, names=None, classes=stated)
+    if stated is not None:
+        return data if data.num_classes == stated else replace(data, names=None, classes=stated)
+    named = [m for m in (config.student, config.teacher, *config.teachers.values()) if m is not None]
+    built = [m.model for m in named if m.model in MODELS and "num_classes" not in m.params]
+    if built and data.num_classes is None and type(build_task(config, given)) is Classification:
+        raise UserError(
+            f"data.num_classes: how many classes {built[0]} answers with is not known: state it, or give the training set an "
+            "attribute classes, the list of their names"
+        )
+    return data
 
 
 def as_stored(config: Config, folder: Path | None, facts: Mapping[str, Any] | None = None) -> Config:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 
-from distpro.console import pip_install
+from distpro.console import note, pip_install
 from distpro.data.datasets import DATASETS, Source, locate
-from distpro.data.files import SUFFIXES, ImageFiles, Store, check_room, open_store
+from distpro.data.files import SUFFIXES, FolderStore, ImageFiles, Store, check_room, open_store
 from distpro.data.splits import Split, split
 from distpro.data.trees import trees_of
 from pathways.registry import UserError, nearest
 
 MOST_CLASSES = 1_000_000
+PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PARTS |= dict.fromkeys(("val", "valid", "validation"), "val")
+"""What folders of the parts of a set are called, in small letters, and the part."""
+
 CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)  # of the field's CIFAR protocol, for CIFAR-10 and CIFAR-100
 CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
@@ -166,8 +171,8 @@ def folder(
     stream: bool | None = None,
     test_fraction: float | None = None,
 ) -> Source:
-    """Image files ``train/<class>/...`` and ``test/<class>/...`` (or ``val``) in a folder, a .zip or a .tar, or in one
-    folder inside it.
+    """Image files ``train/<class>/...`` and ``test/<class>/...`` (or ``val``, ``valid``, ``validation``; in small letters or
+    capitals) in a folder, a .zip or a .tar, or in one folder inside it.
 
     image_size: side of the square images; by default the files must be of one size. resize: length to which the short
     side is scaled before the centre crop, default ``image_size``; ImageNet's protocol is 224 and 256. stream: decode
@@ -177,16 +182,19 @@ def folder(
     store = open_store(locate("dataset 'folder'", root))
     tree = image_tree(store, whole=test_fraction is not None)
     train, test = tree["train"], tree.get("test") or tree.get("val", [])
-    names = sorted({label for label, _ in train})
-    unknown = sorted({label for label, _ in test}.difference(names))
+    if "test" in tree and "val" in tree:
+        note(f"{store.path}: {tree['val'][0][0].parent}/ is not used: the test part is {test[0][0].parent}/")
+    _note_empty(store, {of for of, _ in train})
+    names = sorted({of.name for of, _ in train})
+    unknown = sorted({of.name for of, _ in test}.difference(names))
     if unknown:
         raise UserError(f"{store.path}: test class '{unknown[0]}' is not a training class{nearest(unknown[0], names)}")
     size = _image_size(store, train[0][1], image_size, resize)
     number = {name: i for i, name in enumerate(names)}
 
-    def as_split(files: list[tuple[str, str]]) -> Split:
+    def as_split(files: list[tuple[PurePosixPath, str]]) -> Split:
         images = ImageFiles(store, [name for _, name in files], size, image_size and (resize or image_size))
-        return Split.of(images, torch.tensor([number[label] for label, _ in files]))
+        return Split.of(images, torch.tensor([number[of.name] for of, _ in files]))
 
     if test:
         return Source(as_split(train), as_split(test), names, stream=stream)
@@ -195,15 +203,20 @@ def folder(
     return Source(kept, held, names, stream=stream)
 
 
-def image_tree(store: Store, whole: bool = False) -> dict[str, list[tuple[str, str]]]:
-    """(class, file) of each image by part of the set, sorted. ``whole``: a set without a test part, or without any parts, whose
-    images are all ``train``, is taken too. Raises UserError where there are no such images."""
-    tree: dict[str, list[tuple[str, str]]] = {}
+def image_tree(store: Store, whole: bool = False) -> dict[str, list[tuple[PurePosixPath, str]]]:
+    """(folder of the class, file) of each image by part of the set, sorted. ``whole``: a set without a test part, or without any
+    parts, whose images are all ``train``, is taken too. Raises UserError where there are no such images."""
+    tree: dict[str, list[tuple[PurePosixPath, str]]] = {}
+    folder_of = cache(PurePosixPath)  # one object for the images of a class, of which there may be millions
     for name in sorted(store.names()):
         parts = PurePosixPath(name).parts
-        start = next((i for i in (0, 1) if parts[i : i + 1] and parts[i] in ("train", "test", "val")), None)
+        start = next((i for i in (0, 1) if parts[i : i + 1] and parts[i].lower() in PARTS), None)
         if start is not None and len(parts) >= start + 3 and _is_image(parts):
-            tree.setdefault(parts[start], []).append((parts[start + 1], name))
+            tree.setdefault(PARTS[parts[start].lower()], []).append((folder_of(*parts[: start + 2]), name))
+    for part, files in tree.items():
+        called = sorted({of.parent.name for of, _ in files})
+        if len(called) > 1:
+            raise UserError(f"{store.path}: {called[0]}/ and {called[1]}/ are both the {part} part; rename one of them")
     if whole and not tree:
         tree = {"train": _without_parts(store)}
     if whole and not tree.get("train"):
@@ -215,10 +228,30 @@ def image_tree(store: Store, whole: bool = False) -> dict[str, list[tuple[str, s
     return tree
 
 
-def _without_parts(store: Store) -> list[tuple[str, str]]:
-    """(class, file) of the images in ``<class>/...``, sorted; of the innermost folder that holds several such."""
-    files = {path: name for path, name in trees_of(store)[-1].items() if len(path.parts) > 1 and _is_image(path.parts)}
-    return sorted((path.parts[0], name) for path, name in files.items())
+def _without_parts(store: Store) -> list[tuple[PurePosixPath, str]]:
+    """(folder of the class, file) of the images in ``<class>/...``, sorted; of the innermost folder that holds several such."""
+    images = {path: name for path, name in trees_of(store)[-1].items() if _is_image(path.parts)}
+    files = {path: name for path, name in images.items() if len(path.parts) > 1}
+    names = sorted({path.parts[0] for path in files} or {PurePosixPath(name).parent.name for name in images.values()})
+    if names == [""]:  # images without any folder
+        return []
+    if names and all(name.lower() in PARTS for name in names):
+        raise UserError(f"{store.path}: {names[0]}/ has no folder for each class: {names[0]}/<class>/")
+    if names and not files:
+        raise UserError(f"{store.path}: only one class: {names[0]}")
+    folder_of = cache(PurePosixPath)
+    return sorted((folder_of(*PurePosixPath(n).parts[: 1 - len(path.parts)]), n) for path, n in files.items())
+
+
+def _note_empty(store: Store, classes: set[PurePosixPath]) -> None:
+    """Say which folders beside those of the classes hold no image, of which no class is made."""
+    if not isinstance(store, FolderStore):
+        return
+    hidden = (".", "__MACOSX")
+    beside = {f for top in {of.parent for of in classes} for f in (store.path / top).iterdir() if f.is_dir()}
+    found = {PurePosixPath(f.relative_to(store.path).as_posix()) for f in beside if not f.name.startswith(hidden)}
+    for of in sorted(found - classes):
+        note(f"{store.path}: {of}/ holds no image: it is left out of the {len(classes)} classes")
 
 
 def _is_image(parts: Sequence[str]) -> bool:

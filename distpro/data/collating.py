@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, default_collate, default_convert
 
-from distpro.batch import Batch
+from distpro.batch import Batch, Unstacked
 from distpro.console import raised
 from distpro.data.counter import make_key
 from pathways.call import Call, map_tensors
@@ -119,7 +119,8 @@ def collated(part: Any, samples: Sequence[Any]) -> Any:
         inputs, targets = [s[0] for s in samples], [s[1] for s in samples]
         if _has_boxes(targets[0]):
             return default_convert(inputs), default_convert(targets)
-        return _stacked_or_list(inputs, Tensor | np.ndarray), _stacked_or_list(targets, object)
+        stacked = _stacked_or_list(inputs, Tensor | np.ndarray)
+        return Unstacked(stacked) if isinstance(stacked, list) else stacked, _stacked_or_list(targets, object)
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
         rule = "bring them to one size" if _sizes_differ(error) else "return tensors, arrays or numbers"
         why = " ".join(str(error).split())

@@ -113,7 +113,13 @@ def from_objects(
             continue
         if not (isinstance(value, DataLoader | IterableDataset) or is_map_style(value)):
             raise UserError(f"data: the {part} part is {type_name(value)}; it must be {ALLOWED}")
-        if _length(value) == 0:
+        try:
+            length = len(value) if is_map_style(value) else _length(value)
+        except Exception as error:  # a data set of the user's may fail in any way
+            raise UserError(
+                f"data: the {part} part, {type_name(value)}, has no length: {type(error).__name__}: {error}"
+            ) from error
+        if length == 0:
             raise UserError(f"data: the {part} part is empty")
     found = names if names is not None else _class_names(train)
     if num_classes is not None and found is not None and len(found) != num_classes:

@@ -92,13 +92,25 @@ def accepted(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     parameters name."""
     if not is_code(name) or name.partition(":")[0] in LIBRARIES:
         return dict(facts)
-    taken = inspect.signature(import_entry(f"model '{name}'", name)).parameters
+    entry = import_entry(f"model '{name}'", name)
+    if _takes_nothing(entry):
+        return {}
+    taken = inspect.signature(entry).parameters
     if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         return dict(facts)
     return {fact: value for fact, value in facts.items() if fact in taken}
 
 
+def _takes_nothing(entry: Callable[..., Any]) -> bool:
+    """Whether it is a module without an ``__init__`` of its own: torch's names any parameters, and takes none."""
+    return isinstance(entry, type) and entry.__init__ is nn.Module.__init__  # type: ignore[misc]
+
+
 def _call(what: str, entry: Callable[..., Any], params: dict[str, Any]) -> Any:
+    if isinstance(entry, nn.Module):
+        raise UserError(f"{what} is an object of {type(entry).__name__}: name the class, or a function that gives one")
+    if _takes_nothing(entry) and params:
+        raise UserError(f"{what} has no parameter '{next(iter(params))}' (allowed: none)")
     check_parameters(what, entry, params)
     try:
         inspect.signature(entry).bind(**params)

@@ -200,6 +200,9 @@ def _data(wish: Wish, weights: Pretrained | None) -> tuple[dict[str, Any], int |
         return {"name": "npz", "root": name}, None
     store = open_store(path)
     tree = image_tree(store, whole=True)
+    classes = sorted({of.name for of, _ in tree["train"]})
+    if len(classes) < 2:
+        raise UserError(f"{path}: only one class: {classes[0]}")
     parted = "test" in tree or "val" in tree
     size, resize = _sizes(store, [file for part in tree.values() for _, file in part], wish.image_size, weights)
     params: dict[str, Any] = {} if parted else {"test_fraction": TEST_FRACTION}
@@ -210,7 +213,7 @@ def _data(wish: Wish, weights: Pretrained | None) -> tuple[dict[str, Any], int |
         "root": name,
         "params": params,
         "augment": [{"crop": {"padding": max(1, min(height, width) // 8)}}, "flip"],
-        "num_classes": len({label for label, _ in tree["train"]}),
+        "num_classes": len(classes),
         "image_shape": [3, height, width],
     }
     return section, round(len(tree["train"]) * (1 if parted else 1 - TEST_FRACTION))

@@ -161,10 +161,11 @@ def _guesses(trainer: Trainer, answer: Callable[[Batch], Tensor | None], right: 
     if len(seen) < 2 or (seen == seen[0]).all():
         return ""
     most = int(torch.unique(seen, return_counts=True)[1].max()) / len(seen)
-    right = hits / len(seen) if right is None else right
+    whole, right = right is not None, hits / len(seen) if right is None else right
     if right > most + 2 * math.sqrt(most * (1 - most) / len(seen)):  # two standard errors
         return ""
-    return f"is right in {right:.1%} of {len(seen)} test samples, and one class for all of them in {most:.1%}"
+    samples, of = ("the test samples", f" of {len(seen)} looked at") if whole else (f"{len(seen)} test samples", "")
+    return f"is right in {right:.1%} of {samples}, and one class for all of them in {most:.1%}{of}"
 
 
 def _few(loader: Any) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """Image folders and archives, decoded into memory or streamed."""
 
 import pickle
+import shutil
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -239,9 +240,51 @@ def test_wrong_trees(tree, tmp_path):
     (tmp_path / "x" / "val" / "bee").rename(tmp_path / "x" / "val" / "bees")
     with pytest.raises(UserError, match="test class 'bees' is not a training class; did you mean 'bee'"):
         load(tmp_path / "x")
-    (tmp_path / "x" / "val").rename(tmp_path / "x" / "validation")
+    (tmp_path / "x" / "val").rename(tmp_path / "x" / "held_out")
     with pytest.raises(UserError, match="no image files in test/<class>/ or val/<class>/"):
         load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("training", "TESTING"), ("TRAIN", "Valid"), ("train", "validation")]
+)
+@pytest.mark.parametrize("fraction", [None, 0.5])
+def test_parts_go_by_several_names(tree, tmp_path, train, test, fraction):
+    shutil.copytree(tree / "train", tmp_path / train)
+    shutil.copytree(tree / "val", tmp_path / test)
+    data, expected = load(tmp_path, test_fraction=fraction), load(tree)
+    assert data.names == ["ant", "bee"]
+    assert torch.equal(data.train.images, expected.train.images) and torch.equal(data.test.images, expected.test.images)
+
+
+def test_what_is_called_like_parts_is_no_class(tree, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(tree / part / "bee", tmp_path / "a" / part.title())
+    with pytest.raises(UserError, match=r"a: Train/ has no folder for each class: Train/<class>/$"):
+        load(tmp_path / "a", test_fraction=0.5)
+    shutil.copytree(tree / "train" / "bee", tmp_path / "c" / "bee")
+    with pytest.raises(UserError, match="c: only one class: bee$"):
+        load(tmp_path / "c", test_fraction=0.5)
+    for part, name in (("train", "train"), ("val", "val"), ("val", "Validation")):
+        shutil.copytree(tree / part, tmp_path / "b" / name)
+    with pytest.raises(UserError, match=r"b: Validation/ and val/ are both the val part; rename one of them$"):
+        load(tmp_path / "b")
+
+
+def test_what_is_left_out_is_said(tree, tmp_path, capsys):
+    load(tree)
+    assert capsys.readouterr().out == ""
+    for part, name in (("train", "train"), ("val", "Valid"), ("val", "test")):
+        shutil.copytree(tree / part, tmp_path / "a" / name)
+    (tmp_path / "a" / "train" / "cow").mkdir()
+    assert load(tmp_path / "a").names == ["ant", "bee"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("a: Valid/ is not used: the test part is test/")
+    assert lines[1:] == [f"{tmp_path / 'a'}: train/cow/ holds no image: it is left out of the 2 classes"]
+    shutil.copytree(tree / "train", tmp_path / "b")
+    (tmp_path / "b" / "cow").mkdir()
+    load(tmp_path / "b", test_fraction=0.5)
+    assert capsys.readouterr().out == f"{tmp_path / 'b'}: cow/ holds no image: it is left out of the 2 classes\n"
 
 
 def test_wrong_archives(tree, tmp_path):

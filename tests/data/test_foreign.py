@@ -75,6 +75,15 @@ def test_parts_are_stratified_where_labels_are_known():
         split(part, 1.5, 0)
 
 
+class Counted(Noisy):
+    def __init__(self, count):
+        super().__init__(8)
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+
 @pytest.mark.parametrize(
     "value, message",
     [
@@ -84,6 +93,11 @@ def test_parts_are_stratified_where_labels_are_known():
         ({"train": Noisy(), "tets": Noisy()}, "unknown part 'tets'; did you mean 'test'"),
         ((Noisy(), "x"), "the test part is str; it must be a torch"),
         ((Noisy(0), Noisy()), "the train part is empty"),
+        (
+            (Noisy(), Counted(-1)),
+            "the test part, .*Counted, has no length: ValueError: __len__\\(\\) should return >= 0$",
+        ),
+        ((Counted(8.0), Noisy()), "the train part, .*Counted, has no length: TypeError: 'float' object .* integer$"),
         ((DataLoader(Noisy(0), 2), Noisy()), "the train part is empty"),
         ((Split.of(torch.zeros(2, 3, 4, 4), torch.zeros(2)), Noisy()), "the train part is distpro.data.splits.Split"),
         ({"train": Noisy(), "test": Noisy(), "names": ["a"], "num_classes": 2}, "1 names, but num_classes is 2"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -48,6 +49,13 @@ def wish(folder, **more):
 
 
 # Configs
+
+
+def test_one_class_is_refused(photographs, tmp_path):
+    one = sorted((photographs / "train").iterdir())[0]
+    shutil.copytree(one, tmp_path / "train" / "cat")
+    with pytest.raises(UserError, match=f"^{tmp_path}: only one class: cat$"):
+        compose(wish(tmp_path))
 
 
 def test_a_folder_with_parts_is_taken_as_it_is(photographs):

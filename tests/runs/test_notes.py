@@ -90,6 +90,18 @@ def test_the_note_changes_no_number(tmp_path, monkeypatch):
     assert torch.equal(with_note.alpha_tilde, without.alpha_tilde)
 
 
+def test_a_share_of_all_test_samples_has_no_count_of_a_few(capsys):
+    """The student always says 0, the label of 160 in 640; the 320 that are looked at are of two classes alike."""
+    given, labels = images(640), torch.ones(640, dtype=torch.int64)
+    labels[:320:2] = 0
+    distpro.train(config(), data=(images(60), TensorDataset(given.tensors[0], labels)), student=Bright(always=0))
+    said = [line.removeprefix("distpro: note: the student ") for line in notes(capsys) if "is right in" in line]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "is right in 25.0% of the test samples, and one class for all of them in 50.0% of 320 looked at:"
+    )
+
+
 def test_a_student_that_has_learnt_nothing_is_said(capsys):
     for always, said in ((0, 1), (None, 0)):
         distpro.train(config(), data=(images(60), images(60)), student=Bright(always=always))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from torch import nn
+from torch.utils.data import Dataset
 
 import distpro
 from distpro.cli import main
+from distpro.losses import DistillationLoss
+from distpro.models import accepted, build_model
 from tests import own_models
 from tests.digits import settings as digits
 from tests.runs.test_any_model import HERE, settings
@@ -76,7 +80,24 @@ def test_terms_are_built_for_the_tasks_own_response(tmp_path):
     assert schedule.keys == ("dkd",) and schedule.weights.isfinite().all()
 
 
+class Short(DistillationLoss):
+    taps = ("logits",)
+
+    def forward(self, student, teacher):
+        return (student - teacher).square().mean()
+
+
+OWN = "tests.runs.test_wrong_parts"
 WRITTEN = {
+    "a loss without target": (
+        {"terms": [{"loss": f"{OWN}:Short"}]},
+        "Short.forward(student, teacher) is called as forward(student, teacher, target=..., index=...)",
+    ),
+    "a module for a loss": (
+        {"terms": [{"loss": "torch.nn:MSELoss"}]},
+        "loss 'torch.nn:MSELoss' is not a class derived from distpro.losses.DistillationLoss",
+    ),
+    "a function for a loss": ({"terms": [{"loss": f"{OWN}:scores_of"}]}, f"loss '{OWN}:scores_of' is not a class derived"),
     "accumulate": ({"training": {"accumulate": 2}}, "training.accumulate: a search's step is one batch"),
     "unknown optimiser": (
         {"training": {"optimizer": {"name": "admw"}}},
@@ -125,8 +146,81 @@ def test_the_command_says_it_in_one_line(case, tmp_path, monkeypatch, capsys):
     assert len(said) < 330 and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+class Sized(Dataset):
+    """Noise of two classes, (3, 8, 8) and, of the odd ones from sample ``since`` on, (3, 8, 10)."""
+
+    def __init__(self, since=16, collate_fn=None):
+        self.since = since
+        if collate_fn is not None:
+            self.collate_fn = collate_fn
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, n):
+        return torch.zeros(3, 8, 10 if n % 2 and n >= self.since else 8), n % 2
+
+
+class Plain(nn.Module):
+    """Without an ``__init__``; answers with two numbers of an image."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :2]
+
+
+INSTANCE = nn.Linear(2, 2)
+
+
+def sized():
+    return Sized(0), Sized()
+
+
+def sized_in_the_test():
+    return Sized(), Sized(0)
+
+
+def padded():
+    def together(samples):
+        return torch.stack([x[..., :8] for x, _ in samples]), torch.tensor([y for _, y in samples])
+
+    return Sized(0, together), Sized(0, together)
+
+
+def trained(tmp_path, **changes):
+    config = {"student": {"model": "resnet8"}, "training": {"max_steps": 2, "batch_size": 8}, "device": "cpu"}
+    config |= {"data": {"name": f"{OWN}:padded", "num_classes": 2}, "tracking": {"tensorboard": False}, **changes}
+    return distpro.train(config, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["sized", "sized_in_the_test"])
+def test_images_of_several_sizes_are_refused_by_classification(name, tmp_path):
+    said = r"differ in size, \(3, 8, 8\) and \(3, 8, 10\): resize them in the data set, or give it a collate_fn$"
+    with pytest.raises(distpro.UserError, match=said):
+        trained(tmp_path, data={"name": f"{OWN}:{name}", "num_classes": 2})
+    assert 0 <= trained(tmp_path / "padded").metrics["accuracy"] <= 100
+
+
+def test_the_number_of_classes_of_ones_own_data_is_asked_for(tmp_path):
+    with pytest.raises(
+        distpro.UserError, match="^data.num_classes: how many classes resnet8 answers with is not known"
+    ):
+        trained(tmp_path, data={"name": f"{OWN}:padded"})
+    stated = {"student": {"model": "resnet8", "params": {"num_classes": 2}}, "data": {"name": f"{OWN}:padded"}}
+    assert trained(tmp_path, **stated).metrics["accuracy"] >= 0
+
+
+def test_models_that_take_no_parameters(tmp_path):
+    with pytest.raises(distpro.UserError, match="INSTANCE' is an object of Linear: name the class, or a function"):
+        trained(tmp_path, student={"model": f"{OWN}:INSTANCE"})
+    assert isinstance(build_model(f"{OWN}:Plain", **accepted(f"{OWN}:Plain", {"num_classes": 2})), Plain)
+    with pytest.raises(distpro.UserError, match="Plain' has no parameter 'width'"):
+        build_model(f"{OWN}:Plain", width=3)
+    with pytest.raises(distpro.UserError, match="there is nothing to train"):
+        trained(tmp_path, student={"model": f"{OWN}:Plain"})
+
+
 def test_metrics_of_one_name(tmp_path):
-    config = digits(changes={"metrics": ["tests.runs.test_wrong_parts:Accuracy"], "training": {"max_steps": 1}})
+    config = digits(changes={"metrics": [f"{OWN}:Accuracy"], "training": {"max_steps": 1}})
     with pytest.raises(distpro.UserError, match="metrics: two give 'accuracy'"):
         distpro.train(config)
 
