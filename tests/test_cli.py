@@ -105,6 +105,8 @@ def metrics_in(text):
         ("evaluate nothing.pt", ("--config",)),
         ("evaluate nothing.pt --config search.yaml", ("checkpoint: nothing at nothing.pt",)),
         ("evaluate search/alpha.pt --config search.yaml", ("alpha.pt",)),
+        ("evaluate retrain --config other.yaml", ("retrain: has a config already, --config other.yaml", "data.root=")),
+        ("evaluate search.yaml --config other.yaml", ("search.yaml: has a config already", "data.root=")),
         (
             "evaluate search",
             (
