@@ -156,6 +156,11 @@ def student_of(folder: Path) -> Path:
     path = folder / "student.pt"
     if path.is_file():
         return path
+    if folder.is_file():
+        of_run = (folder.parent / CONFIG).is_file()
+        raise UserError(
+            f"{folder}: is a file, not a run's folder{f'; did you mean {folder.parent}?' if of_run else ''}"
+        )
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run")
     if (folder / "alpha.pt").is_file():
