@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pathways.registry import UserError
 
         if isinstance(error, UserError):
-            return _failed(str(error))
+            return _failed(str(error), getattr(error, "status", 2))
         from distpro.train.trainer import Interrupted
 
         if isinstance(error, Interrupted):
