@@ -70,7 +70,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
         try:
             return self._entries[name]
         except KeyError:
-            raise UserError(f"unknown {self.kind} '{name}'{nearest(name, self)} (allowed: {', '.join(self)})") from None
+            near = (self.takes_code and _module_of_file(name)) or nearest(name, self)
+            raise UserError(f"unknown {self.kind} '{name}'{near} (allowed: {', '.join(self)})") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -87,6 +88,12 @@ def is_code(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name))
 
 
+def _module_of_file(name: str) -> str:
+    """The ending of a message about ``package/module.py:attribute``: what was meant."""
+    found = re.fullmatch(r"(?:\./)?([A-Za-z_][\w/]*)\.py:([A-Za-z_][\w.]*)", name)
+    return f"; did you mean '{found[1].replace('/', '.')}:{found[2]}'?" if found else ""
+
+
 def import_entry(what: str, name: str) -> Callable[..., Any]:
     """The class or function ``package.module:attribute``. The current directory can be imported from, after the
     installed packages. Raises UserError, beginning with ``what``, if there is none."""
@@ -95,8 +102,9 @@ def import_entry(what: str, name: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         imported = importlib.import_module(module)
-    except Exception as error:  # a module of the user's may fail in any way
-        raise UserError(f"{what}: cannot import '{module}' ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:  # a module of the user's may fail in any way
+        reason = f"({type(error).__name__}: {error})"
+        raise UserError(f"{what}: cannot import '{module}' {reason}{_module_of_file(name)}") from error
     try:
         entry = operator.attrgetter(attribute)(imported)
     except AttributeError:

@@ -105,6 +105,8 @@ def metrics_in(text):
         ("evaluate nothing.pt", ("--config",)),
         ("evaluate nothing.pt --config search.yaml", ("checkpoint: nothing at nothing.pt",)),
         ("evaluate search/alpha.pt --config search.yaml", ("alpha.pt",)),
+        ("evaluate retrain --config other.yaml", ("retrain: has a config already, --config other.yaml", "data.root=")),
+        ("evaluate search.yaml --config other.yaml", ("search.yaml: has a config already", "data.root=")),
         (
             "evaluate search",
             (
@@ -120,7 +122,7 @@ def metrics_in(text):
         ("inspect nothing.pt", ("nothing.pt",)),
         ("plot teacher.yaml", ("teacher.yaml",)),
         ("plot search/alpha.pt --format gif", ("--format", "'gif'", "png")),
-        ("plot search/alpha.pt --out teacher.yaml", ("teacher.yaml: File exists",)),
+        ("plot search/alpha.pt --out teacher.yaml", ("teacher.yaml: no figure ends in '.yaml'", ".png")),
         ("plot search/alpha.pt seed=1", ("unknown argument 'seed=1'",)),
         (
             "export search",
@@ -275,6 +277,24 @@ def test_export_safetensors_holds_the_student_s_weights(here, tmp_path, capsys):
     written, trained = safetensors.load_file(path), torch.load(here / "retrain" / "student.pt", weights_only=True)
     assert written.keys() == trained.keys()
     assert all(torch.equal(written[name], trained[name]) for name in trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"), [("s.PT2", "pt2"), ("s.safetensors", "safetensors"), ("plain", "safetensors"), ("s.onnx", "onnx")]
+)
+def test_export_writes_what_the_suffix_says(here, tmp_path, name, kind):
+    """By what each format's own reader makes of the file."""
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    path = tmp_path / "new" / name
+    assert main(["export", "retrain", "--out", str(path)]) == 0
+    if kind == "pt2":
+        torch.export.load(path)
+    elif kind == "onnx":
+        pytest.importorskip("onnx").checker.check_model(str(path))
+    else:
+        assert pytest.importorskip("safetensors.torch").load_file(path)
 
 
 @pytest.mark.slow

@@ -37,6 +37,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _wrong(f"{message} (see '{self.prog} --help')")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = "/".join(action.option_strings) or action.dest
+            raise _wrong(f"argument {name}: invalid choice: '{value}'", str(value), list(action.choices))
+
 
 def _wrong(message: str, name: str = "", allowed: Sequence[str] = ()) -> Exception:
     """A UserError; where something else is allowed, with all of it and what is nearest to ``name``."""
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pathways.registry import UserError
 
         if isinstance(error, UserError):
-            return _failed(str(error))
+            return _failed(str(error), getattr(error, "status", 2))
         from distpro.train.trainer import Interrupted
 
         if isinstance(error, Interrupted):
@@ -139,11 +144,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     inspect.add_argument("target", metavar="alpha.pt|CFG")
     plot = add("plot", _plot, "draw a schedule")
     plot.add_argument("schedule", metavar="alpha.pt")
-    plot.add_argument("--out", metavar="DIR", help="default: beside the schedule")
+    plot.add_argument(
+        "--out", metavar="PATH", help="a folder, or a picture by its suffix; default: beside the schedule"
+    )
     plot.add_argument("--format", action="append", choices=("png", "svg", "pdf"), help="default: png")
     export = add("export", _export, "write a run's student for use elsewhere")
     export.add_argument("folder", metavar="RUN")
-    export.add_argument("--format", default="safetensors", choices=("safetensors", "pt2", "onnx", "transformers"))
+    formats, said = ("safetensors", "pt2", "onnx", "transformers"), "default: by the suffix of --out, else safetensors"
+    export.add_argument("--format", choices=formats, help=said)
     export.add_argument("--out", metavar="FILE")
     listing = add("list", _list, "what there is: " + ", ".join(KINDS))
     listing.add_argument("kind", metavar="KIND")
@@ -311,6 +319,10 @@ def _inspect(options: argparse.Namespace) -> None:
     if Path(options.target).suffix in (".yaml", ".yml"):
         config = read_config(options.target, options.overrides)
         _dry_run(config, searching=config.has_teacher and not config.stages)
+    elif options.overrides:
+        raise _wrong(
+            f"inspect: {options.target} is a schedule, not a config: '{options.overrides[0]}' would change nothing"
+        )
     else:
         print(explain_schedule(Schedule.load(options.target)))
 
@@ -327,8 +339,6 @@ def _plot(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from distpro.runs.export import export
 
-    if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     print(export(options.folder, options.format, options.out))
 
 
@@ -344,27 +354,8 @@ def _list(options: argparse.Namespace) -> None:
     from distpro.tasks import METRICS, TASKS
     from pathways import DISTANCES, TRANSFORMS
 
-    found: dict[str, Any] = dict(
-        zip(
-            KINDS,
-            (
-                LOSSES,
-                TRANSFORMS,
-                DISTANCES,
-                MODELS,
-                DATASETS,
-                TASKS,
-                METRICS,
-                WEIGHTINGS,
-                PROCESSES,
-                ESTIMATORS,
-                AUGMENTATIONS,
-                OPTIMIZERS,
-                presets(),
-            ),
-            strict=True,
-        )
-    )
+    entries = (LOSSES, TRANSFORMS, DISTANCES, MODELS, DATASETS, TASKS, METRICS, WEIGHTINGS, PROCESSES, ESTIMATORS)
+    found: dict[str, Any] = dict(zip(KINDS, (*entries, AUGMENTATIONS, OPTIMIZERS, presets()), strict=True))
     if options.kind not in found:
         raise _wrong(f"unknown kind '{options.kind}'", options.kind, KINDS)
     if options.kind == "losses":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def read_config(
     content = merge(below or {}, _with_bases(content, path), clears=False)
     for key, value in said:
         if key != "preset":
+            _refuse_entries(content, key, value)
             content = merge(content, _nest(key.split("."), value))
     if space is not None and not {"pathways", "terms"} & content.keys():
         content = merge(space(content) if callable(space) else space, content, clears=False)
@@ -75,6 +77,25 @@ def _override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"override '{text}': expected key=value, for instance training.epochs=10")
     return key, _yaml(value, f"override '{text}'")
+
+
+def _refuse_entries(content: Mapping[str, Any], key: str, value: Any) -> None:
+    """Raise UserError for a key such as ``terms.0.weight``: a list is replaced whole, and the message says by what."""
+    path = key.split(".")
+    first = Config.model_fields.get(path[0])
+    inner: Any = content.get(path[0], first.default if first is not None else None)
+    for n, part in enumerate(path[1:], start=1):
+        if isinstance(inner, list):
+            name, whole = ".".join(path[:n]), "[...]"
+            if part.isdigit() and int(part) < len(inner):
+                changed, rest = list(inner), _nest(path[n + 1 :], value)
+                both = isinstance(rest, Mapping) and isinstance(inner[int(part)], Mapping)
+                changed[int(part)] = merge(inner[int(part)], rest) if both else rest
+                whole = yaml.safe_dump(changed, default_flow_style=True, sort_keys=False, width=10**6).strip()
+            raise UserError(
+                f"override '{key}': entries of a list cannot be set one by one: give the whole list, {shlex.quote(f'{name}={whole}')}"
+            )
+        inner = inner.get(part) if isinstance(inner, Mapping) else None
 
 
 def default_space(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +219,7 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(NUMBER, value) else value
 
 
-def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+def _nest(keys: Sequence[str], value: Any) -> Any:
     for key in reversed(keys):
         value = {key: value}
     return value

@@ -23,7 +23,7 @@ class DataConfig(Section):
         None, description="folder or file; a relative path is looked for here, then in $DISTPRO_DATA"
     )
     samples: int | None = Field(None, gt=0, description="training images kept, stratified and seeded")
-    seed: int | None = Field(None, ge=0, description="draws the samples; null: the run's seed")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="draws the samples; null: the run's seed")
     classes: int | list[str] | None = Field(
         None, description="those kept: the first so many, or a list of names; null: all"
     )
@@ -36,6 +36,7 @@ class DataConfig(Section):
     repeats: int = Field(
         1,
         gt=0,
+        le=1000,
         description="copies of a training sample one after the other, each augmented in its own way; an epoch is as long as before",
     )
     sampler: Literal["balanced"] | list[float] | None = Field(
@@ -301,7 +302,7 @@ class Config(Section):
     """A whole run."""
 
     name: str | None = Field(None, description="of the run, in its logs")
-    seed: int = Field(0, ge=0, description="of weights, data order, augmentation and splits")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order, augmentation and splits")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU if there is one")
     precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "auto", description="auto: the fastest that the device has, see distpro.build.device.fastest_precision"
@@ -312,7 +313,7 @@ class Config(Section):
         None,
         description="torch.compile's backend for teacher, student and pathways; reduce-overhead: inductor with CUDA graphs",
     )
-    threads: int | None = Field(None, gt=0, description="CPU threads of PyTorch; null: as PyTorch has it")
+    threads: int | None = Field(None, gt=0, le=1024, description="CPU threads of PyTorch; null: as PyTorch has it")
     task: Spec = Field("classification", description="`distpro list tasks`, or package.module:name of your own")
     metrics: list[Spec] = Field([], description="beside those of the task: names, or package.module:name")
     data: DataConfig = DataConfig()

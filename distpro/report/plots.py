@@ -95,14 +95,20 @@ def save_figures(schedule: Schedule, folder_or_file: str | Path, formats: Sequen
     """Write figures and return their paths.
 
     Args:
-        folder_or_file: a name that ends in ``.png``, ``.svg`` or ``.pdf`` gets :func:`schedule_figure`; any other
-            name is a folder that gets ``alpha.*`` and ``alpha_heatmap.*``, and ``alpha_scalars.*`` where there are scalars.
+        folder_or_file: a name with a suffix that matplotlib writes, ``.png`` say, gets :func:`schedule_figure`; a name without one
+            is a folder that gets ``alpha.*`` and ``alpha_heatmap.*``, and ``alpha_scalars.*`` where there are scalars.
         formats: of the files in a folder.
 
-    Raises UserError for an unknown format.
+    Raises UserError for an unknown format or suffix.
     """
     target = Path(folder_or_file)
-    if target.suffix[1:] in FORMATS and not target.is_dir():
+    if re.fullmatch(r"\.[A-Za-z]\w*", target.suffix) and not target.is_dir():  # lr_0.05 is a folder
+        known = _suffixes()
+        if target.suffix.lower() not in known:
+            raise UserError(
+                f"{target}: no figure ends in '{target.suffix}'{nearest(target.suffix, known)} (allowed: {', '.join(known)}, or a "
+                "folder, without a suffix)"
+            )
         return [_save(schedule_figure(schedule), target)]
     for name in formats:
         if name not in FORMATS:
@@ -112,9 +118,16 @@ def save_figures(schedule: Schedule, folder_or_file: str | Path, formats: Sequen
     return [_save(figure, target / f"{stem}.{name}") for stem, figure in figures.items() for name in formats]
 
 
+def _suffixes() -> list[str]:
+    """Those that matplotlib writes by itself: pgf needs LaTeX, and raw pixels do not say how large the picture is."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return [f".{name}" for name in FigureCanvasBase.get_supported_filetypes() if name not in ("pgf", "raw", "rgba")]
+
+
 def _save(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:])
+    figure.savefig(buffer, format=path.suffix[1:].lower())
     write_atomically(buffer.getvalue(), path)
     return path
 

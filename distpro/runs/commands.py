@@ -231,8 +231,10 @@ def evaluate(
         checked = checked.model_copy(update={"student": ModelConfig.model_validate(student_config)})
     elif path.is_dir() and not of_hf:
         checkpoint = student_of(path)
+        _refuse_another(config, path)
         checked = stages_of(_checked(path / "config.yaml", overrides, given=given))[-1].config
     elif teaches:
+        _refuse_another(config, path)
         checked = _checked(path, overrides, given=given)
         if checked.teacher is None or checked.teacher.checkpoint is None:
             raise UserError(f"{path}: its teacher has no checkpoint to evaluate")
@@ -262,6 +264,14 @@ def evaluate(
         objective = Objective(None, place(model, checked), precision=build.PRECISIONS[checked.precision], task=does)
     loader = build.build_loader(checked, loaded, loaded.test, training=False)
     return evaluate_student(objective, build.metrics_of(checked, does)(), loader)
+
+
+def _refuse_another(config: str | Path | None, path: Path) -> None:
+    if config is not None:
+        raise UserError(
+            f"{path}: has a config already, --config {config} is for a bare checkpoint: other data are given by overrides, "
+            "data.root=..."
+        )
 
 
 def retrain_config(

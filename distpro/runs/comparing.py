@@ -25,8 +25,28 @@ from distpro.task import ask
 from pathways.registry import UserError, nearest
 
 
+class RunsFailed(UserError):
+    """Of a study whose other runs have ended. ``status``: 2 where bad input was the cause of all failures, else 1."""
+
+    def __init__(self, study: Study, page: str):
+        named = [f"{label}, seed {seed}" for label, seed in study.failed]
+        more = f"; and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        super().__init__(
+            f"{study.name}: {len(named)} failed ({'; '.join(named[:NAMED])}{more}): the logs are in {study.folder}{page}"
+        )
+        self.status = 2 if set(study.failed.values()) == {2} else 1
+
+
 class Study(StudyFile):
-    """A study that can be run."""
+    """A study that can be run.
+
+    Attributes:
+        failed: by label and seed, the status that a run ended with, or that of the search without which it could not begin.
+    """
+
+    def __init__(self, path: Path, results: Path, root: Path):
+        super().__init__(path, results, root)
+        self.failed: dict[tuple[str, int], int] = {}
 
     def revision(self, described: str) -> str:
         """What a row says of the code's revision."""
@@ -53,6 +73,7 @@ class Study(StudyFile):
             ).returncode
         if status:
             print(f"{self.name}: {label}, seed {seed} ended with status {status}; see {log.name}", flush=True)
+            self.failed[label, seed] = status
             return None
         environment = json.loads((out / "environment.json").read_text())
         row = {
@@ -74,6 +95,7 @@ class Study(StudyFile):
         search = self.search_of(label)
         if search and not search.ended(seed):
             print(f"{self.name}: {label}, seed {seed} left out: '{search.label}' has not ended", flush=True)
+            self.failed[label, seed] = self.failed.get((search.label, seed), 1)
             return
         row = self.execute(label, seed, self.out(label, seed))
         if row is None:
@@ -104,6 +126,7 @@ class Study(StudyFile):
 
 
 POINTS = 25
+NAMED = 8  # failed runs in a message
 
 
 def summary(schedule: Schedule) -> dict[str, Any]:
@@ -149,18 +172,21 @@ def compare(path: str | Path, out: str | Path | None = None, jobs: int = 1, only
         jobs: runs side by side.
         only: labels of runs; their searches come along.
 
-    Returns the page's path. Raises UserError for bad input, and where no run has ended.
+    Returns the page's path. Raises UserError for bad input, and where runs have failed, after the others and the page.
     """
     study = open_study(path, out)
     study.run_all(missing(study, only), jobs)
     if not study.rows():
-        raise UserError(f"{study.name}: no run has ended; the logs are in {study.folder}")
+        raise RunsFailed(study, "")
     base = study.content.get("baseline")
     first = str(base[0] if isinstance(base, list) and base else base)
     labels = {row["label"] for row in study.rows()}
-    return write_page(
+    page = write_page(
         [study.results], study.results.with_suffix(".html"), study.name, first if first in labels else None
     )
+    if study.failed:
+        raise RunsFailed(study, f", those that have ended in {page}")
+    return page
 
 
 def open_study(path: str | Path, out: str | Path | None = None) -> Study:
@@ -168,6 +194,7 @@ def open_study(path: str | Path, out: str | Path | None = None) -> Study:
     gives."""
     path, here = Path(path), Path.cwd()
     study = Study(path, here / "runs" / path.stem if out is None else Path(out), here)
+    check_configs(study)
     check_rows(study)
     configs = {study.config(label): label for label in reversed([*study.runs])}
     for n, label in enumerate(reversed(configs.values())):
@@ -178,6 +205,19 @@ def open_study(path: str | Path, out: str | Path | None = None) -> Study:
         if known is not None:
             check_metric(study, known)
     return study
+
+
+def check_configs(study: StudyFile) -> None:
+    """Raise UserError where a run could not begin with the config that its overrides make."""
+    for label in (*study.searches, *study.runs):
+        try:
+            build.check_names(
+                read_config(
+                    study.root / study.config(label), study.overrides(label, study.seeds[0]), space=default_space
+                )
+            )
+        except UserError as error:
+            raise UserError(f"{study.path}: {label}: {error}") from None
 
 
 def check_rows(study: StudyFile, only: Collection[str] | None = None) -> None:

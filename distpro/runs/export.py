@@ -25,7 +25,7 @@ from distpro.runs.folder import student_of
 from distpro.task import Task
 from pathways.call import map_tensors
 from pathways.containers import entries
-from pathways.registry import UserError
+from pathways.registry import UserError, nearest
 
 RESPONSES = {"classes": "logits", "maps": "logits", "depths": "depth"}
 """What an ONNX file calls the response, by the kind of the task's targets."""
@@ -33,7 +33,10 @@ ONE_FILE = 1_800_000_000
 """Bytes of weights from which on an ONNX file, which can have 2 GB, has them beside it, in ``student.onnx.data``."""
 
 
-def export(folder: str | Path, format: str = "safetensors", out: str | Path | None = None) -> Path:
+FORMATS = ("safetensors", "pt2", "onnx", "transformers")
+
+
+def export(folder: str | Path, format: str | None = None, out: str | Path | None = None) -> Path:
     """Write the trained student of a run.
 
     Args:
@@ -42,12 +45,14 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
             texts with any number of tokens, or ``transformers``: a folder that its ``from_pretrained`` reads, with the
             tokenizer. What the data were (mean and std among it) is in the file: safetensors' and ONNX' metadata
             ``distpro``, pt2's extra file ``data.json``. ONNX' outputs are called ``logits`` (``depth``), others by their keys.
+            By default what the suffix of ``out`` says, else safetensors.
         out: file or folder to write; by default ``student.<format>`` in the folder.
 
     Returns the file's path. Raises UserError if the run has no student, a package is missing, or the format cannot hold
     the student.
     """
     folder = Path(folder)
+    format = _format(format, out)
     path = Path(out) if out else folder / f"student.{format}"
     weights = student_of(folder)
     config = stages_of(read_config(folder / "config.yaml"))[-1].config
@@ -96,9 +101,25 @@ def export(folder: str | Path, format: str = "safetensors", out: str | Path | No
     elif sum(t.nbytes for t in (*model.parameters(), *model.buffers())) < ONE_FILE:
         write_atomically(written.model_proto.SerializeToString(), path)
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
             written.save(str(path), external_data=True)
     return path
+
+
+def _format(format: str | None, out: str | Path | None) -> str:
+    """The format that is asked for, by its name, by the file's suffix, or by both. Raises UserError where they disagree."""
+    suffix = Path(out).suffix.lower() if out else ""
+    known = ", ".join(f".{name}" for name in FORMATS[:3])
+    if format is None:
+        if suffix and suffix[1:] not in FORMATS[:3]:
+            raise UserError(f"{out}: no format ends in '{suffix}' (allowed: {known}, or --format {', '.join(FORMATS)})")
+        return suffix[1:] or "safetensors"
+    if format not in FORMATS:
+        raise UserError(f"unknown format '{format}'{nearest(format, FORMATS)} (allowed: {', '.join(FORMATS)})")
+    if suffix[1:] in {*FORMATS[:3], "pt", "pth"} - {format}:
+        raise UserError(f"{out}: '{suffix}' is not the suffix of {format} (allowed: {known}; or leave out --format)")
+    return format
 
 
 def _any_size(tensor: Tensor) -> dict[int, Any]:

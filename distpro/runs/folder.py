@@ -24,17 +24,17 @@ from distpro.data.statistics import DATA, stored_facts
 from distpro.files import remove_leftovers, write_atomically
 from distpro.runs.lock import locked
 from distpro.train import distributed
-from distpro.train.checkpoint import CHECKPOINT
+from distpro.train.checkpoint import CHECKPOINT, read_checkpoint
 from pathways.registry import UserError
 
-CONFIG = "config.yaml"
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 HOUR = 3600.0
 
 
 def record(config: Config, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
     """What a run needs to be repeated. ``facts``: of its data, see `distpro.data.datasets.Dataset`. The config comes last: where it
     is, the run has begun, and goes on without writing this again."""
-    write_atomically(json.dumps(environment(), indent=1) + "\n", folder / "environment.json")
+    write_atomically(json.dumps(environment(), indent=1) + "\n", folder / ENVIRONMENT)
     if facts is not None:
         write_atomically(json.dumps(facts, indent=1, default=str) + "\n", folder / DATA)
     write_atomically(as_yaml(config), folder / CONFIG)
@@ -50,9 +50,11 @@ def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def open_folder(out: str | Path | None, config: Config, resume: bool, shared: bool = False) -> Iterator[Path | None]:
+def open_folder(
+    out: str | Path | None, config: Config, resume: bool, shared: bool = False, kind: str = "training"
+) -> Iterator[Path | None]:
     """The run's folder, if this run may write to it; nobody else may before it is closed (but others that share it). Nothing is
-    written before the run is built without an error. Raises UserError."""
+    written before the run is built without an error. ``kind``: training, search or tuning. Raises UserError."""
     if out is None:
         if resume:
             raise UserError("resume needs the run's folder")
@@ -64,7 +66,11 @@ def open_folder(out: str | Path | None, config: Config, resume: bool, shared: bo
         return
     _check_place(folder, resume)
     with locked(folder, shared):
-        _check_run(folder, config, resume)
+        if resume:
+            _check_kind(folder, kind)
+            _check_unchanged(folder, config)
+        else:
+            _check_empty(folder, shared)
         remove_leftovers(folder, HOUR if shared else 0.0)
         yield folder
 
@@ -74,6 +80,16 @@ def begun(folder: Path | None, resume: bool) -> bool:
     return resume and folder is not None and (folder / CHECKPOINT).is_file()
 
 
+def goes_on(folder: Path | None, resume: bool) -> bool:
+    """Whether a run of several trainings is to be gone on with in a folder: where none of them has left anything, it starts anew."""
+    return resume and folder is not None and _has_results(folder)
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a run has left more than its config and its log: a checkpoint, a schedule, weights, results, the trials of a tuning."""
+    return any(next(folder.rglob(name), None) for name in ("*.pt", "*.safetensors", "result.json", "trials.journal"))
+
+
 def _check_place(folder: Path, resume: bool) -> None:
     above = next(path for path in (folder, *folder.parents) if path.exists())  # "." and "/" do
     if not above.is_dir():
@@ -81,21 +97,37 @@ def _check_place(folder: Path, resume: bool) -> None:
     if resume and not (folder / CONFIG).is_file():
         what = "checkpoint.pt" if not (folder / CHECKPOINT).is_file() else CONFIG
         raise UserError(f"{folder}: no {what} to resume from")
-    if resume or not (folder / CONFIG).exists():
+    if resume or not (folder / CONFIG).exists() or _failed_at_once(folder):
         _check_writable(folder, above)
 
 
-def _check_run(folder: Path, config: Config, resume: bool) -> None:
-    if not resume:
-        _check_empty(folder)
-        return
+def _check_kind(folder: Path, kind: str) -> None:
+    """A checkpoint is read where the files beside it are not those that a run of the kind leaves, which is rare: it may be large."""
+    searched, found = (folder / "alpha.pt").is_file(), kind
+    if (folder / "trials.journal").is_file():
+        found = "tuning"
+    elif (folder / CHECKPOINT).is_file() and (kind == "tuning" or searched == (kind == "training")):
+        weights = read_checkpoint(folder / CHECKPOINT).get("weights")
+        found = "search" if isinstance(weights, Mapping) and "alpha_tilde" in weights else "training"
+    if found != kind:
+        raise UserError(f"{folder}: holds a {found}, no {kind} that --resume could go on with; choose another --out")
+
+
+def _check_unchanged(folder: Path, config: Config) -> None:
     differing = _differences(_completed(recorded(folder)), json.loads(config.model_dump_json()))
-    if differing:
+    if differing and not _failed_at_once(folder):
         raise UserError(f"{folder}: the config has changed since the run began: {'; '.join(differing[:5])}")
 
 
-def _check_empty(folder: Path) -> None:
-    if (folder / CONFIG).exists():
+def _failed_at_once(folder: Path) -> bool:
+    """Whether all that a folder holds is what a run writes before its first checkpoint. A config without `environment.json` is
+    somebody's own file."""
+    return (folder / ENVIRONMENT).is_file() and not _has_results(folder)
+
+
+def _check_empty(folder: Path, shared: bool = False) -> None:
+    """``shared``: others may be at work there, and have no results yet."""
+    if (folder / CONFIG).exists() and (shared or not _failed_at_once(folder)):
         raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
 
 
@@ -124,6 +156,11 @@ def student_of(folder: Path) -> Path:
     path = folder / "student.pt"
     if path.is_file():
         return path
+    if folder.is_file():
+        of_run = (folder.parent / CONFIG).is_file()
+        raise UserError(
+            f"{folder}: is a file, not a run's folder{f'; did you mean {folder.parent}?' if of_run else ''}"
+        )
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run")
     if (folder / "alpha.pt").is_file():

@@ -19,7 +19,7 @@ from distpro.config.schema import Config
 from distpro.config.searching import AFTER, JUDGED_BY
 from distpro.objective import Objective
 from distpro.report.cost import teacher_name
-from distpro.runs.folder import begun, environment, open_folder, record, recorded_estimator
+from distpro.runs.folder import begun, environment, goes_on, open_folder, record, recorded_estimator
 from distpro.runs.rounds import Rounds
 from distpro.runs.training import run_training
 from distpro.runs.trials import Trials
@@ -42,8 +42,8 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
     """Learn a schedule, write it to the folder, and return it."""
     if resume and out is not None:
         checked = _with_estimator(checked, distributed.gather(recorded_estimator(Path(out)))[0])
-    with open_folder(out, checked, resume) as folder:
-        return _search(checked, folder, resume, given)
+    with open_folder(out, checked, resume, kind="search") as folder:
+        return _search(checked, folder, goes_on(folder, resume), given)
 
 
 def _search(checked: Config, folder: Path | None, resume: bool, given: Given) -> Schedule:

@@ -15,7 +15,7 @@ from distpro.config.schema import Config
 from distpro.config.stages import Stage
 from distpro.data.statistics import DATA
 from distpro.files import load_safely, save_atomically, write_atomically
-from distpro.runs.folder import begun, record
+from distpro.runs.folder import begun, goes_on, record
 from distpro.runs.training import Result, run_training, save_student, term_states
 from distpro.schedule import Schedule
 from distpro.train import distributed
@@ -32,6 +32,7 @@ def retrain_stages(
 ) -> Result:
     """One training per stage, each in a folder of its own; a resumed run skips those that have ended. ``facts``: of the data of
     the schedule's search, where these are the same."""
+    resume = goes_on(folder, resume)
     if folder is not None and not resume and distributed.is_main():
         record(config, folder)
     data, carry, metrics = None, Carry(), {}

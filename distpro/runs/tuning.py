@@ -93,7 +93,7 @@ def run_tune(request: Request, out: str | Path | None, resume: bool, workers: in
             tuning.run(workers)
             return replace(tuning.conclude(), folder=None)
         known = _with_budget_of(config, Path(out)) if resume else config
-        stack.enter_context(open_folder(out, known, resume, shared=True))
+        stack.enter_context(open_folder(out, known, resume, shared=True, kind="tuning"))
         tuning = Tuning(request, Path(out), resume)
         tuning.run(workers)
         return tuning.conclude()

@@ -1,6 +1,7 @@
 """What a config may say, what wins where files disagree, and how mistakes are answered."""
 
 import os
+import shlex
 
 import pytest
 
@@ -489,3 +490,22 @@ def test_words_that_look_like_numbers_stay_words(text):
 def test_few_samples_leave_more_of_them_to_judge_by(search, samples, share):
     config = read_config({"student": {"model": "resnet8"}, "search": search})
     assert config.search.fraction_of(samples) == share
+
+
+def test_what_is_said_for_an_entry_of_a_list_does_what_was_meant(write):
+    """The override that the message gives, taken from it, changes that entry alone."""
+    path = write(
+        STUDENT + "terms: [{loss: kd}, {loss: at, connect: same}]\ndata: {augment: [{crop: {padding: 1}}, flip]}\n"
+    )
+    for override in ("terms.1.weight=3", "data.augment.0.crop.padding=3"):
+        said = message_of(path, override)
+        assert "entries of a list cannot be set one by one: give the whole list, " in said
+        (whole,) = shlex.split(said.partition("the whole list, ")[2])
+        before, after = read_config(path), read_config(path, [whole])
+        if override.startswith("terms"):
+            assert after.terms[1].weight == 3 and after.terms[1].connect == "same" and after.terms[0] == before.terms[0]
+            assert after.data == before.data
+        else:
+            assert after.data.augment == [{"crop": {"padding": 3}}, "flip"] and after.terms == before.terms
+    assert "terms=[...]" in message_of(path, "terms.2.weight=3")
+    assert "terms=[...]" in message_of(write(STUDENT), "terms.0.weight=3")

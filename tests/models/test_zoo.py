@@ -240,8 +240,13 @@ def test_model_of_the_current_directory(tmp_path, monkeypatch):
         "        super().__init__(4, num_classes)\n"
     )
     (tmp_path / "broken_nets.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_nets.py").write_text("import sys\nsys.exit(3)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     assert build_model("own_nets:Net", num_classes=3).out_features == 3
     with pytest.raises(UserError, match="cannot import 'broken_nets' .*ZeroDivisionError"):
         build_model("broken_nets:Net")
+    with pytest.raises(UserError, match=r"cannot import 'leaving_nets' \(SystemExit: 3\)"):
+        build_model("leaving_nets:Net")
+    with pytest.raises(UserError, match=r"cannot import 'own_nets.py' .*; did you mean 'own_nets:Net'\?"):
+        build_model("own_nets.py:Net")

@@ -149,9 +149,11 @@ def test_heat_map_shows_terms_by_time(case):
     assert len(set(labels)) == len(case.keys) and max(map(len, labels)) <= 50
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_one_file(tmp_path, suffix):
-    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+STARTS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF", "PNG": b"\x89PNG", "jpg": b"\xff\xd8\xff"}
+
+
+@pytest.mark.parametrize(("suffix", "start"), STARTS.items())
+def test_one_file(tmp_path, suffix, start):
     (path,) = save_figures(CASES["one term"], tmp_path / "new" / f"fig6.{suffix}")
     assert path == tmp_path / "new" / f"fig6.{suffix}" and path.read_bytes().startswith(start)
 
@@ -161,6 +163,14 @@ def test_folder_gets_all_figures_in_all_formats(tmp_path):
     paths = save_figures(CASES["one term"], tmp_path, formats=("png", "svg"))
     expected = {"alpha.png", "alpha.svg", "alpha_heatmap.png", "alpha_heatmap.svg"}
     assert {path.name for path in paths} == expected == {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_name_without_a_known_suffix(tmp_path):
+    """A number is none."""
+    with pytest.raises(UserError, match=r"q.jpgg: no figure ends in '.jpgg'; did you mean '.jpg'\?"):
+        save_figures(CASES["one term"], tmp_path / "q.jpgg")
+    assert not list(tmp_path.iterdir())
+    assert {path.parent for path in save_figures(CASES["one term"], tmp_path / "lr_0.05")} == {tmp_path / "lr_0.05"}
 
 
 def test_unknown_format_writes_nothing(tmp_path):

@@ -102,6 +102,47 @@ def test_a_file_that_is_no_study(here, capsys, change, said):
     assert not (here / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"training.epocs": 3}, "unknown key 'training.epocs'; did you mean 'epochs'?"),
+        ({"terms": [{"loss": "kdd"}]}, "unknown loss 'kdd'; did you mean 'kd'?"),
+    ],
+)
+def test_a_row_that_could_not_begin_is_refused_before_the_first_is_run(here, capsys, overrides, said):
+    (here / "study.yaml").write_text(yaml.safe_dump({**STUDY, "runs": {**STUDY["runs"], "KD": overrides}}))
+    for more in ([], ["--dry-run"]):
+        assert main(["compare", "study.yaml", *more]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("distpro: study.yaml: KD: ") and said in err
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(("statuses", "expected"), [([2, 2], 2), ([2, 1], 1), ([-9, 2], 1), ([0, 0], 0)])
+def test_failed_runs_are_named_when_the_others_have_ended(here, monkeypatch, capsys, statuses, expected):
+    environment = {"packages": {}, "revision": "", "threads": 1, "device": "cpu"}
+
+    def run(command, **options):
+        out, seed = here / command[command.index("--out") + 1], int(command[command.index("--out") - 1][-1])
+        status = statuses[seed] if "taught" in out.name else 0
+        if not status:
+            out.mkdir()
+            (out / "environment.json").write_text(json.dumps(environment))
+            (out / "result.json").write_text(json.dumps({"accuracy": 50.0 + seed, "seconds": 1.0}))
+        return subprocess.CompletedProcess(command, status, "", "")
+
+    monkeypatch.setattr(comparing.subprocess, "run", run)
+    assert main(["compare", "study.yaml"]) == expected
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in (here / "runs" / "study" / "study.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows if row["label"] == "alone"] == [0, 1]
+    assert (here / "runs" / "study" / "study.html").is_file()
+    if expected:
+        assert "study: 2 failed (taught, seed 0; taught, seed 1)" in err and "study.html" in err
+    else:
+        assert err == "" and out.endswith("study.html\n")
+
+
 def test_a_label_and_a_file_that_are_not_there(here, capsys):
     assert main(["compare", "study.yaml", "--only", "alon"]) == 2
     assert "no run or search 'alon'; did you mean 'alone'" in capsys.readouterr().err

@@ -260,6 +260,23 @@ def test_a_config_from_before_a_key_was_there_means_its_default(whole, tmp_path)
         pass
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_failed_before_its_first_checkpoint_is_done_anew(resume, teacher, whole, tmp_path, monkeypatch):
+    """With what was wrong in its config mended, and as if it had never been."""
+
+    def fail(self, batch):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", fail)
+        with pytest.raises(MemoryError):
+            distpro.search(settings(teacher, {"data": {"mean": [0.1] * 3, "std": [0.9] * 3}}), out=tmp_path)
+    assert (tmp_path / "config.yaml").is_file() and not (tmp_path / "checkpoint.pt").exists()
+    distpro.search(settings(teacher), out=tmp_path, resume=resume)
+    assert_same_run(tmp_path, whole / "search")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["mean"] is None
+
+
 def test_there_must_be_something_to_resume(teacher, tmp_path):
     with pytest.raises(distpro.UserError, match="no checkpoint.pt to resume from"):
         distpro.search(settings(teacher), out=tmp_path, resume=True)
