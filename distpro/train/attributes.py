@@ -120,7 +120,9 @@ class Attributes:
         if kind in _NUMBERS or depth == 0 or id(value) in self._elsewhere:
             return value
         if isinstance(value, Tensor):
-            return value.detach().clone() if _is_dense(value) else value
+            if not _is_dense(value):
+                return value
+            return value.detach().clone() if value.numel() <= LARGEST_NEW else _sum(value)  # a copy may be dear
         if isinstance(value, (list, tuple, deque)):
             return kind, [self._picture(v, depth - 1) for v in value]
         if isinstance(value, (set, frozenset)):
@@ -134,7 +136,7 @@ class Attributes:
         if is_iterator(value):
             return repr(value)  # which tells where a count is
         if isinstance(value, nn.Module) and self._elsewhere.isdisjoint([id(m) for m in value.modules()]):
-            return [_sum(t) for t in (*value.parameters(), *value.buffers())]  # a copy may be dear
+            return [_sum(t) for t in (*value.parameters(), *value.buffers()) if _is_dense(t)]
         if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
             return kind, value.shape, value.tobytes()
         if numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState)):
@@ -206,9 +208,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(inner)
 
 
-def _sum(tensor: Tensor) -> str:
-    tensor = tensor.detach()
-    return repr((torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().sum().item())
+def _sum(tensor: Tensor) -> tuple[Any, ...]:
+    """What shows, nearly always, that a large tensor has another content: its sum, and how often it was written to."""
+    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return tensor.shape, 0 if tensor.is_inference() else tensor._version, repr(real.float().sum().item())
 
 
 def _put_into(now: Any, value: Any) -> bool:
