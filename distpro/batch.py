@@ -71,3 +71,10 @@ def batch_of(inputs: Any, target: Any = None, index: Tensor | None = None) -> Ba
             "their place"
         )
     return Batch(inputs, target, len(tensor), index)
+
+
+def not_empty(batch: Batch) -> Batch:
+    """The batch. Raises UserError for one without samples, whose mean loss is no number."""
+    if batch.samples == 0:
+        raise UserError("inputs: a batch without samples has no loss; leave it out")
+    return batch

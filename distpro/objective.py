@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distpro.batch import Batch, batch_of
+from distpro.batch import Batch, batch_of, not_empty
 from distpro.features import Cache, Features, Reader, TrainingPass, check_apart, maps_of, own_views, scalar, unwrap
 from distpro.process import Clock
 from distpro.schedule import Said, Schedule
@@ -386,7 +386,7 @@ class Objective(nn.Module):
             inputs, target, index: see `distpro.batch.Batch`, which may be the inputs; without one, one row per sample.
             step: the training step. Without one, each call with gradients in training mode is one, from 0 or `at` on.
         """
-        batch = inputs if isinstance(inputs, Batch) else batch_of(inputs, target, index)
+        batch = not_empty(inputs if isinstance(inputs, Batch) else batch_of(inputs, target, index))
         count = self._next_step
         self.at(count if step is None else step)
         done = self.training_pass(batch, self.weights_at(self._step))

@@ -167,11 +167,11 @@ class _OwnState:
             elif isinstance(value, numpy.random.Generator):
                 bits = value.bit_generator
                 self._back.append(partial(setattr, bits, "state", copy.deepcopy(bits.state)))
-        elif _is_iterator(value):
+        elif is_iterator(value):
             return _copied(value)
         elif isinstance(value, (MethodType, partial, FunctionType)):
             self._look_into_function(value, depth)
-        elif _of_own_class(value):
+        elif of_own_class(value):
             if hasattr(value, "__dict__"):
                 values = {name: self._keep(v, depth) for name, v in vars(value).items()}
                 self._back.append(partial(_put_attributes_back, value, values))
@@ -232,7 +232,7 @@ def _that_passes_may_write(model: nn.Module) -> list[Tensor]:
     return rescaled + [p for m in modules if not known[type(m)] for p in m.parameters(recurse=False)]
 
 
-def _is_iterator(value: Any) -> bool:
+def is_iterator(value: Any) -> bool:
     """Of Python's own."""
     return type(value).__module__ in ("itertools", "builtins") and hasattr(type(value), "__next__")
 
@@ -246,7 +246,7 @@ def _copied(iterator: Any) -> Any:
         return iterator
 
 
-def _of_own_class(value: Any) -> bool:
+def of_own_class(value: Any) -> bool:
     """Whether a value is an object with attributes, of a class that is neither Python's nor PyTorch's."""
     if isinstance(value, _NOT_LOOKED_INTO):
         return False
@@ -260,6 +260,12 @@ def _slots(kind: type) -> list[MemberDescriptorType]:
     """Where objects of a class with ``__slots__`` have their attributes."""
     bases = (base for base in kind.__mro__ if "__slots__" in vars(base))
     return [v for base in bases for v in vars(base).values() if isinstance(v, MemberDescriptorType)]
+
+
+def slots_of(value: Any) -> dict[str, Any]:
+    """What an object of a class with ``__slots__`` has in them."""
+    found = {slot.__name__: _in_slot(slot, value) for slot in _slots(type(value))}
+    return {name: content for name, content in found.items() if content is not _ABSENT}
 
 
 def _in_slot(slot: MemberDescriptorType, holder: Any) -> Any:
@@ -285,7 +291,7 @@ def _put_attributes_back(holder: Any, values: dict[str, Any], but: frozenset[str
         del now[name]
     for name, value in values.items():
         if now.get(name, _ABSENT) is not value:  # compiled code looks whether a dict has been written to
-            now[name] = _copied(value) if _is_iterator(value) else value  # it may be put back once more
+            now[name] = _copied(value) if is_iterator(value) else value  # it may be put back once more
 
 
 def _put_content_back(container: Any, content: Any) -> None:
@@ -296,9 +302,9 @@ def _put_content_back(container: Any, content: Any) -> None:
         same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
     if not same:
         if isinstance(container, dict):
-            content = {k: _copied(v) if _is_iterator(v) else v for k, v in content.items()}
+            content = {k: _copied(v) if is_iterator(v) else v for k, v in content.items()}
         else:
-            content = [_copied(v) if _is_iterator(v) else v for v in content]
+            content = [_copied(v) if is_iterator(v) else v for v in content]
         container.clear()
         (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 

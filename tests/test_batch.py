@@ -73,3 +73,11 @@ def test_inputs_that_do_not_tell_their_samples_are_taken_with_their_number(model
 def test_a_call_without_arguments_has_no_samples():
     with pytest.raises(UserError, match="no tensor in tuple"):
         batch_of(())
+
+
+@pytest.mark.parametrize("inputs", [X[:0], [], Batch(X[:0], Y[:0], 0)])
+def test_a_batch_without_samples_is_refused(inputs):
+    """PyTorch's mean over nothing is nan."""
+    assert F.cross_entropy(nn.Linear(5, 3)(X[:0]), Y[:0]).isnan()
+    with pytest.raises(UserError, match="a batch without samples has no loss"):
+        Objective(None, nn.Linear(5, 3))(inputs, Y[:0])

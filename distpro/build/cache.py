@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from distpro.batch import Batch
 from distpro.config.schema import Config
 from distpro.data import Mixing, Split, build_augment
 from distpro.data.collating import stored_numbers
 from distpro.data.text import TextData, digest_of_part
 from distpro.objective import Objective
 from distpro.train.cache import TeacherCache, digest, digest_data
+from pathways.probing import untouched
 from pathways.registry import UserError
 
 TOLERANCE = {"bfloat16": 0.08}
@@ -30,7 +33,7 @@ def rows_per_sample(objective: Objective) -> int:
     return 4 if any(getattr(getattr(term, "loss", None), "expand", "") for term in objective.terms) else 1
 
 
-def build_cache(config: Config, data: Any, objective: Objective, example: Any) -> TeacherCache | None:
+def build_cache(config: Config, data: Any, objective: Objective, example: Batch) -> TeacherCache | None:
     """The cache that the config asks for, of the taps that the objective reads; None where it asks for none.
 
     ``example``: a batch of two samples. Raises UserError for a teacher whose answers cannot be kept, and as
@@ -66,8 +69,11 @@ def build_cache(config: Config, data: Any, objective: Objective, example: Any) -
         "device": objective.device.type,
         **of_data,
     }
+    tolerance = TOLERANCE.get(config.precision, 0.01)
+    names = dict.fromkeys(tap for term in objective.terms for tap in term.teacher_taps)  # type: ignore[union-attr]
+    _check_answers(objective, example, list(names), tolerance)
     taught = objective.run_teacher(example)
-    taps = {tap: taught[tap] for term in objective.terms for tap in term.teacher_taps}  # type: ignore[union-attr]
+    taps = {tap: taught[tap] for tap in names}
     tokens = next((tap for tap, x in taps.items() if x.dim() > 2), None) if isinstance(data, TextData) else None
     if tokens is not None:
         raise UserError(
@@ -84,8 +90,41 @@ def build_cache(config: Config, data: Any, objective: Objective, example: Any) -
         views=views,
         device=objective.device,
         answers=taps,
-        tolerance=TOLERANCE.get(config.precision, 0.01),
+        tolerance=tolerance,
     )
+
+
+def _check_answers(objective: Objective, example: Batch, taps: list[str], tolerance: float) -> None:
+    """Raise UserError for a teacher that answers a sample otherwise the next time, or in another batch. All batches here are of one
+    size, so that rounding is mostly the same; ``tolerance`` is for kernels that add in any order, in each of many layers."""
+    assert objective.teacher is not None
+
+    def answers(batch: Batch) -> dict[str, Tensor]:
+        taught = objective.run_teacher(batch)
+        return {tap: taught[tap].clone() for tap in taps}  # the next pass of a CUDA graph writes over them
+
+    with untouched(objective.teacher.model):
+        before, again = answers(example), answers(example)
+        alone = answers(example.to(lambda tensor: tensor[[0] * len(tensor)]))
+    for tap in taps:
+        if not _alike(before[tap], again[tap], tolerance):
+            raise UserError(
+                f"cache: the teacher gives another '{tap}' of the same samples each time (dropout that is on in evaluation mode?), of "
+                "which a cache would keep one; leave it out"
+            )
+    for tap in taps:
+        if not _alike(before[tap][:1], alone[tap][:1], tolerance):
+            raise UserError(
+                f"cache: the teacher's '{tap}' of a sample depends on the rest of its batch (BatchNorm in training mode or without "
+                "running statistics, a mean over the batch?), which is another one in each epoch; leave the cache out"
+            )
+
+
+def _alike(before: Tensor, now: Tensor, tolerance: float) -> bool:
+    """Whether two answers are the same but for ``tolerance`` times the root mean square of the first."""
+    before, now = before.double(), now.double()
+    size = before.nan_to_num(posinf=0.0, neginf=0.0).square().mean().sqrt().item()
+    return torch.allclose(before, now, rtol=0.0, atol=tolerance * size, equal_nan=True)
 
 
 def _samples_of(config: Config, data: Any) -> tuple[Tensor, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from distpro.batch import Batch
 from distpro.build.data import crops, example_of
@@ -110,9 +111,10 @@ def build_network(model: ModelConfig, facts: Mapping[str, Any], load: bool = Tru
 
 
 def place(network: nn.Module, config: Config) -> nn.Module:
-    """The network on the config's device, in its memory layout."""
+    """The network on the config's device, in its memory layout; a lazy one has none before its first pass."""
     network = network.to(device_of(config))
-    return network.to(memory_format=torch.channels_last) if config.channels_last else network
+    lazy = any(map(is_lazy, (*network.parameters(), *network.buffers())))
+    return network.to(memory_format=torch.channels_last) if config.channels_last and not lazy else network
 
 
 def needs_teacher(config: Config) -> bool:
@@ -153,6 +155,7 @@ def build_pair(
     example = example_of(config, data)
     pair = Pair(None, student, example, task.call(example, False), task=task)
     _check_runs("student", student, lambda: pair.call.run(student))
+    place(student, config)  # again: a lazy one has weights now
     if crops(config):
         whole = data.example(2, device_of(config), config.channels_last)
         _check_runs("student, at evaluation", student, lambda: ask(task, student, whole))

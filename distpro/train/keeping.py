@@ -43,7 +43,8 @@ class MovingAverage(AveragedModel):
     """
 
     def __init__(self, module: nn.Module, decay: float, warmup: bool = True):
-        super().__init__(module, multi_avg_fn=self._blend, use_buffers=True)
+        with _without_graphs(module):
+            super().__init__(module, multi_avg_fn=self._blend, use_buffers=True)
         self.decay, self.warmup = decay, warmup
         self.requires_grad_(False)
 
@@ -214,6 +215,22 @@ class Keeper:
             {**one, "weights": {name: tensor.to(device) for name, tensor in one["weights"].items()}}
             for one in state["kept"]
         ]
+
+
+@contextmanager
+def _without_graphs(module: nn.Module) -> Iterator[None]:
+    """Inside, the tensors that modules have as plain attributes are leaves, for others cannot be copied: what pruning and the old
+    ``weight_norm`` compute from parameters before each pass."""
+    found = [
+        (vars(m), k, v) for m in module.modules() for k, v in vars(m).items() if isinstance(v, Tensor) and not v.is_leaf
+    ]
+    for attributes, name, value in found:
+        attributes[name] = value.detach()
+    try:
+        yield
+    finally:
+        for attributes, name, value in found:
+            attributes[name] = value
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from distpro.files import save_atomically
 from distpro.objective import Objective
 from distpro.task import Metrics, Task
 from distpro.train import distributed
-from distpro.train.checkpoint import CHECKPOINT, PREVIOUS, VERSION, read_checkpoint
+from distpro.train.checkpoint import CHECKPOINT, PREVIOUS, VERSION, ModuleState, load_checkpoint_into
 from distpro.train.divergence import Diverged, check_student, divergence
 from distpro.train.evaluation import evaluate
 from distpro.train.keeping import BESIDE, Keeper, logged
@@ -98,6 +98,7 @@ class Trainer:
         buffers = self.objective.student.model.named_buffers()
         self.finite_buffers = {n for n, b in buffers if b.is_floating_point() and bool(b.isfinite().all())}
         self._row = Row()
+        self._modules = ModuleState(self.objective)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,6 +117,8 @@ class Trainer:
         Returns the last evaluation's metrics, or those of the student that the keeper leaves, and ``best_<headline>`` beside it.
         """
         start = time.perf_counter() - self.seconds
+        if self.folder is not None:
+            self._modules.check()
         if not self.step:
             draw_apart()
         with self._stop.listening(), Progress(self.total_steps, self.name) as progress:
@@ -348,6 +351,7 @@ class Trainer:
         if self.tracker is not None:
             self.tracker.flush()  # or the curves would lack what was done before the checkpoint
         if self.checkpoint_path is not None:
+            self._modules.check()
             save_atomically(state, self.checkpoint_path, kept_as=self.checkpoint_path.with_name(PREVIOUS))
 
     def _share_statistics(self) -> None:
@@ -359,20 +363,14 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises UserError if there is none, or it is of another set-up."""
         assert self.checkpoint_path is not None
-        state = read_checkpoint(self.checkpoint_path)
-        try:
-            self.load_state_dict(state)
-        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            raise UserError(f"{self.checkpoint_path}: does not fit this run ({reason})") from None
+        load_checkpoint_into(self.load_state_dict, self.checkpoint_path)
 
     def state_dict(self) -> dict[str, Any]:
         """The training's whole state: tensors, numbers, strings, lists and dicts only."""
         return {
             "version": VERSION,
             "step": self.step,
-            "student": self.objective.student.model.state_dict(),
-            "terms": self.objective.terms.state_dict(),
+            **self._modules.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "weights": self.weights.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -386,8 +384,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Back to a state from `state_dict`."""
-        self.objective.student.model.load_state_dict(state["student"])
-        self.objective.terms.load_state_dict(state["terms"])
+        self._modules.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.weights.load_state_dict(state["weights"])
         self._scaler.load_state_dict(state["scaler"])

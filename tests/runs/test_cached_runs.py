@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import distpro
 from distpro.config.reading import merge, read_config
@@ -159,3 +163,72 @@ def test_its_size_is_said_before_anything_runs(checkpoint, tmp_path, capsys):
 def test_what_cannot_be_cached(checkpoint, tmp_path):
     with pytest.raises(UserError, match="depend on the rest of the batch"):
         distpro.retrain(content(checkpoint, tmp_path / "cache", teacher_training=True))
+
+
+class Answering(nn.Module):
+    """A small network whose answer goes through a function."""
+
+    def __init__(self, after=lambda y: y, **norm):
+        super().__init__()
+        torch.manual_seed(5)
+        self.norm, self.after = nn.BatchNorm2d(8, **norm), after
+        self.before, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)),
+        )
+
+    def forward(self, x):
+        return self.after(self.head(self.norm(self.before(x)).relu()))
+
+
+class KeptInTraining(Answering):
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.train()
+        return self
+
+
+class Counting(Answering):
+    """A sample's answer is its own, but other than before."""
+
+    def __init__(self):
+        super().__init__(self.times)
+        self.passes = 0
+
+    def times(self, y):
+        self.passes += 1
+        return y * self.passes
+
+
+OF_THE_BATCH, EACH_TIME = "of a sample depends on the rest of its batch", "of the same samples each time"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (Answering, None),
+        (partial(Answering, lambda y: 1e-3 * y.softmax(1)), None),
+        (partial(Answering, track_running_stats=False), OF_THE_BATCH),
+        (KeptInTraining, OF_THE_BATCH),
+        (partial(Answering, lambda y: y - y.mean(0)), OF_THE_BATCH),
+        (partial(Answering, lambda y: F.dropout(y, 0.2, training=True)), EACH_TIME),
+        (Counting, EACH_TIME),
+    ],
+    ids=["plain", "small", "no running statistics", "kept in training", "centred", "dropout", "counting"],
+)
+def test_teachers_whose_answer_is_not_of_the_sample_alone(tmp_path, teacher, said):
+    made = teacher().eval()
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        both, again, alone = made(images), made(images), made(images[[0, 0]])
+    assert torch.allclose(both, again) == (said != EACH_TIME)  # what the messages say is so
+    assert torch.allclose(both[0], alone[0]) == (said is None)
+    made = teacher()
+    config = content(None, tmp_path / "cache", terms=[{"loss": "kd", "weight": 1}], training={"epochs": 1})
+    config = {key: value for key, value in config.items() if key != "teacher"}
+    if said is None:
+        assert distpro.retrain(config, teacher=made).metrics["loss"] > 0
+        return
+    with pytest.raises(UserError, match=f"cache: the teacher.*'logits' {said}"):
+        distpro.retrain(config, teacher=made)
+    assert not (tmp_path / "cache").exists()

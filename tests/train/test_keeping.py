@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 
 import distpro
@@ -47,6 +48,40 @@ def test_the_moving_average_is_a_hand_loop_in_float64(decay, warmup):
         assert torch.allclose(found[name], truth, rtol=1e-13, atol=1e-14), name
     assert not torch.equal(found["1.running_mean"], now["1.running_mean"])
     assert found["1.num_batches_tracked"] == 6
+
+
+@pytest.mark.parametrize(
+    ("reparametrise", "weight"),
+    [
+        (partial(prune.l1_unstructured, name="weight", amount=0.5), lambda s: s["0.weight_orig"] * s["0.weight_mask"]),
+        (
+            nn.utils.weight_norm,
+            lambda s: s["0.weight_g"] * s["0.weight_v"] / s["0.weight_v"].flatten(1).norm(dim=1)[:, None, None, None],
+        ),
+    ],
+    ids=["prune", "weight_norm"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_the_moving_average_of_a_weight_that_is_computed_before_each_pass(reparametrise, weight):
+    trainer = build()
+    student = trainer.objective.student.model
+    reparametrise(student[0])
+    trainer.optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    trainer._base_rates = [0.1]
+    trainer.keeper = keeper(trainer, ema=partial(MovingAverage, decay=0.7, warmup=False))
+    average = None
+    for batch in [*Batches().epoch(0), *Batches().epoch(1)]:
+        trainer.train_step(batch)
+        now = {name: value.clone() for name, value in student.state_dict().items()}
+        average = {
+            k: 0.7 * average[k] + 0.3 * v if average and v.is_floating_point() else v.clone() for k, v in now.items()
+        }
+    trainer.keeper.conclude()
+    plain = network(1).eval()
+    plain.load_state_dict({k: v for k, v in average.items() if "0.weight" not in k} | {"0.weight": weight(average)})
+    with torch.no_grad():
+        assert torch.allclose(student.eval()(batch.inputs), plain(batch.inputs), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(weight(now), weight(average), atol=1e-3)
 
 
 class Fourier(nn.Module):
