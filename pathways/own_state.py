@@ -187,7 +187,7 @@ class _OwnState:
         elif isinstance(value, partial):
             for inner in (value.func, *value.args, *value.keywords.values()):
                 self._keep(inner, depth)
-        elif not known_code(value.__globals__.get("__name__", "")):
+        elif not _keeps_nothing(value.__globals__.get("__name__", "")):
             for inner in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
                 self._keep(inner, depth)
             for cell in value.__closure__ or ():
@@ -230,6 +230,11 @@ def _that_passes_may_write(model: nn.Module) -> list[Tensor]:
     if len(frozen) < len(parameters):
         return rescaled + frozen
     return rescaled + [p for m in modules if not known[type(m)] for p in m.parameters(recurse=False)]
+
+
+def _keeps_nothing(code: str) -> bool:
+    """Whether functions of a Python module are known to hold nothing for a pass; our own hooks hold what is asked of it."""
+    return known_code(code) or code.partition(".")[0] == "distpro"
 
 
 def is_iterator(value: Any) -> bool:
