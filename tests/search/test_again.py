@@ -84,6 +84,27 @@ class RunningScale(Net):
         return super().between(x) / self.scale
 
 
+class ReadsItsStatistics(Net):
+    def more(self):
+        self.norm = nn.BatchNorm1d(5, momentum=0.5)
+
+    def between(self, x):
+        return self.norm(super().between(x)) * self.norm.running_var.sqrt() + self.norm.running_mean
+
+
+class NormInTwoModes(Net):
+    def more(self):
+        self.norm = nn.BatchNorm1d(5)
+
+    def between(self, x):
+        x = super().between(x)
+        batch = self.norm(x)
+        self.norm.eval()
+        running = self.norm(x * 0.5)
+        self.norm.train()
+        return 0.5 * (batch + running)
+
+
 class WeightsInAList(Net):
     def more(self):
         self.flat = [self.pre.weight, {"bias": self.pre.bias}]
@@ -249,6 +270,8 @@ KINDS = [
     OwnGenerator,
     SpectralNorm,
     RunningScale,
+    ReadsItsStatistics,
+    NormInTwoModes,
     WeightsInAList,
     WeightsInTuples,
     WeightsInAFunction,
@@ -271,8 +294,12 @@ def test_it_is_the_pass_of_the_training(kind, name):
         with pytest.raises(UserError, match="other losses.*from a function, a partial.*finite_difference follows"):
             estimated(kind, name)
         return
-    if (kind, name) == (SpectralNorm, "finite_difference"):
-        pytest.skip("central differences see the power iteration, through which no gradient goes")
+    if kind in (SpectralNorm, ReadsItsStatistics, NormInTwoModes) and name == "finite_difference":
+        pytest.skip(
+            "central differences see the power iteration and running statistics, through which no gradient goes"
+        )
+    if (kind, name) == (NormInTwoModes, "unrolled"):
+        pytest.skip("PyTorch's backward pass of the second mode reads the statistics that a later pass has moved")
     expected = truth(kind)
     found = estimated(kind, name)
     tolerance = 1e-4 if name == "finite_difference" else 1e-9  # its error is of the order of epsilon squared

@@ -54,7 +54,7 @@ def forward_mode(
     """
     device = next(iter(parameters.values())).device.type
     autocast = torch.autocast(device, precision, enabled=precision is not None)
-    with dual_numbers(), autocast, ExitStack() as contexts:
+    with dual_numbers(statistics=True), autocast, ExitStack() as contexts:
         values: dict[Tensor, Tensor] = {
             own: forward_ad.make_dual(parameters[name].detach(), direction[name].detach())
             if name in direction
@@ -72,11 +72,11 @@ def forward_mode(
 
 
 @contextmanager
-def dual_numbers() -> Iterator[None]:
+def dual_numbers(statistics: bool = False) -> Iterator[None]:
     """Where tensors may have tangents, with the rules of this module; a backward pass inside has them too (forward over
-    reverse)."""
+    reverse). ``statistics``: running statistics go on, for a model that reads them in the same pass; they are to be copies."""
     # Gradients are enabled also where nothing needs one, so that a no_grad of the model's own shows.
-    with torch.enable_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), TangentRules():
+    with torch.enable_grad(), forward_ad.dual_level(), _quiet(), sdpa_kernel(SDPBackend.MATH), TangentRules(statistics):
         yield
 
 
@@ -107,8 +107,12 @@ def _quiet() -> Iterator[None]:
 
 class TangentRules(TorchFunctionMode):
     """In it, tangents are as a student needs them, in a forward pass and in a backward pass through one (forward over
-    reverse): train-mode F.batch_norm is `_BatchNorm` (running statistics are not touched), ``no_grad`` stops tangents, and
-    the mean of F.mse_loss is taken apart, whose backward fails where its incoming gradient has no tangent."""
+    reverse): train-mode F.batch_norm is `_BatchNorm` (running statistics are not touched, but for ``statistics``), ``no_grad``
+    stops tangents, and the mean of F.mse_loss is taken apart, whose backward fails where its incoming gradient has no tangent."""
+
+    def __init__(self, statistics: bool = False):
+        super().__init__()
+        self._statistics = statistics
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
@@ -119,13 +123,14 @@ class TangentRules(TorchFunctionMode):
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(*args)
         if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
+            return _batch_norm(self._statistics, *args, **kwargs)
         if func is F.mse_loss and len(args) == 2 and kwargs.get("reduction", "mean") == "mean":
             return func(*args, **{**kwargs, "reduction": "none"}).mean()
         return func(*args, **kwargs)
 
 
 def _batch_norm(
+    statistics: bool,
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -139,7 +144,16 @@ def _batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     weight = x.new_ones(x.shape[1]) if weight is None else weight
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
-    return _BatchNorm.apply(x, weight, bias, eps)
+    kept: list[Tensor] = []
+    y: Tensor = _BatchNorm.apply(x, weight, bias, eps, kept)
+    if statistics and running_mean is not None and running_var is not None:
+        mean, inverse = kept
+        count = x.numel() // x.shape[1]
+        variance = (inverse.pow(-2) - eps) * (count / (count - 1))
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(variance.to(running_var.dtype), momentum)
+    return y
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -150,8 +164,10 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, kept: list[Tensor]) -> Tensor:
+        """``kept`` gets mean and 1/σ."""
         y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        kept[:] = mean, inverse
         ctx.eps = eps
         ctx.save_for_forward(x, weight, mean, inverse)
         ctx.save_for_backward(x, weight, mean, inverse)
@@ -159,10 +175,10 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return (*_BatchNormBackward.apply(gradient, *ctx.saved_tensors, ctx.eps), None)
+        return (*_BatchNormBackward.apply(gradient, *ctx.saved_tensors, ctx.eps), None, None)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, _: None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: None) -> Tensor:
         x, weight, mean, inverse = ctx.saved_tensors
         dy = None
         if dx is not None:
