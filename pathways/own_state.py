@@ -33,13 +33,14 @@ _ABSENT = object()
 def own_state_kept(*models: nn.Module) -> Iterator[None]:
     """What the modules hold besides parameters and buffers is afterwards what it was.
 
-    Attributes are what they were, and so is what they lead to: the content of tensors and NumPy arrays, which is put back in
-    place; of lists, dicts, sets, deques, and objects of anybody's own classes; the state of random generators; and what hooks
-    and functions hold, as an object, an argument that is bound, or a variable around them. Iterators of Python, such as `itertools.count`, are replaced by copies from before. Parameters that are not trained are put back where
-    a module of somebody's own class has them, or where such a module is in a model that is trained otherwise: its forward
-    pass may update them through `.data`, as a momentum encoder's. So are the weights of embeddings with a ``max_norm``, which
-    their passes rescale; and all of a module that is not among the submodules but in a tuple, list, dict or object, where it
-    is hidden from the optimiser.
+    Attributes are what they were, and so is what they lead to: the content of tensors and NumPy arrays, which is put back
+    in place; of lists, dicts, sets, deques, and objects of anybody's own classes; the state of random generators; and what
+    hooks and functions hold, as an object, an argument that is bound, or a variable around them. Iterators of Python, such
+    as `itertools.count`, are replaced by copies from before. Parameters that are not trained are put back where a module of
+    somebody's own class has them, or where such a module is in a model that is trained otherwise: its forward pass may
+    update them through `.data`, as a momentum encoder's. So are the weights of embeddings with a ``max_norm``, which their
+    passes rescale; and all of a module that is not among the submodules but in a tuple, list, dict or object, where it is
+    hidden from the optimiser.
 
     What a pass has built stays: a module that has got a module or parameter, by ``if self.fc is None: self.fc = nn.Linear(...)``,
     is another one now, as a lazy module is after its first pass, and so are those that it is a part of. Their attributes are
@@ -181,7 +182,7 @@ class _OwnState:
         return value
 
     def _look_into_function(self, value: MethodType | partial[Any] | FunctionType, depth: int) -> None:
-        """What a call finds there: the object of a method, arguments that are bound, defaults, and variables of the functions around it."""
+        """What a call finds there: a method's object, arguments that are bound, defaults, and variables of the functions around."""
         if isinstance(value, MethodType):
             self._keep(value.__self__, depth)
         elif isinstance(value, partial):

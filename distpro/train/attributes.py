@@ -7,7 +7,7 @@ import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distpro.console import note
 from distpro.train import distributed
+from pathways.call import map_tensors, tensors_in
 from pathways.own_state import DEPTH, is_iterator, of_own_class, slots_of
 from pathways.trust import OF_ANY_MODULE, known_class
 
@@ -58,9 +59,10 @@ class Attributes:
             if value is _ABSENT:
                 found.append({**entry, "removed": True})
             elif self._fits(place, name, value):
-                on_device = any(t.device.type != "cpu" for t in _tensors_in(value))
+                on_device = any(t.device.type != "cpu" for t in tensors_in(value))
                 in_place = value is self._value_before(place, name)
-                found.append({**entry, "value": _plain(value), "in_place": in_place, "on_device": on_device})
+                value = map_tensors(lambda t: t.detach().clone(), value)  # memory of their own, and no graph
+                found.append({**entry, "value": value, "in_place": in_place, "on_device": on_device})
         return found
 
     @torch.no_grad()
@@ -71,7 +73,8 @@ class Attributes:
             if "removed" in entry:
                 attributes.pop(name, None)
                 continue
-            now, value = attributes.get(name), _moved(entry["value"], device) if entry["on_device"] else entry["value"]
+            now, value = attributes.get(name), entry["value"]
+            value = map_tensors(lambda t: t.to(device), value) if entry["on_device"] else value
             if not entry["in_place"] or not _put_into(now, value):
                 attributes[name] = value
 
@@ -111,7 +114,7 @@ class Attributes:
 
     def _fits(self, place: tuple[str, str], name: str, value: Any) -> bool:
         """Whether a value can be in a checkpoint."""
-        before, now = (sum(t.numel() for t in _tensors_in(v)) for v in (self._value_before(place, name), value))
+        before, now = (sum(t.numel() for t in tensors_in(v)) for v in (self._value_before(place, name), value))
         return _is_plain(value) and now <= max(LARGEST_NEW, before)
 
     def _picture(self, value: Any, depth: int) -> Any:
@@ -181,31 +184,6 @@ def _is_plain(value: Any, depth: int = DEPTH) -> bool:
         items = (x for pair in value.items() for x in pair) if kind is dict else value
         return depth > 0 and all(_is_plain(x, depth - 1) for x in items)
     return kind in _NUMBERS
-
-
-def _plain(value: Any) -> Any:
-    """A plain value as a checkpoint holds it: tensors have memory of their own, and no graph."""
-    return _of_tensors(lambda tensor: tensor.detach().clone(), value)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return _of_tensors(lambda tensor: tensor.to(device), value)
-
-
-def _of_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {k: _of_tensors(function, v) for k, v in value.items()}
-    return type(value)(_of_tensors(function, v) for v in value) if type(value) in (list, tuple) else value
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif type(value) in (list, tuple, dict):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(inner)
 
 
 def _sum(tensor: Tensor) -> tuple[Any, ...]:

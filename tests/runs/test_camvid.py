@@ -41,7 +41,7 @@ PARTS = {"train": 24, "val": 10, "test": 24}
 
 @pytest.fixture(scope="module")
 def fewer(data_folder, tmp_path_factory):
-    """A folder with every so manieth image of CamVid."""
+    """A folder with a few pictures of each part of CamVid, spread over it."""
     archive = data_folder / "camvid" / "camvid_160x120.zip"
     if not archive.is_file():
         pytest.skip(f"no CamVid in {data_folder}")
