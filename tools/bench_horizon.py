@@ -16,6 +16,9 @@ from collections.abc import Callable
 import torch
 from bench_search import Setup
 
+from distpro.search.estimators.sweep import Sweep
+from distpro.search.searcher import Searcher
+
 WAYS = {"forward over reverse": True, "double backward": False}
 
 
@@ -66,7 +69,9 @@ def window(options: argparse.Namespace, over_reverse: bool) -> Callable[[], None
     setup = Setup(
         options, None, transforms=options.transforms, estimator="sweep", params={"steps": options.steps}, every=options.steps
     )  # fmt: skip
-    setup.trainer.weights.estimator._over_reverse = over_reverse  # type: ignore[attr-defined]
+    searcher = setup.trainer.weights
+    assert isinstance(searcher, Searcher) and isinstance(searcher.estimator, Sweep)
+    searcher.estimator.over_reverse = over_reverse
 
     def run() -> None:
         for _ in range(options.steps):

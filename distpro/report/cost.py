@@ -16,6 +16,7 @@ from distpro import build
 from distpro.batch import Batch
 from distpro.build.cache import rows_per_sample
 from distpro.build.models import Pair
+from distpro.config.reading import for_retrain
 from distpro.config.schema import Config
 from distpro.objective import Objective, entries_of
 from distpro.report.recipe import recipe_of
@@ -34,10 +35,11 @@ TRAINING = {"teacher": 1.0, "student": 3.0, "terms": 3.0}
 @dataclass(frozen=True)
 class Description:
     """Facts of a run before it starts. ``unmasked``: terms that see positions that do not count (void pixels, padding), for
-    their losses take no mask. ``recipe``: see `recipe_of`. ``problems``: why a model's stages were not found, where no term needs them. Costs are multiply-accumulates of one forward pass of one image; ``run_macs``
-    counts only the parts of the models that a loss depends on. ``trials``: plain trainings that a search may add. ``horizon``: of a
-    search over several steps, how many, the stretch of those of which the first is kept whole, and bytes of all that is kept.
-    ``rounds``: times that a search trains like this."""
+    their losses take no mask. ``recipe``: see `recipe_of`. ``problems``: why a model's stages were not found, where no term
+    needs them. Costs are multiply-accumulates of one forward pass of one image; ``run_macs`` counts only the parts of the models
+    that a loss depends on. ``retrain_steps``: of a search's config with its ``retrain.training``. ``trials``: plain trainings that
+    a search may add. ``horizon``: of a search over several steps, how many, the stretch of those of which the first is kept whole,
+    and bytes of all that is kept. ``rounds``: times that a search trains like this."""
 
     teacher: str
     student: str
@@ -54,6 +56,7 @@ class Description:
     passes: dict[str, float]
     steps: int | None
     batch_size: int
+    retrain_steps: int | None = None
     cache_bytes: int | None = None
     trials: int = 0
     horizon: tuple[int, int, int] | None = None
@@ -76,6 +79,14 @@ class Description:
     def step_macs(self) -> float:
         """Multiply-accumulates of one training step."""
         return self._macs(self.passes)
+
+    @property
+    def retrains(self) -> float | None:
+        """What a search costs at most, in retrains of its config that drop no term; None where that is not known."""
+        if self.steps is None or not self.retrain_steps:
+            return None
+        search = max(1, self.rounds) * self.step_macs + self.trials * self.trial_macs
+        return self.steps * search / (self.retrain_steps * self.trial_macs)
 
     @property
     def trial_macs(self) -> float:
@@ -106,20 +117,17 @@ def describe(config: Config, searching: bool) -> Description:
     elif config.retrain.weights == "uncertainty":
         objective.follow_uncertainty()  # refuses what cannot be
     terms = _term_costs(objective, pair.example)
-    steps = None
+    steps = retrain_steps = None
     if samples is not None:
         key, held = "training.validation_fraction", config.training.validation_fraction or 0.0
         if searching:
+            retrain = for_retrain(config)
+            retrain_steps = steps_of(retrain, samples, retrain.training.validation_fraction or 0.0)
             cut = getattr(data, "validation", None) is None
             key, held = "search.validation_fraction", config.search.fraction_of(samples) if cut else 0.0
-        count = samples - round(samples * held)
-        if held and count in (0, samples):
+        if held and round(samples * held) in (0, samples):
             raise UserError(f"{key}: {held} of {samples} samples leaves one part empty")
-        size = config.training.batch_size
-        build.check_accumulate(config, count // size if config.training.drop_last else -(-count // size))
-        batch = size * config.training.accumulate
-        steps = config.training.epochs * (count // batch if config.training.drop_last else -(-count // batch))
-        steps = min(steps, config.training.max_steps or steps)
+        steps = steps_of(config, samples, held)
     horizon = None
     if searching and steps and config.search.horizon != 1:
         horizon = build.fitting(config, steps, objective, pair.example)
@@ -141,6 +149,7 @@ def describe(config: Config, searching: bool) -> Description:
         term_macs=sum(cost for *_, cost in terms),
         passes=_passes(config, searching, horizon),
         steps=steps,
+        retrain_steps=retrain_steps,
         batch_size=config.training.batch_size,
         trials=config.search.most_trials if searching else 0,
         horizon=horizon,
@@ -150,6 +159,16 @@ def describe(config: Config, searching: bool) -> Description:
         problems=[r.problem for r in (*pair.teachers.values(), pair.student_reading) if r is not None and r.problem],
         cache_bytes=_cache_bytes(config, objective, pair, samples) if config.cache and samples else None,
     )
+
+
+def steps_of(config: Config, samples: int, held: float) -> int:
+    """Steps of a training of the part of ``samples`` that is not held out. Raises UserError where a step is longer than an epoch."""
+    training, count = config.training, samples - round(samples * held)
+    size = training.batch_size
+    build.check_accumulate(config, count // size if training.drop_last else -(-count // size))
+    batch = size * training.accumulate
+    steps = training.epochs * (count // batch if training.drop_last else -(-count // batch))
+    return min(steps, training.max_steps or steps)
 
 
 def _stages(pair: Pair, side: str) -> dict[str, Layout]:
@@ -290,6 +309,8 @@ def as_text(d: Description) -> str:
             f"trials   {d.trials} trainings of as many steps at most = {_macs_text(d.trials * d.steps * d.trial_macs)}; "
             f"in all {ratio:.1f} trainings"
         )
+    if d.retrains is not None:
+        lines.append(f"retrain  {d.retrain_steps:,} steps, of which the search costs {d.retrains:.0%} at most")
     if d.cache_bytes is not None:
         lines.append(f"cache    {d.cache_bytes / 1e9:.3g} GB of teacher outputs when full")
     return "\n".join(lines)

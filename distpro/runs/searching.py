@@ -15,10 +15,12 @@ from distpro import build
 from distpro.build.data import search_parts
 from distpro.build.given import Given
 from distpro.build.runs import REACH_FROM_TRIALS
+from distpro.config.reading import for_retrain
 from distpro.config.schema import Config
 from distpro.config.searching import AFTER, JUDGED_BY
+from distpro.console import note
 from distpro.objective import Objective
-from distpro.report.cost import teacher_name
+from distpro.report.cost import steps_of, teacher_name
 from distpro.runs.folder import begun, environment, goes_on, open_folder, record, recorded_estimator
 from distpro.runs.rounds import Rounds
 from distpro.runs.training import run_training
@@ -88,10 +90,21 @@ def _search(checked: Config, folder: Path | None, resume: bool, given: Given) ->
             write()  # also where the run was killed between its last checkpoint and this
         if not trials.most:
             return metrics
-        return {**metrics, "trials": len(trials.rows), "seconds": metrics["seconds"] + trials.seconds}
+        seconds = metrics["seconds"] + trials.seconds
+        if distributed.is_main() and trials.seconds:
+            note(_cost(checked, len(data.train), seconds, trials))
+        return {**metrics, "trials": len(trials.rows), "seconds": seconds}
 
     run_training(trainer, checked, going_on, searcher, facts=data.facts, conclude=conclude)
     return learned()
+
+
+def _cost(config: Config, samples: int, seconds: float, trials: Trials) -> str:
+    """What a search has taken beside one retrain of its config, whose steps take as long as those of the trials."""
+    retrain = for_retrain(config)
+    steps = steps_of(retrain, samples, retrain.training.validation_fraction or 0.0)
+    whole = steps * trials.seconds / sum(row["step"] for row in trials.rows)
+    return f"the search took {seconds:.0f} s, a retrain of {steps:,} steps takes about {whole:.0f} s: {seconds / whole:.0%} of one"
 
 
 def _rounds(
