@@ -70,7 +70,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         try:
             return self._entries[name]
         except KeyError:
-            near = (self.takes_code and _module_of_file(name)) or nearest(name, self)
+            near = (self.takes_code and module_of_file(name)) or nearest(name, self)
             raise UserError(f"unknown {self.kind} '{name}'{near} (allowed: {', '.join(self)})") from None
 
     def __contains__(self, name: object) -> bool:
@@ -88,7 +88,7 @@ def is_code(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name))
 
 
-def _module_of_file(name: str) -> str:
+def module_of_file(name: str) -> str:
     """The ending of a message about ``package/module.py:attribute``: what was meant."""
     found = re.fullmatch(r"(?:\./)?([A-Za-z_][\w/]*)\.py:([A-Za-z_][\w.]*)", name)
     return f"; did you mean '{found[1].replace('/', '.')}:{found[2]}'?" if found else ""
@@ -104,7 +104,7 @@ def import_entry(what: str, name: str) -> Callable[..., Any]:
         imported = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # a module of the user's may fail in any way
         reason = f"({type(error).__name__}: {error})"
-        raise UserError(f"{what}: cannot import '{module}' {reason}{_module_of_file(name)}") from error
+        raise UserError(f"{what}: cannot import '{module}' {reason}{module_of_file(name)}") from error
     try:
         entry = operator.attrgetter(attribute)(imported)
     except AttributeError:

@@ -51,21 +51,27 @@ def build_data(config: Config, given: Given | None = None) -> Any:
 
 
 def _with_classes(config: Config, data: Any, given: Given | None) -> Any:
-    """Objects of somebody else with the number of classes that the config states, which they may not know. Raises UserError
-    where a model of distpro's would get a number of its own."""
-    stated = config.data.num_classes
+    """The data with the number of classes that the config states, which objects of somebody else may not know. Raises UserError
+    where data that know it have another, and where a model would get a number of its own."""
+    stated, known = config.data.num_classes, data.num_classes
     if not isinstance(data, ForeignDataset):
+        if None not in (stated, known) and stated != known:
+            raise UserError(f"data.num_classes: {stated} are stated, '{config.data.name}' has {known}")
         return data
     if stated is not None:
-        return data if data.num_classes == stated else replace(data, names=None, classes=stated)
+        return data if known == stated else replace(data, names=None, classes=stated)
     named = [m for m in (config.student, config.teacher, *config.teachers.values()) if m is not None]
-    built = [m.model for m in named if m.model in MODELS and "num_classes" not in m.params]
-    if built and data.num_classes is None and type(build_task(config, given)) is Classification:
+    built = [m.model for m in named if _asks_classes(m.model) and "num_classes" not in m.params]
+    if built and known is None and type(build_task(config, given)) is Classification:
         raise UserError(
             f"data.num_classes: how many classes {built[0]} answers with is not known: state it, or give the training set an "
             "attribute classes, the list of their names"
         )
     return data
+
+
+def _asks_classes(model: str) -> bool:
+    return model in MODELS or model.startswith(("torchvision:", "timm:"))
 
 
 def as_stored(config: Config, folder: Path | None, facts: Mapping[str, Any] | None = None) -> Config:

@@ -13,7 +13,7 @@ from torch import nn
 from distpro.build.groups import parameter_groups
 from distpro.config.schema import Config, OptimizerConfig
 from distpro.console import pip_install
-from pathways.registry import Registry, UserError, check_parameters, is_code, nearest
+from pathways.registry import Registry, UserError, check_parameters, is_code, module_of_file, nearest
 
 OPTIMIZERS = Registry("optimiser", takes_code=True)
 """Those whose step has a derivative, which a search needs."""
@@ -106,7 +106,7 @@ def _of_library(o: OptimizerConfig) -> Callable[..., Any]:
         if name not in known:
             timm = "" if _timm() else f"; those of timm with {pip_install('timm')}"
             allowed = ", ".join([*OPTIMIZERS, *(n for n, library in known.items() if library == "torch.optim")])
-            near = nearest(name, [*OPTIMIZERS, *known])
+            near = module_of_file(o.name) or nearest(name, [*OPTIMIZERS, *known])
             raise UserError(
                 f"unknown optimiser '{o.name}'{near} (allowed: {allowed}, those of timm.optim{timm}, or package.module:name)"
             )

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,10 @@ from pathways.registry import UserError
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 HOUR = 3600.0
+RESULTS = ("*.pt", "*.safetensors", "result.json", "trials.journal")
+"""Checkpoints, a schedule, weights, results, the trials of a tuning: what is lost with a folder."""
+TRIED = ("checkpoint*.pt", "result.json")
+"""The same of a tuning, which writes its space and its journal at once."""
 
 
 def record(config: Config, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -65,12 +69,12 @@ def open_folder(
         yield folder
         return
     _check_place(folder, resume)
-    with locked(folder, shared):
+    with locked(folder, shared, alone=shared and not resume) as alone:
         if resume:
             _check_kind(folder, kind)
             _check_unchanged(folder, config)
         else:
-            _check_empty(folder, shared)
+            _check_empty(folder, shared, alone)
         remove_leftovers(folder, HOUR if shared else 0.0)
         yield folder
 
@@ -85,9 +89,9 @@ def goes_on(folder: Path | None, resume: bool) -> bool:
     return resume and folder is not None and _has_results(folder)
 
 
-def _has_results(folder: Path) -> bool:
-    """Whether a run has left more than its config and its log: a checkpoint, a schedule, weights, results, the trials of a tuning."""
-    return any(next(folder.rglob(name), None) for name in ("*.pt", "*.safetensors", "result.json", "trials.journal"))
+def _has_results(folder: Path, named: Sequence[str] = RESULTS) -> bool:
+    """Whether a run has left more than its config and its log."""
+    return any(next(folder.rglob(name), None) for name in named)
 
 
 def _check_place(folder: Path, resume: bool) -> None:
@@ -125,9 +129,11 @@ def _failed_at_once(folder: Path) -> bool:
     return (folder / ENVIRONMENT).is_file() and not _has_results(folder)
 
 
-def _check_empty(folder: Path, shared: bool = False) -> None:
-    """``shared``: others may be at work there, and have no results yet."""
-    if (folder / CONFIG).exists() and (shared or not _failed_at_once(folder)):
+def _check_empty(folder: Path, shared: bool = False, alone: bool = False) -> None:
+    """``shared``: others may be at work there that have no results yet, unless this process is ``alone``; it begins a tuning anew
+    of which no trial has ended."""
+    begun = _has_results(folder, TRIED) or not alone if shared else not _failed_at_once(folder)
+    if (folder / CONFIG).exists() and begun:
         raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
 
 

@@ -17,11 +17,11 @@ except ImportError:  # Windows has no flock
 
 
 @contextlib.contextmanager
-def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+def locked(folder: Path, shared: bool = False, alone: bool = False) -> Iterator[bool]:
     """Hold a run's folder, which is made if absent and removed again if nothing was written to it.
 
-    ``shared``: with other holders that share it, as the processes of a tuning do. Where the file system knows no locks of
-    folders (some network file systems), nothing is held.
+    ``shared``: with other holders that share it, as the processes of a tuning do; ``alone``: and ask whether there are others,
+    which is False where nothing tells. Where the file system knows no locks of folders (some network file systems), nothing is held.
 
     Raises UserError if another process holds it.
     """
@@ -32,12 +32,21 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
             if fcntl is not None:
                 handle = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, handle)
+                alone = alone and _alone(handle)
                 _lock(folder, handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            yield
+            yield alone and fcntl is not None
     finally:
         with contextlib.suppress(OSError):  # not empty
             for path in new:
                 path.rmdir()
+
+
+def _alone(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _lock(folder: Path, handle: int, kind: int) -> None:

@@ -48,6 +48,23 @@ def test_a_run_that_failed_at_once_leaves_its_folder_to_the_next(tmp_path):
             assert opened == tmp_path and not folder.goes_on(tmp_path, resume)
 
 
+def test_a_tuning_of_which_no_trial_has_ended_leaves_its_folder_to_the_next(tmp_path):
+    """Unless another process is at work there, which may be in its first trial."""
+    folder.record(read_config(settings()), tmp_path)
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials.journal").write_text("{}")
+    save_atomically({}, tmp_path / "space.pt")
+    tuning = {"resume": False, "shared": True, "kind": "tuning"}
+    with folder.open_folder(tmp_path, mended(), **tuning) as opened:
+        assert opened == tmp_path
+        with pytest.raises(UserError, match="holds a run already"), folder.open_folder(tmp_path, mended(), **tuning):
+            pass
+    (tmp_path / "trials" / "kd").mkdir()
+    (tmp_path / "trials" / "kd" / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run already"), folder.open_folder(tmp_path, mended(), **tuning):
+        pass
+
+
 @pytest.mark.parametrize(
     "kept",
     [
@@ -81,14 +98,6 @@ def test_a_config_that_no_run_has_written_is_kept(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings()))
     with pytest.raises(UserError, match="holds a run already"), folder.open_folder(tmp_path, mended(), False):
         pass
-
-
-def test_a_tuning_that_has_just_begun_is_not_taken_by_another(tmp_path):
-    """They share the lock."""
-    folder.record(read_config(settings()), tmp_path)
-    with pytest.raises(UserError, match="holds a run already"):
-        with folder.open_folder(tmp_path, mended(), False, shared=True, kind="tuning"):
-            pass
 
 
 SEARCHED, TRAINED = {"step": 1, "weights": {"alpha_tilde": [], "history": []}}, {"step": 1, "weights": {}}
