@@ -200,11 +200,15 @@ def test_images_of_several_sizes_are_refused_by_classification(name, tmp_path):
     assert 0 <= trained(tmp_path / "padded").metrics["accuracy"] <= 100
 
 
-def test_the_number_of_classes_of_ones_own_data_is_asked_for(tmp_path):
-    with pytest.raises(
-        distpro.UserError, match="^data.num_classes: how many classes resnet8 answers with is not known"
-    ):
-        trained(tmp_path, data={"name": f"{OWN}:padded"})
+@pytest.mark.parametrize("model", ["resnet8", "torchvision:resnet18"])
+def test_the_number_of_classes_of_ones_own_data_is_asked_for(model, tmp_path):
+    """Also where a library's model would have a thousand of them by itself."""
+    said = f"^data.num_classes: how many classes {model} answers with is not known"
+    with pytest.raises(distpro.UserError, match=said):
+        trained(tmp_path, student={"model": model}, data={"name": f"{OWN}:padded"})
+
+
+def test_the_number_of_classes_may_stand_with_the_model(tmp_path):
     stated = {"student": {"model": "resnet8", "params": {"num_classes": 2}}, "data": {"name": f"{OWN}:padded"}}
     assert trained(tmp_path, **stated).metrics["accuracy"] >= 0
 
