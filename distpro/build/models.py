@@ -153,12 +153,14 @@ def build_pair(
         distributed.synchronise_batch_norm(student)
     student = place(student, config)
     example = example_of(config, data)
+    _check_task(example, task)
     pair = Pair(None, student, example, task.call(example, False), task=task)
     _check_runs("student", student, lambda: pair.call.run(student))
     place(student, config)  # again: a lazy one has weights now
-    if crops(config):
-        whole = data.example(2, device_of(config), config.channels_last)
-        _check_runs("student, at evaluation", student, lambda: ask(task, student, whole))
+    for count in [2] * bool(crops(config)) + [1] * _last_is_alone(config, data):
+        batch = data.example(count, device_of(config), config.channels_last)
+        what = "student, at evaluation" + " (the last batch of the test part has one sample)" * (count == 1)
+        _check_runs(what, student, partial(ask, task, student, batch), count)
     if not needs_teacher(config):
         return pair
     pair.student_reading = reading_of(config.student, student, pair.call, task.response)
@@ -196,8 +198,27 @@ def build_pair(
     return pair
 
 
-def _check_runs(what: str, network: nn.Module, run: Callable[[], Any]) -> None:
-    """Raise UserError in one line where two samples of the data do not pass through a model."""
+def _check_task(example: Batch, task: Task) -> None:
+    """Raise UserError where the data have boxes around objects and a task of distpro's cannot learn from them."""
+    target = example.target
+    boxes = isinstance(target, list) and all(isinstance(t, Mapping) and "boxes" in t for t in target)
+    own = type(task).__module__.partition(".")[0] == "distpro"
+    if boxes and own and getattr(task, "targets", "classes") != "boxes":
+        raise UserError(
+            f"task: the data have boxes around objects, of which {type(task).__name__} knows nothing: task: detection"
+        )
+
+
+def _last_is_alone(config: Config, data: Any) -> bool:
+    """Whether an evaluation ends with a batch of one sample, which not every layer takes."""
+    try:
+        return len(data.test) % distributed.share(config.training.batch_size) == 1
+    except (AttributeError, TypeError):  # of a stand-in, or an iterable set
+        return False
+
+
+def _check_runs(what: str, network: nn.Module, run: Callable[[], Any], samples: int = 2) -> None:
+    """Raise UserError in one line where samples of the data do not pass through a model."""
     try:
         with untouched(network):
             network.eval()
@@ -205,7 +226,8 @@ def _check_runs(what: str, network: nn.Module, run: Callable[[], Any]) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a model does with inputs that are not its own
-        raise UserError(f"{what}: two samples of the data do not pass through it ({raised(error)})") from error
+        several = "one sample of the data does" if samples == 1 else "two samples of the data do"
+        raise UserError(f"{what}: {several} not pass through it ({raised(error)})") from error
 
 
 def _check_weights(name: str, member: ModelConfig, load: bool) -> None:

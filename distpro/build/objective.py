@@ -17,6 +17,7 @@ from distpro.config.schema import Config
 from distpro.data.loading import labels_of
 from distpro.objective import Objective
 from distpro.process import Clock, learned_of
+from pathways.registry import UserError
 from pathways.taps import check_taps
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
@@ -50,6 +51,7 @@ def compose(
         prepare(labels_of(train))
     pair = build_pair(config, data, task, load, taken.student, taken.teacher, given)
     terms = build_terms(config, pair, data, train, clock)
+    _check_regions(pair, terms)
     learned = learned_of(config.task_weight)
     taken.give(terms)
     objective = Objective(
@@ -67,6 +69,22 @@ def compose(
         task=task,
     )
     return pair, objective
+
+
+def _check_regions(pair: Pair, terms: Any) -> None:
+    """Raise UserError for taps behind the regions of torchvision's R-CNNs, which each model chooses for itself: teacher's rows and
+    student's would not belong together, whatever their number."""
+    for term in terms:
+        for model, taps in ((pair.teacher, term.teacher_taps), (pair.student, term.student_taps)):
+            known = dict(model.named_modules()) if model is not None else {}
+            for tap in taps:
+                path = tap.partition(":")[0].partition("[")[0].split(".")
+                above = [known.get(".".join(path[: n + 1])) for n in range(len(path))]
+                if any(type(module).__name__ == "RoIHeads" for module in above):
+                    raise UserError(
+                        f"{term.key}: '{tap}' lies behind the regions, of which teacher and student choose their own, so that their "
+                        "rows do not belong together: take taps before them (backbone, rpn.head)"
+                    )
 
 
 def build_deployed(config: Config, data: Any, student: nn.Module, terms: Mapping[str, Any]) -> Objective:

@@ -118,6 +118,11 @@ def for_retrain(config: Config, where: str = "config") -> Config:
     return check(merged, f"{where}, with retrain.training as training")
 
 
+def of_retrain(overrides: Sequence[str]) -> list[str]:
+    """Overrides of a retrain: what they say of `training` goes before the config's `retrain.training` too, which lies over it."""
+    return [f"retrain.{said}" for said in overrides if said.startswith(("training.", "training="))] + list(overrides)
+
+
 def check(content: Mapping[str, Any], where: str) -> Config:
     """Validate a mapping. Raises UserError as `read_config` does."""
     try:

@@ -199,4 +199,6 @@ class RetrainConfig(Section):
     mapping: dict[str, str] = Field(
         {}, description="{term key: key in the schedule}, where they do not match by themselves"
     )
-    training: dict[str, Any] = Field({}, description="what of `training` is different in a retrain")
+    training: dict[str, Any] = Field(
+        {}, description="what of `training` is different in a retrain; the command line's `training.` goes before it"
+    )

@@ -157,6 +157,13 @@ def _of_folder(folder: Path, what: str) -> Tokenizer:
         raise UserError(f"{what}: {folder} holds no tokenizer that can be read ({reason})") from None
     if not getattr(fast, "is_fast", False):
         raise UserError(f"{what}: the tokenizer in {folder} is not a fast one (it has no tokenizer.json)")
+    if set(fast.get_vocab()) <= {
+        *fast.all_special_tokens,
+        *fast.get_added_vocab(),
+    }:  # transformers makes one of nothing
+        raise UserError(
+            f"{what}: {folder} holds no tokenizer: no word is in it (no tokenizer.json, vocab.txt or the like)"
+        )
     return Tokenizer(fast, what, {"folder": str(folder)})
 
 

@@ -159,4 +159,6 @@ def _channels(what: str, name: str, trunk: nn.Module) -> int:
         trunk.train(mode)
     if not isinstance(found, Tensor) or found.dim() != 4:
         raise UserError(f"{what}: {name} gives no maps (N, C, H, W)")
+    if found.shape[2] != found.shape[3]:  # of a square image
+        raise UserError(f"{what}: {name} gives maps with their channels last, {tuple(found.shape)}, not (N, C, H, W)")
     return found.shape[1]

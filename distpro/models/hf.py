@@ -108,7 +108,7 @@ def _build(
 ) -> nn.Module:
     """``params``: of the config, with the facts ``num_classes`` and ``tokens`` and the options of `OPTIONS`."""
     classes, tokens = params.pop("num_classes", None), params.pop("tokens", None)
-    pretrained, attention = params.pop("pretrained", False), params.pop("attn_implementation", "sdpa")
+    pretrained, attention = params.pop("pretrained", False), params.pop("attn_implementation", None)
     if pretrained and folder is None:
         raise UserError(f"{what}: pretrained needs a folder with the weights, hf:FOLDER")
     try:
@@ -122,7 +122,7 @@ def _build(
         if tokens is not None and not stated:
             given = {"vocab_size": tokens.size, "pad_token_id": tokens.pad}
         config = kind.config_class(**{**given, **params})
-        config._attn_implementation = attention
+        config._attn_implementation = attention or ("sdpa" if getattr(kind, "_supports_sdpa", True) else "eager")
         if pretrained:
             model, missing = _with_weights(what, kind, config, folder)
         else:

@@ -23,7 +23,7 @@ from distpro import build
 from distpro.build.device import settle_precision
 from distpro.build.given import OBJECT, Given
 from distpro.build.models import adapted, build_network, place
-from distpro.config.reading import default_space, for_retrain, merge, read_config
+from distpro.config.reading import default_space, for_retrain, merge, of_retrain, read_config
 from distpro.config.schema import Config, ModelConfig
 from distpro.config.stages import Stage, stages_of
 from distpro.data.datasets import locate
@@ -285,7 +285,7 @@ def retrain_config(
         named = checked.retrain.model_copy(update={"schedule": schedule.path})  # as it is: YAML would not take any path
         return checked.model_copy(update={"retrain": named})
     if config is not None:
-        checked = for_retrain(_checked(config, overrides, given=given, schedule=schedule))
+        checked = for_retrain(_checked(config, of_retrain(overrides), given=given, schedule=schedule))
         if schedule is None and checked.retrain.schedule is not None:
             return retrain_config(config, Schedule.load(checked.retrain.schedule), overrides, given)
         return checked
@@ -296,7 +296,7 @@ def retrain_config(
         raise UserError("this schedule holds no config: give one")
     its_own = {f"{key}={name}" for key, name in _code_of_all(for_retrain(read_config(stored)))}
     others = [said for said in overrides if said not in its_own]  # to repeat a name changes nothing, it trusts it
-    checked = for_retrain(_checked(_with_said(stored, schedule), others, given=given))
+    checked = for_retrain(_checked(_with_said(stored, schedule), of_retrain(others), given=given))
     said = " ".join(override.partition("=")[2] for override in overrides)
     for key, name in _code_of_all(checked):
         if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]|:\w)", said):

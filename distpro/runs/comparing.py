@@ -15,7 +15,7 @@ from typing import Any
 from distpro import build
 from distpro.build.data import example_of
 from distpro.build.models import build_network
-from distpro.config.reading import default_space, for_retrain, read_config
+from distpro.config.reading import default_space, for_retrain, of_retrain, read_config
 from distpro.config.schema import Config
 from distpro.report.cost import describe
 from distpro.report.page import write_page
@@ -144,7 +144,9 @@ def cost(study: Study, label: str) -> float:
     """Multiply-accumulates of a run."""
     tunes = Search(study, label).tunes
     searching = label in study.searches
-    config = read_config(study.root / study.config(label), study.overrides(label, 0), space=default_space)
+    said = study.overrides(label, 0)
+    said = said if searching or tunes else of_retrain(said)
+    config = read_config(study.root / study.config(label), said, space=default_space)
     description = describe(config if searching else for_retrain(config), searching)
     if not tunes:
         return (description.steps or 0) * description.step_macs

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distpro import build
+from distpro.batch import Batch
 from distpro.build.given import OBJECT
 from distpro.build.models import build_network
 from distpro.config.reading import read_config
@@ -73,7 +76,7 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
     load_checkpoint(model, weights)
     if format == "transformers":
         return _write_folder(model, data, path)
-    args, kwargs = task.call(data.example(2), False)
+    args, kwargs = task.call(_seen(task, data.example(2)), False)
     if any(isinstance(value, list) for value in [*args, *kwargs.values()]):
         raise UserError(f"{folder}: the student takes a list, which no {format} file can stand for: export safetensors")
     dynamic: Any = tuple(map_tensors(_any_size, list(args)))
@@ -92,7 +95,7 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
     except ImportError as error:
         raise _package_missing(format, error) from None
     except Exception as error:  # a model may do what cannot be written down
-        reason = str(error).strip().splitlines()[:1] or [""]
+        reason = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip().splitlines()[:1] or [""]
         raise UserError(
             f"{folder}: '{config.student.model}' cannot be exported to {format}: {type(error).__name__}: {reason[0]}"
         ) from error
@@ -105,6 +108,14 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
         with naming(path):
             written.save(str(path), external_data=True)
     return path
+
+
+def _seen(task: Any, example: Batch) -> Batch:
+    """The example as the model gets it in an evaluation: a window of it, where that is how the task evaluates."""
+    window = getattr(getattr(task, "views", None), "window", None)
+    if window is None:
+        return example
+    return replace(example, inputs=example.inputs[..., : window[0], : window[1]])
 
 
 def _format(format: str | None, out: str | Path | None) -> str:

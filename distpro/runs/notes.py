@@ -20,6 +20,7 @@ from distpro.config.schema import Config
 from distpro.data import Loader
 from distpro.objective import Objective
 from distpro.runs.parts import said_of_parts, said_of_scale
+from distpro.search.searcher import Searcher
 from distpro.task import ask
 from distpro.tasks import Classification
 from distpro.term import entries_of
@@ -40,6 +41,12 @@ def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None, config: Conf
     notes = said_of_parts(trainer.train_loader, trainer.test_loader, facts.get("classes") or 0)
     notes += said_of_scale(facts.get("mean") or (), facts.get("std") or ())
     notes += [f"the term '{key}' has no gradient: it teaches the student nothing" for key in _without_gradient(trainer)]
+    unlearned = _unlearned(trainer)
+    if unlearned:
+        more = f" and {len(unlearned) - 1} more" * (len(unlearned) > 1)
+        notes.append(
+            f"evaluated, the student answers through {unlearned[0]}{more}, which no loss trains: a term on it?"
+        )
     samples, size = facts.get("train"), config.training.batch_size
     if isinstance(samples, int) and size > samples:
         notes.append(f"training.batch_size is {size}, there are {samples} training samples: each epoch is one step")
@@ -81,6 +88,37 @@ def _without_gradient(trainer: Trainer) -> list[str]:
         return [
             key for (key, own), loss in zip(groups, losses, strict=True) if loss is not None and not _moves(loss, own)
         ]
+
+
+def _unlearned(trainer: Trainer) -> list[str]:
+    """Parameters through which a student of several answers gives the one that is evaluated, and which nothing trains: DeiT's second
+    head without a term on it. On the first batch, of images in one process."""
+    objective, loader, task = trainer.objective, trainer.train_loader, trainer.task
+    if distributed.world_size() > 1 or objective.backend is not None or objective.cache is not None:
+        return []
+    if not isinstance(loader, Loader) or loader.streamed or not objective.computes_task:
+        return []
+    batch, was_training = next(iter(loader.epoch(0))), objective.training
+    weights: Any = [] if not objective.entries else [1.0] * len(objective.entries)
+    if objective.entries and not isinstance(trainer.weights, Searcher):  # of the end: what is dropped is dropped there
+        weights = trainer.weights.weights(trainer.total_steps - 1)
+    with no_trace(objective.student, objective.terms), untouched(objective.student), torch.enable_grad():
+        output, _ = objective.train().run_student(batch)
+        if isinstance(output, Tensor):
+            return []
+        named = [(name, p) for name, p in objective.student.model.named_parameters() if p.requires_grad]
+        trained = _reached(objective.training_pass(replace(batch, index=None), weights).loss, named)
+        response = _response(objective, ask(task, objective.eval().student.model, batch))
+        answers = _reached(response.float().sum(), named) if response is not None else set()
+    objective.train(was_training)
+    return [name for name, _ in named if name in answers - trained]
+
+
+def _reached(value: Tensor, named: Sequence[tuple[str, Tensor]]) -> set[str]:
+    if not value.requires_grad:
+        return set()
+    gradients = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
+    return {name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is not None}
 
 
 def _moves(loss: Tensor, views: Mapping[str, Tensor]) -> bool:

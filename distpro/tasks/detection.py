@@ -65,24 +65,41 @@ class Detection:
         if not training:
             return Call((batch.inputs,))
         targets = _targets(batch)
-        self._check_labels(targets)
+        if len(targets) != len(batch.inputs):
+            raise UserError(f"detection: {len(batch.inputs)} images have {len(targets)} targets")
+        self._check(batch.inputs, targets)
         return Call((batch.inputs, [_without_crowds(target) for target in targets]))
 
-    def _check_labels(self, targets: Sequence[Mapping[str, Tensor]]) -> None:
-        """Raise UserError for a label that is no class. Looked at on the CPU only: elsewhere it would wait for the device."""
-        for labels in (target["labels"] for target in targets):
+    def _check(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raise UserError for boxes and labels that no detector can learn from. Values are looked at on the CPU only: elsewhere it
+        would wait for the device."""
+        for image, target in zip(images, targets, strict=True):
+            boxes, labels = target["boxes"], target["labels"]
             if labels.dtype != torch.int64:
                 kind = str(labels.dtype).removeprefix("torch.")
                 raise UserError(f"detection: labels are class numbers, int64, got {kind}")
-            if labels.device.type != "cpu" or not len(labels):
-                continue
-            low, high = (int(x) for x in labels.aminmax())
-            if low < 1 or (self._classes is not None and high > self._classes):
-                most = "" if self._classes is None else f", 1 to {self._classes}"
-                wrong = low if low < 1 else high
+            if boxes.shape != (len(labels), 4) or labels.dim() != 1:
                 raise UserError(
-                    f"detection: there is a label {wrong}, outside of the classes{most} (0 is the background)"
+                    "detection: an image has boxes (n, 4) and labels (n,), with no object (0, 4) and (0,), got "
+                    f"{tuple(boxes.shape)} and {tuple(labels.shape)}"
                 )
+            if labels.device.type == "cpu" and len(labels):
+                self._check_values(image, boxes.detach(), labels)
+
+    def _check_values(self, image: Tensor, boxes: Tensor, labels: Tensor) -> None:
+        low, high = (int(x) for x in labels.aminmax())
+        if low < 1 or (self._classes is not None and high > self._classes):
+            most = "" if self._classes is None else f", 1 to {self._classes}"
+            wrong = low if low < 1 else high
+            raise UserError(f"detection: there is a label {wrong}, outside of the classes{most} (0 is the background)")
+        sides = torch.tensor([image.shape[-1], image.shape[-2]], dtype=boxes.dtype)
+        within = (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] > 0) & (boxes[:, :2] < sides)  # False for nan, too
+        if not bool(within.all()):
+            box = [round(x, 2) for x in boxes[int((~within.all(1)).nonzero()[0])].tolist()]
+            raise UserError(
+                f"detection: the box {box} is empty or outside of its image of {int(sides[0])}x{int(sides[1])} "
+                "(corners x1, y1, x2, y2 in pixels)"
+            )
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """The weighted sum of the model's own losses."""

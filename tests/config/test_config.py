@@ -7,6 +7,7 @@ import pytest
 
 from distpro.config.reading import default_space, for_retrain, merge, presets, read_config
 from distpro.config.schema import Config, SearchConfig
+from distpro.runs.commands import retrain_config
 from distpro.schedule import REDUCTIONS
 from pathways.registry import UserError
 
@@ -310,6 +311,22 @@ def test_for_retrain_merges_what_is_different_there(write):
     assert (retrain.training.epochs, retrain.training.optimizer.lr) == (240, 0.1)
     assert retrain.training.optimizer.momentum == 0.8 and retrain.retrain.weights == "equal"
     assert for_retrain(retrain) == retrain
+
+
+@pytest.mark.parametrize(
+    ("said", "epochs"),
+    [
+        ([], 240),
+        (["training.epochs=2"], 2),
+        (["training={epochs: 2}"], 2),
+        (["training.epochs=2", "retrain.training.epochs=3"], 3),
+        (["retrain.training.epochs=3", "training.epochs=2"], 3),
+    ],
+)
+def test_the_command_line_of_a_retrain_goes_before_what_its_config_says_of_retrains(write, said, epochs):
+    path = write(STUDENT + "training: {epochs: 40}\nretrain: {weights: none, training: {epochs: 240}}\n")
+    assert retrain_config(path, None, said).training.epochs == epochs
+    assert read_config(path, said[:1]).retrain.training["epochs"] in (240, 3)  # of a search it does not
 
 
 def test_a_config_survives_its_own_dump(write):

@@ -129,6 +129,7 @@ def test_a_student_of_it_says_what_the_data_need():
         ({"encoder": "torchvision:resnet81"}, "torchvision has no model 'resnet81'; did you mean 'resnet18'"),
         ({"encoder": "torchvision:vit_b_16"}, "vit_b_16 has no part that gives maps alone"),
         ({"encoder": "timm:vit_tiny_patch16_224"}, "takes no image of 64x64"),
+        ({"encoder": "torchvision:swin_t", "width": 32}, r"maps with their channels last, \(1, 2, 2, 768\)"),
         ({"decoder": "deconv"}, "unknown decoder 'deconv'; did you mean 'deconv"),
         ({"width": 20}, "width must be a multiple of 16, got 20"),
         ({"depth": 3}, "has no parameter 'depth'"),

@@ -11,7 +11,7 @@ import torch
 
 from distpro.build.reading import reading_of
 from distpro.config.schema import ModelConfig
-from distpro.data.tokens import of_vocabulary
+from distpro.data.tokens import build_tokenizer, of_vocabulary
 from distpro.models import accepted, build_model, stage_taps
 from pathways import Call
 from pathways.registry import UserError
@@ -246,3 +246,18 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"needs transformers: pip install 'distpro\[text\]'"):
         build_model(BERT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+def test_a_folder_without_a_vocabulary_has_no_tokenizer(kind, tmp_path):
+    """transformers makes one of special tokens alone, by which every word is unknown."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        build_tokenizer(str(tmp_path), "data", [])
+
+
+@pytest.mark.slow
+def test_models_without_a_fused_attention_take_their_own():
+    model = build_model("hf:DebertaV2ForSequenceClassification", num_classes=3, tokens=Tokens(), **SMALL)
+    assert model(torch.tensor([[2, 5, 6, 3]])).logits.shape == (1, 3)

@@ -122,6 +122,41 @@ def test_more_classes_than_the_data_have_are_said(classes, said, capsys):
     )
 
 
+def test_an_answer_that_nothing_trains_is_said(tmp_path, capsys):
+    """DeiT is evaluated as the mean of two heads, of which a training with labels alone trains one."""
+    pytest.importorskip("timm")
+    small = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    student = {"student": {"model": "deit", "params": small}, "training": {"max_steps": 1}}
+    distpro.train(settings(changes=student), out=tmp_path / "plain")
+    said = "evaluated, the student answers through head_dist.weight and 1 more, which no loss trains"
+    assert sum(said in line for line in notes(capsys)) == 1
+    distpro.train(settings(changes={"training": {"max_steps": 1}}), out=tmp_path / "teacher")
+    teacher = {"model": "resnet8", "checkpoint": str(tmp_path / "teacher" / "student.pt")}
+    term = {"loss": "deit", "weight": 1, "student_taps": ["head_dist"]}
+    taught = settings(changes={**student, "teacher": teacher, "terms": [term], "retrain": {"weights": "constant"}})
+    distpro.retrain(taught, out=tmp_path / "taught")
+    assert not any("which no loss trains" in line for line in notes(capsys))
+
+
+class Single(nn.Module):
+    """GroupNorm of one value a group, which it takes of several samples only."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.GroupNorm(8, 8), nn.Flatten(), nn.Linear(8, 10)
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_student_that_cannot_be_evaluated_on_the_last_test_sample_is_refused_before_it_trains():
+    said = r"student, at evaluation \(the last batch of the test part has one sample\): one sample of the data does not pass"
+    with pytest.raises(distpro.UserError, match=said):
+        distpro.train(settings(changes={"training": {"batch_size": 179}}), student=Single())
+
+
 def test_tasks_without_accuracy_are_left_alone(capsys):
     class Task:
         headline, higher_is_better = "error", False

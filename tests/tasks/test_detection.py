@@ -206,6 +206,32 @@ def test_what_is_no_batch_of_images_is_refused():
         Detection().call(Batch([torch.zeros(3, 8, 8)], torch.zeros(1), 1), True)
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            {"boxes": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)},
+            r"with no object \(0, 4\) and \(0,\), got \(0,\)",
+        ),
+        ({"boxes": torch.zeros(1, 4), "labels": torch.ones(2, dtype=torch.int64)}, r"got \(1, 4\) and \(2,\)"),
+        (truth(box([1, 1, 1, 5])), r"the box \[1.0, 1.0, 1.0, 5.0\] is empty or outside of its image of 9x8"),
+        (truth(box([1, 1, 5, 5], [20, 1, 30, 5])), r"the box \[20.0, 1.0, 30.0, 5.0\] is empty or outside"),
+        (truth(box([1, 1, 5, float("nan")])), "is empty or outside"),
+    ],
+)
+def test_targets_that_nothing_can_be_learned_from(target, said):
+    with pytest.raises(UserError, match=f"^detection: .*{said}"):
+        Detection().call(Batch([torch.zeros(3, 8, 9)], [target], 1), True)
+
+
+def test_a_box_over_the_edge_and_an_image_without_objects_are_taken():
+    images = [torch.zeros(3, 8, 9)] * 2
+    targets = [truth(box([-2, 1, 5, 12])), truth(box())]
+    assert len(Detection().call(Batch(images, targets, 2), True).args) == 2
+    with pytest.raises(UserError, match="2 images have 1 targets"):
+        Detection().call(Batch(images, targets[:1], 2), True)
+
+
 def test_labels_that_cannot_be():
     task = Detection()
 
