@@ -137,6 +137,8 @@ def boxes_csv(
             raise UserError(f"{place}: {name} is {size[0]}x{size[1]} here, but {known.size[0]}x{known.size[1]} before")
         if not any(row[column] for column in COLUMNS[3:]):
             continue
+        if not row["class"]:
+            raise UserError(f"{place}: the class of the box is empty")
         label = _label(place, row["class"], classes)
         corners = [_number(place, row, column) for column in COLUMNS[4:]]
         boxes = check_boxes(place, [(corners, label, 0)], size, invalid)
@@ -206,7 +208,7 @@ def _names(what: str, names: Any) -> list[str]:
     """The names of classes that a config states, each once."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise UserError(f"{what}: names must be a list of class names, got {names!r}")
-    found = [str(name) for name in names]
+    found = [str(name).strip() for name in names]
     twice = next((name for name in found if found.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{what}: names has '{twice}' twice")
@@ -344,6 +346,7 @@ def _table(store: Store, name: str) -> list[dict[str, str]]:
             raise UserError(
                 f"{place}, line {number}: has another number of columns than the first line's {len(header)}"
             )
+        row.update({column: row[column].strip() for column in COLUMNS[3:]})
     if not rows:
         raise UserError(f"{place} has no rows")
     return rows

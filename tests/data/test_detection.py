@@ -297,6 +297,7 @@ MISTAKES = {
     "no width": (changed(0, "width", "nan"), "line 2: width must be a whole number of pixels, got 'nan'"),
     "no image": (changed(3, "file", "22.png"), "line 5: there is no image images/22.png; did you mean '2.png'?"),
     "a class": (changed(0, "class", "catt"), "line 2: class 'catt' is none of the classes; did you mean 'cat'?"),
+    "no class": (changed(0, "class", " "), "boxes.csv, line 2: the class of the box is empty"),
     "half a row": (changed(0, "ymax", ""), "line 2: ymax must be a number, got ''"),
     "two sizes": (changed(1, "width", 41), "line 3: 0.png is 41x30 here, but 40x30 before"),
     "no rows": ([], "boxes.csv has no rows"),
@@ -338,6 +339,13 @@ def test_other_mistakes(table, tmp_path):
         load(table(), augment=[{"crop": {"min_scal": 0.5}}])
     with pytest.raises(UserError, match="invalid must be refuse or drop, got 'keep'"):
         load(table(), invalid="keep")
+
+
+def test_blanks_around_a_class_are_left_out(table):
+    expected, rows = load(table(), test=1).signature, changed(0, "class", " cat ")
+    rows[3][3:] = [" "] * 5
+    for names in (None, ["cat ", "dog"]):
+        assert load(table(rows), names=names, test=1).signature == expected
 
 
 def test_a_box_by_a_rounding_beyond_its_image_is_cut(table):
