@@ -253,6 +253,14 @@ COCO_MISTAKES = {
         edited(lambda c: c["annotations"][0].update(bbox=[3, 3, 0, 5])),
         "the box [3, 3, 3, 8] (left, top, right, bottom) has no area",
     ),
+    "no area as stored": (
+        edited(lambda c: c["annotations"][0].update(bbox=[30, 5, 1e-7, 10])),
+        "image 0.png: the box [30, 5, 30, 15] (left, top, right, bottom) has no area",
+    ),
+    "too large to store": (
+        edited(lambda c: c["annotations"][0].update(bbox=[3, 3, 1e39, 5])),
+        "the box [3, 3, 1e+39, 8] lies outside of its image",
+    ),
     "no file": (without_an_image, "there is no image train2017/1.png"),
     "no annotations": (
         lambda root: pictures(root / "train2017") or root,
@@ -269,9 +277,10 @@ def test_mistakes_in_coco_s_layout(case, tmp_path):
     assert message in str(caught.value) and len(str(caught.value).removeprefix(str(tmp_path))) < 300
 
 
-def test_boxes_that_cannot_be_may_be_dropped(tmp_path):
+@pytest.mark.parametrize("width", [0, 1e-8])
+def test_boxes_that_cannot_be_may_be_dropped(tmp_path, width):
     def spoil(content):
-        content["annotations"][0]["bbox"] = [3, 3, 0, 5]
+        content["annotations"][0]["bbox"] = [3, 3, width, 5]
 
     assert load(edited(spoil)(tmp_path / "set"), "coco", invalid="drop").train[0][1]["labels"].tolist() == [1]
 
