@@ -23,7 +23,7 @@ from distpro.data.counter import make_generator
 from distpro.data.datasets import DATASETS, locate
 from distpro.data.files import ImageFiles, Store, open_store
 from distpro.data.foreign import ForeignDataset
-from distpro.data.trees import split_names
+from distpro.data.trees import filled, split_names
 from pathways.registry import UserError, nearest
 
 COLUMNS = ("file", "width", "height", "class", "xmin", "ymin", "xmax", "ymax")
@@ -187,7 +187,8 @@ def coco(
     for part, split in named.items():
         if split is None:
             continue
-        table = _only(store, annotations.format(split=split))
+        folder = filled(what, "images", images, split)
+        table = _only(store, filled(what, "annotations", annotations, split))
         content = _json(store, table)
         own = _categories(f"{store.path}: {table}", content)
         categories = categories or own
@@ -196,7 +197,7 @@ def coco(
             raise UserError(
                 f"{store.path}: {table}: category {differs} is '{own[differs]}', but '{categories[differs]}' in the training part"
             )
-        parts[part] = _instances(store, table, content, images.format(split=split), categories, invalid)
+        parts[part] = _instances(store, table, content, folder, categories, invalid)
     classes = list(categories.values())
     sets = {
         part: BoxedImages(store, found, classes, augment if part == "train" else ()) for part, found in parts.items()

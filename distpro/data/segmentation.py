@@ -17,7 +17,7 @@ from distpro.data.augment import VOID, whole_number
 from distpro.data.datasets import DATASETS, Source, locate
 from distpro.data.files import SUFFIXES, THREADS, ImageFiles, Store, open_store
 from distpro.data.splits import Split
-from distpro.data.trees import memory, size_of, split_names, stated_size, trees_of
+from distpro.data.trees import filled, memory, size_of, split_names, stated_size, trees_of
 from pathways.registry import UserError
 
 CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()
@@ -60,8 +60,17 @@ def segmentation(
     if lists is None and "{split}" not in images:
         raise UserError(f"{what}: with lists null, images needs '{{split}}' to tell the parts apart, got {images!r}")
     parts = split_names(what, splits, SPLITS)
-    tree = _Tree(open_store(locate(what, root)), images, annotations, lists)
-    pairs = {part: tree.pairs(name) for part, name in parts.items() if name is not None}
+    tree = _Tree(open_store(locate(what, root)))
+    pairs = {
+        part: tree.pairs(
+            name,
+            filled(what, "images", images, name),
+            filled(what, "annotations", annotations, name),
+            None if lists is None else filled(what, "lists", lists, name),
+        )
+        for part, name in parts.items()
+        if name is not None
+    }
     label = np.full(VOID + 1, -1, np.int16)
     label[: len(names)] = range(len(names))
     label[[VOID] if ignore is None else [VOID, ignore]] = VOID
@@ -105,28 +114,22 @@ class _Tree:
     """Where the files of each part lie."""
 
     store: Store
-    images: str
-    annotations: str
-    lists: str | None
     trees: list[dict[PurePosixPath, str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.trees = trees_of(self.store)
 
-    def pairs(self, split: str) -> list[tuple[str, str]]:
-        """(image, annotation) files of a part, in the order of its list, else sorted."""
-        images, annotations = (
-            self._by_stem(pattern.format(split=split)) for pattern in (self.images, self.annotations)
-        )
-        stems = sorted(images) if self.lists is None else self._listed(self.lists.format(split=split))
+    def pairs(self, split: str, images: str, annotations: str, listing: str | None) -> list[tuple[str, str]]:
+        """(image, annotation) files of a part in two folders, in the order of its list, else sorted."""
+        found, maps = (self._by_stem(folder) for folder in (images, annotations))
+        stems = sorted(found) if listing is None else self._listed(listing)
         if not stems:
             raise UserError(f"{self.store.path}: split '{split}' is empty")
         for stem in stems:
-            for kind, found in ((self.images, images), (self.annotations, annotations)):
-                if stem not in found:
-                    place = kind.format(split=split)
+            for place, files in ((images, found), (annotations, maps)):
+                if stem not in files:
                     raise UserError(f"{self.store.path}: no file {place}/{stem}.* for '{stem}' of split '{split}'")
-        return [(images[stem], annotations[stem]) for stem in stems]
+        return [(found[stem], maps[stem]) for stem in stems]
 
     def _by_stem(self, folder: str) -> dict[str, str]:
         """The image files below a folder by their name without suffix."""

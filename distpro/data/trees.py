@@ -37,6 +37,18 @@ def split_names(what: str, splits: Any, defaults: Mapping[str, str | None]) -> d
     return {**defaults, **(splits or {})}
 
 
+def filled(what: str, key: str, pattern: str, split: str) -> str:
+    """``pattern``, a config's ``key``, with ``split`` where ``{split}`` stands. Raises UserError, which begins with ``what``, for
+    another placeholder."""
+    try:
+        return pattern.format(split=split)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        near = nearest(error.args[0], ["split"]) if isinstance(error, KeyError) else ""
+        raise UserError(
+            f"{what}: {key} has a placeholder that is unknown, got {pattern!r}{near} (allowed: {{split}})"
+        ) from None
+
+
 def stated_size(what: str, image_size: Any) -> tuple[int, int] | None:
     """(height, width) of a config's ``image_size``, a side or [height, width]; None where it says nothing. Raises UserError."""
     if image_size is None:

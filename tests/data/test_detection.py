@@ -277,6 +277,19 @@ def test_mistakes_in_coco_s_layout(case, tmp_path):
     assert message in str(caught.value) and len(str(caught.value).removeprefix(str(tmp_path))) < 300
 
 
+@pytest.mark.parametrize(
+    "options", [{"images": "images/{part}"}, {"annotations": "{splt}.json"}, {"images": "{}"}, {"images": "{split"}]
+)
+def test_unknown_placeholders_in_coco_s_paths(tmp_path, options):
+    ((key, pattern),) = options.items()
+    with pytest.raises(UserError) as caught:
+        load(coco_files(tmp_path / "set"), "coco", **options)
+    near = "; did you mean 'split'?" if "splt" in pattern else ""
+    assert str(caught.value) == (
+        f"dataset 'coco': {key} has a placeholder that is unknown, got '{pattern}'{near} (allowed: {{split}})"
+    )
+
+
 @pytest.mark.parametrize("width", [0, 1e-8])
 def test_boxes_that_cannot_be_may_be_dropped(tmp_path, width):
     def spoil(content):

@@ -195,6 +195,8 @@ def test_spoiled_sets_are_named(tree, what, message):
         ({"image_size": 0}, "image_size must be"),
         ({"image_size": [4]}, "image_size must be"),
         ({"images": "all", "lists": None}, "with lists null, images needs '{split}'"),
+        ({"annotations": "{part}"}, "annotations has a placeholder that is unknown, got '{part}' .allowed: {split}."),
+        ({"lists": "{}.txt"}, "lists has a placeholder that is unknown, got '{}.txt'"),
         ({"classes": 2}, "label maps cannot be cut down"),
         ({"stream": True}, "has no parameter 'stream'"),
         ({"root": None}, "needs 'root'"),
