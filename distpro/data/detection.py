@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from distpro.data.counter import make_generator
 from distpro.data.datasets import DATASETS, locate
 from distpro.data.files import ImageFiles, Store, open_store
 from distpro.data.foreign import ForeignDataset
-from distpro.data.trees import filled, split_names
+from distpro.data.trees import file_of, files_below, filled, split_names
 from pathways.registry import UserError, nearest
 
 COLUMNS = ("file", "width", "height", "class", "xmin", "ymin", "xmax", "ymax")
@@ -122,7 +121,7 @@ def boxes_csv(
     """
     what = "dataset 'boxes_csv'"
     store = open_store(locate(what, root))
-    files, table = _below(store, images), _only(store, annotations)
+    files, table = files_below(store, images), file_of(store, annotations)
     rows = _table(store, table)
     classes = sorted({row["class"] for row in rows} - {""}) if names is None else _names(what, names)
     found: dict[str, Described] = {}
@@ -188,7 +187,7 @@ def coco(
         if split is None:
             continue
         folder = filled(what, "images", images, split)
-        table = _only(store, filled(what, "annotations", annotations, split))
+        table = file_of(store, filled(what, "annotations", annotations, split))
         content = _json(store, table)
         own = _categories(f"{store.path}: {table}", content)
         categories = categories or own
@@ -235,7 +234,7 @@ def _instances(
     store: Store, table: str, content: Mapping[str, Any], folder: str, categories: Mapping[int, str], invalid: Invalid
 ) -> list[Described]:
     """The images of a COCO file, in its order, with their boxes."""
-    place, files = f"{store.path}: {table}", _below(store, folder)
+    place, files = f"{store.path}: {table}", files_below(store, folder)
     labels = {category: label for label, category in enumerate(categories, 1)}
     odd = next((image["id"] for image in content["images"] if not isinstance(image["id"], (int, str))), None)
     if odd is not None:
@@ -305,29 +304,6 @@ def _parted(
 
 
 # Files
-
-
-def _below(store: Store, folder: str) -> dict[str, str]:
-    """The files of a folder by their path below it; the folder may lie in one other that holds everything."""
-    names, parts = [PurePosixPath(name) for name in store.names()], PurePosixPath(folder).parts
-    for skip in (0, 1):
-        found = {
-            PurePosixPath(*name.parts[skip + len(parts) :]).as_posix(): name.as_posix()
-            for name in names
-            if name.parts[skip : skip + len(parts)] == parts and len(name.parts) > skip + len(parts)
-        }
-        if found:
-            return found
-    raise UserError(f"{store.path}: no files in {folder}/")
-
-
-def _only(store: Store, file: str) -> str:
-    """The path of a file, which may lie in one folder that holds everything."""
-    names = store.names()
-    inner = [name for name in names if PurePosixPath(*PurePosixPath(name).parts[1:]).as_posix() == file]
-    for name in [file] * (file in names) + inner:
-        return name
-    raise UserError(f"{store.path}: no file {file}")
 
 
 def _table(store: Store, name: str) -> list[dict[str, str]]:

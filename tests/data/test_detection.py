@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import tarfile
 
 import numpy as np
 import pytest
@@ -152,6 +153,20 @@ def test_a_fraction_and_some_samples(table):
     data = load(table(), test=1, samples=3)
     assert len(data.train) == 3 and data.signature["train"] == 3
     assert data.signature["sha256"] != load(table(), test=1).signature["sha256"]
+
+
+@pytest.mark.parametrize("name", [".", "./set", "set"])
+def test_tars_hold_what_their_folder_does(table, tmp_path, name):
+    def content(data):
+        samples = everything(data.train) + everything(data.test)
+        return [(image.tolist(), target["boxes"].tolist()) for image, target in samples]
+
+    folders = (table(), "boxes_csv", {"test": 2}), (coco_files(tmp_path.parent / f"{tmp_path.name}_coco"), "coco", {})
+    for folder, kind, options in folders:
+        tar = tmp_path.parent / f"{tmp_path.name}_{kind}.tar"
+        with tarfile.open(tar, "w") as archive:
+            archive.add(folder, name)  # as "tar cf TAR NAME" does
+        assert content(load(tar, kind, **options)) == content(load(folder, kind, **options))
 
 
 # COCO's layout
