@@ -239,7 +239,12 @@ def _instances(
     odd = next((image["id"] for image in content["images"] if not isinstance(image["id"], (int, str))), None)
     if odd is not None:
         raise UserError(f"{place}: the id {odd!r} of an image is not a number")
-    boxes: dict[Any, list[tuple[list[float], int, int]]] = {image["id"]: [] for image in content["images"]}
+    boxes: dict[Any, list[tuple[list[float], int, int]]] = {}
+    for image in content["images"]:
+        if image["id"] in boxes:
+            first = next(one["file_name"] for one in content["images"] if one["id"] == image["id"])
+            raise UserError(f"{place}: the images {first} and {image['file_name']} have one id, {image['id']!r}")
+        boxes[image["id"]] = []
     for entry in content["annotations"]:
         where = f"{place}, annotation {entry.get('id') if isinstance(entry, Mapping) else entry!r}"
         try:

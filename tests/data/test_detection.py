@@ -249,6 +249,10 @@ COCO_MISTAKES = {
         edited(lambda c: c["images"][0].update(width="wide")),
         "width must be a whole number of pixels, got 'wide'",
     ),
+    "an image id twice": (
+        edited(lambda c: c["images"][3].update(id=11)),
+        "instances_train2017.json: the images 1.png and 3.png have one id, 11",
+    ),
     "a category twice": (edited(lambda c: c["categories"][1].update(id=7)), "two categories have the id 7"),
     "a name twice": (edited(lambda c: c["categories"][1].update(name="dog")), "two categories have the name 'dog'"),
     "no categories": (edited(lambda c: c["categories"].clear()), "no categories"),
