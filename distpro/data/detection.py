@@ -117,7 +117,7 @@ def boxes_csv(
     augment: of the training part, see `build_box_augment`.
     invalid: drop boxes that lie outside of their image or have no area, in place of refusing them.
 
-    Raises UserError for what is missing or damaged.
+    Raises UserError for what is missing or damaged, and for a training part without a box.
     """
     what = "dataset 'boxes_csv'"
     store = open_store(locate(what, root))
@@ -175,8 +175,8 @@ def coco(
     search takes a fraction of the training part.
     augment, invalid: as of `boxes_csv`. In COCO 2017 two boxes of the training part have no area: ``invalid: drop``.
 
-    The categories of the training part become the labels 1, 2, ... in the order of their ids. Raises UserError for what is
-    missing or damaged.
+    The categories of the training part become the labels 1, 2, ... in the order of their ids. Raises UserError as
+    `boxes_csv` does.
     """
     what = "dataset 'coco'"
     named = split_names(what, splits, COCO_SPLITS)
@@ -197,6 +197,7 @@ def coco(
                 f"{store.path}: {table}: category {differs} is '{own[differs]}', but '{categories[differs]}' in the training part"
             )
         parts[part] = _instances(store, table, content, folder, categories, invalid)
+    _check_boxes_to_learn(what, parts["train"])
     classes = list(categories.values())
     sets = {
         part: BoxedImages(store, found, classes, augment if part == "train" else ()) for part, found in parts.items()
@@ -300,12 +301,18 @@ def _parted(
     ends = (test, test + validation, len(images))
     rows = [order[start:end].sort().values.tolist() for start, end in zip((0, *ends), ends, strict=False)]
     tested, validated, trained = ([images[row] for row in part] for part in rows)
+    _check_boxes_to_learn(what, trained)
     return BoxedDataset(
         BoxedImages(store, trained, classes, augment),
         BoxedImages(store, validated, classes) if validated else None,
         BoxedImages(store, tested, classes),
         list(classes),
     )
+
+
+def _check_boxes_to_learn(what: str, images: Sequence[Described]) -> None:
+    if not any((image.boxes.crowd == 0).any() for image in images):
+        raise UserError(f"{what}: no image of the training part has a box (but around crowds): nothing to learn")
 
 
 # Files

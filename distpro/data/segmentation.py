@@ -50,7 +50,8 @@ def segmentation(
     neighbour); by default the files must be of one size.
     fit: stretch; or pad: no image is scaled, each lies in the upper left corner of image_size, the rest is grey and void.
 
-    Raises UserError for what is missing or damaged, for sizes that differ, and for pixels that are no class.
+    Raises UserError for what is missing or damaged, for sizes that differ, for pixels that are no class, and where all to
+    train on are void.
     """
     what = "dataset 'segmentation'"
     if isinstance(names, str) or not names or len(names) > VOID:
@@ -94,7 +95,7 @@ def read_parts(
     fit: str = "stretch",
 ) -> Source:
     """The data set of (image, annotation) files of its parts. ``label``: (256,) int16, the class, 255 or -1 (an error) of each
-    value of an annotation. ``image_size``, ``fit``: as of `segmentation`."""
+    value of an annotation. ``image_size``, ``fit``: as of `segmentation`. Raises UserError as that does."""
     if fit not in ("stretch", "pad") or (fit == "pad" and image_size is None):
         raise UserError(f"{what}: fit must be stretch, or pad with an image_size, got {fit!r}")
     size = stated_size(what, image_size) or size_of(store, pairs["train"][0][0])
@@ -106,6 +107,8 @@ def read_parts(
         )
     reader = _Reader(store, size, "as is" if image_size is None else fit, label)
     read = {part: reader.read(found) for part, found in pairs.items()}
+    if read["train"].labels.min() == VOID:
+        raise UserError(f"{what}: every pixel of the training part is void: nothing to learn")
     return Source(read["train"], read["test"], list(names), validation=read.get("validation"))
 
 

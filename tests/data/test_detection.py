@@ -253,6 +253,11 @@ COCO_MISTAKES = {
         edited(lambda c: c["images"][3].update(id=11)),
         "instances_train2017.json: the images 1.png and 3.png have one id, 11",
     ),
+    "nothing but a crowd": (
+        edited(lambda c: c.update(annotations=c["annotations"][1:2])),
+        "dataset 'coco': no image of the training part has a box (but around crowds): nothing to learn",
+    ),
+    "no box": (edited(lambda c: c["annotations"].clear()), "nothing to learn"),
     "a category twice": (edited(lambda c: c["categories"][1].update(id=7)), "two categories have the id 7"),
     "a name twice": (edited(lambda c: c["categories"][1].update(name="dog")), "two categories have the name 'dog'"),
     "no categories": (edited(lambda c: c["categories"].clear()), "no categories"),
@@ -365,6 +370,8 @@ def test_other_mistakes(table, tmp_path):
         load(tmp_path)
     with pytest.raises(UserError, match="leave none of 6 to train on"):
         load(table(), test=4, validation=2)
+    with pytest.raises(UserError, match="no image of the training part has a box .*: nothing to learn"):
+        load(table([[*row[:3], *[""] * 5] for row in ROWS]), names=["cat"])
     with pytest.raises(UserError, match="no files in pictures/"):
         load(table(), images="pictures")
     (tmp_path / "images" / "0.png").write_text("no picture")
