@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from distpro.data.datasets import DATASETS, Source, locate
-from distpro.data.files import THREADS, ImageFiles, Store, open_store
+from distpro.data.files import THREADS, ImageFiles, Store, open_store, unreadable
 from distpro.data.splits import Split
 from distpro.data.trees import filled, size_of, split_names, stated_size, trees_of
 from pathways.registry import UserError, nearest
@@ -191,8 +191,7 @@ class _Reader:
             stored = Image.open(io.BytesIO(self.store.read(name)))
             stored.load()
         except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
-            reason = "none of a kind that is known" if isinstance(error, Image.UnidentifiedImageError) else error
-            raise UserError(f"{place} is not a readable image ({reason})") from None
+            raise unreadable(place, error) from None
         if stored.mode not in ("L", "I") and not stored.mode.startswith("I;16"):
             raise UserError(
                 f"{place} has pixels of mode {stored.mode}; a depth map is grey, whole numbers of 16 or 8 bits"

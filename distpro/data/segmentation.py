@@ -15,7 +15,7 @@ from PIL import Image
 
 from distpro.data.augment import VOID, whole_number
 from distpro.data.datasets import DATASETS, Source, locate
-from distpro.data.files import SUFFIXES, THREADS, ImageFiles, Store, open_store
+from distpro.data.files import SUFFIXES, THREADS, ImageFiles, Store, open_store, unreadable
 from distpro.data.splits import Split
 from distpro.data.trees import filled, memory, size_of, split_names, stated_size, trees_of
 from pathways.registry import UserError
@@ -205,7 +205,7 @@ class _Reader:
             annotation = Image.open(io.BytesIO(self.store.read(name)))
             annotation.load()
         except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
-            raise UserError(f"{place} is not a readable image ({error})") from None
+            raise unreadable(place, error) from None
         if annotation.mode not in ("L", "P"):
             raise UserError(f"{place} has pixels of mode {annotation.mode}; an annotation is 8-bit grey or palette")
         if annotation.size != size:

@@ -153,6 +153,8 @@ def spoil(tree, what):
         Image.fromarray(np.zeros((6, 10), np.uint16)).save(place)
     elif what == "damaged":
         place.write_bytes(place.read_bytes()[:40])
+    elif what == "text":
+        place.write_text("not an image")
     elif what == "void":
         for place in (tree / "trainannot").iterdir():
             Image.fromarray(np.full((6, 10), 255 if place.stem == "1" else 7, np.uint8)).save(place)
@@ -176,6 +178,7 @@ def spoil(tree, what):
         ("colour", "trainannot/1.png has pixels of mode RGB; an annotation is 8-bit"),
         ("deep", "trainannot/1.png has pixels of mode I"),
         ("damaged", "trainannot/1.png is not a readable image"),
+        ("text", r"trainannot/1.png is not a readable image \(none of a kind that is known\)$"),
         ("void", "dataset 'segmentation': every pixel of the training part is void: nothing to learn"),
         ("double", "are of one name"),
     ],
