@@ -61,21 +61,23 @@ def check_boxes(
     size: tuple[int, int],
     invalid: Invalid = "refuse",
 ) -> Boxes:
-    """Boxes, given as corners, label and whether of a crowd, cut to their image (width, height). Raises UserError, beginning with ``place``, for one that has no area or lies
-    outside of it by more than `BEYOND`; with ``invalid: drop`` such boxes are left out."""
+    """Boxes, given as corners, label and whether of a crowd, cut to their image (width, height). Raises UserError, beginning
+    with ``place``, for one that has no area, in float32 as it is stored, or lies outside of it by more than `BEYOND`; with
+    ``invalid: drop`` such boxes are left out."""
     if invalid not in ("refuse", "drop"):
         raise UserError(f"{place}: invalid must be refuse or drop, got {invalid!r}")
     width, height = size
     if min(size) < 1:
         raise UserError(f"{place}: an image of {width}x{height} has no pixel")
     kept = []
-    for box, label, of_crowd in entries:
-        wrong = _wrong(box, width, height)
+    stored = torch.tensor([box for box, _, _ in entries], dtype=torch.float32).tolist()
+    for (box, label, of_crowd), single in zip(entries, stored, strict=True):
+        wrong = _wrong(single, width, height)
         if wrong and invalid == "refuse":
             shown = ", ".join(f"{x:g}" for x in box)
             raise UserError(f"{place}: the box [{shown}] {wrong} ('invalid: drop' leaves such boxes out)")
         if not wrong:
-            left, top, right, bottom = box
+            left, top, right, bottom = single
             kept.append(([max(left, 0), max(top, 0), min(right, width), min(bottom, height)], label, of_crowd))
     if not kept:
         return Boxes.none()

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from distpro.data.datasets import DATASETS, Source, locate
-from distpro.data.files import THREADS, ImageFiles, Store, open_store
+from distpro.data.files import THREADS, ImageFiles, Store, open_store, unreadable
 from distpro.data.splits import Split
-from distpro.data.trees import size_of, split_names, stated_size, trees_of
+from distpro.data.trees import filled, size_of, split_names, stated_size, trees_of
 from pathways.registry import UserError, nearest
 
 PARTS = {"train": "train", "validation": None, "test": "test"}
@@ -61,7 +61,9 @@ def depth(
             raise UserError(f"{what}: {key} needs '{{split}}' to tell the parts apart, got {pattern!r}")
     tree = _Tree(open_store(locate(what, root)))
     pairs = {
-        part: tree.matching(images, depths, name) if lists is None else tree.listed(lists, name)
+        part: tree.matching(filled(what, "images", images, name), filled(what, "depths", depths, name))
+        if lists is None
+        else tree.listed(filled(what, "lists", lists, name))
         for part, name in parts.items()
         if name is not None
     }
@@ -102,14 +104,13 @@ class _Tree:
         self.store = store
         self.trees = [{file.as_posix(): name for file, name in tree.items()} for tree in trees_of(store)]
 
-    def matching(self, images: str, depths: str, split: str) -> list[tuple[str, str]]:
+    def matching(self, images: str, depths: str) -> list[tuple[str, str]]:
         """(image, depth map) files of a part, sorted."""
-        places = [pattern.format(split=split) for pattern in (images, depths)]
-        found, maps = (self._by_stars(place) for place in places)
-        for one, other, place in ((found, maps, places[1]), (maps, found, places[0])):
+        found, maps = (self._by_stars(place) for place in (images, depths))
+        for one, other, place in ((found, maps, depths), (maps, found, images)):
             alone = next((stars for stars in sorted(one) if stars not in other), None)
             if alone is not None:
-                missing = _filled(place, alone)
+                missing = _starred(place, alone)
                 raise UserError(f"{self.store.path}: {one[alone]} has no counterpart {missing}")
         return [(found[stars], maps[stars]) for stars in sorted(found)]
 
@@ -122,9 +123,8 @@ class _Tree:
                 return fits
         raise UserError(f"{self.store.path}: no files {place}")
 
-    def listed(self, lists: str, split: str) -> list[tuple[str, str]]:
+    def listed(self, listing: str) -> list[tuple[str, str]]:
         """(image, depth map) files of a part, in the order of its list."""
-        listing = lists.format(split=split)
         tree = next((tree for tree in self.trees if listing in tree), None)
         if tree is None:
             raise UserError(f"{self.store.path}: no list {listing}")
@@ -147,7 +147,7 @@ class _Tree:
         return pairs
 
 
-def _filled(place: str, stars: Sequence[str]) -> str:
+def _starred(place: str, stars: Sequence[str]) -> str:
     for star in stars:
         place = place.replace("*", star, 1)
     return place
@@ -191,8 +191,7 @@ class _Reader:
             stored = Image.open(io.BytesIO(self.store.read(name)))
             stored.load()
         except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
-            reason = "none of a kind that is known" if isinstance(error, Image.UnidentifiedImageError) else error
-            raise UserError(f"{place} is not a readable image ({reason})") from None
+            raise unreadable(place, error) from None
         if stored.mode not in ("L", "I") and not stored.mode.startswith("I;16"):
             raise UserError(
                 f"{place} has pixels of mode {stored.mode}; a depth map is grey, whole numbers of 16 or 8 bits"

@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from distpro.data.counter import make_generator
 from distpro.data.datasets import DATASETS, locate
 from distpro.data.files import ImageFiles, Store, open_store
 from distpro.data.foreign import ForeignDataset
-from distpro.data.trees import split_names
+from distpro.data.trees import file_of, files_below, filled, split_names
 from pathways.registry import UserError, nearest
 
 COLUMNS = ("file", "width", "height", "class", "xmin", "ymin", "xmax", "ymax")
@@ -118,11 +117,11 @@ def boxes_csv(
     augment: of the training part, see `build_box_augment`.
     invalid: drop boxes that lie outside of their image or have no area, in place of refusing them.
 
-    Raises UserError for what is missing or damaged.
+    Raises UserError for what is missing or damaged, and for a training part without a box.
     """
     what = "dataset 'boxes_csv'"
     store = open_store(locate(what, root))
-    files, table = _below(store, images), _only(store, annotations)
+    files, table = files_below(store, images), file_of(store, annotations)
     rows = _table(store, table)
     classes = sorted({row["class"] for row in rows} - {""}) if names is None else _names(what, names)
     found: dict[str, Described] = {}
@@ -137,6 +136,8 @@ def boxes_csv(
             raise UserError(f"{place}: {name} is {size[0]}x{size[1]} here, but {known.size[0]}x{known.size[1]} before")
         if not any(row[column] for column in COLUMNS[3:]):
             continue
+        if not row["class"]:
+            raise UserError(f"{place}: the class of the box is empty")
         label = _label(place, row["class"], classes)
         corners = [_number(place, row, column) for column in COLUMNS[4:]]
         boxes = check_boxes(place, [(corners, label, 0)], size, invalid)
@@ -174,8 +175,8 @@ def coco(
     search takes a fraction of the training part.
     augment, invalid: as of `boxes_csv`. In COCO 2017 two boxes of the training part have no area: ``invalid: drop``.
 
-    The categories of the training part become the labels 1, 2, ... in the order of their ids. Raises UserError for what is
-    missing or damaged.
+    The categories of the training part become the labels 1, 2, ... in the order of their ids. Raises UserError as
+    `boxes_csv` does.
     """
     what = "dataset 'coco'"
     named = split_names(what, splits, COCO_SPLITS)
@@ -185,7 +186,8 @@ def coco(
     for part, split in named.items():
         if split is None:
             continue
-        table = _only(store, annotations.format(split=split))
+        folder = filled(what, "images", images, split)
+        table = file_of(store, filled(what, "annotations", annotations, split))
         content = _json(store, table)
         own = _categories(f"{store.path}: {table}", content)
         categories = categories or own
@@ -194,7 +196,8 @@ def coco(
             raise UserError(
                 f"{store.path}: {table}: category {differs} is '{own[differs]}', but '{categories[differs]}' in the training part"
             )
-        parts[part] = _instances(store, table, content, images.format(split=split), categories, invalid)
+        parts[part] = _instances(store, table, content, folder, categories, invalid)
+    _check_boxes_to_learn(what, parts["train"])
     classes = list(categories.values())
     sets = {
         part: BoxedImages(store, found, classes, augment if part == "train" else ()) for part, found in parts.items()
@@ -206,7 +209,7 @@ def _names(what: str, names: Any) -> list[str]:
     """The names of classes that a config states, each once."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise UserError(f"{what}: names must be a list of class names, got {names!r}")
-    found = [str(name) for name in names]
+    found = [str(name).strip() for name in names]
     twice = next((name for name in found if found.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{what}: names has '{twice}' twice")
@@ -232,12 +235,17 @@ def _instances(
     store: Store, table: str, content: Mapping[str, Any], folder: str, categories: Mapping[int, str], invalid: Invalid
 ) -> list[Described]:
     """The images of a COCO file, in its order, with their boxes."""
-    place, files = f"{store.path}: {table}", _below(store, folder)
+    place, files = f"{store.path}: {table}", files_below(store, folder)
     labels = {category: label for label, category in enumerate(categories, 1)}
     odd = next((image["id"] for image in content["images"] if not isinstance(image["id"], (int, str))), None)
     if odd is not None:
         raise UserError(f"{place}: the id {odd!r} of an image is not a number")
-    boxes: dict[Any, list[tuple[list[float], int, int]]] = {image["id"]: [] for image in content["images"]}
+    boxes: dict[Any, list[tuple[list[float], int, int]]] = {}
+    for image in content["images"]:
+        if image["id"] in boxes:
+            first = next(one["file_name"] for one in content["images"] if one["id"] == image["id"])
+            raise UserError(f"{place}: the images {first} and {image['file_name']} have one id, {image['id']!r}")
+        boxes[image["id"]] = []
     for entry in content["annotations"]:
         where = f"{place}, annotation {entry.get('id') if isinstance(entry, Mapping) else entry!r}"
         try:
@@ -293,6 +301,7 @@ def _parted(
     ends = (test, test + validation, len(images))
     rows = [order[start:end].sort().values.tolist() for start, end in zip((0, *ends), ends, strict=False)]
     tested, validated, trained = ([images[row] for row in part] for part in rows)
+    _check_boxes_to_learn(what, trained)
     return BoxedDataset(
         BoxedImages(store, trained, classes, augment),
         BoxedImages(store, validated, classes) if validated else None,
@@ -301,30 +310,12 @@ def _parted(
     )
 
 
+def _check_boxes_to_learn(what: str, images: Sequence[Described]) -> None:
+    if not any((image.boxes.crowd == 0).any() for image in images):
+        raise UserError(f"{what}: no image of the training part has a box (but around crowds): nothing to learn")
+
+
 # Files
-
-
-def _below(store: Store, folder: str) -> dict[str, str]:
-    """The files of a folder by their path below it; the folder may lie in one other that holds everything."""
-    names, parts = [PurePosixPath(name) for name in store.names()], PurePosixPath(folder).parts
-    for skip in (0, 1):
-        found = {
-            PurePosixPath(*name.parts[skip + len(parts) :]).as_posix(): name.as_posix()
-            for name in names
-            if name.parts[skip : skip + len(parts)] == parts and len(name.parts) > skip + len(parts)
-        }
-        if found:
-            return found
-    raise UserError(f"{store.path}: no files in {folder}/")
-
-
-def _only(store: Store, file: str) -> str:
-    """The path of a file, which may lie in one folder that holds everything."""
-    names = store.names()
-    inner = [name for name in names if PurePosixPath(*PurePosixPath(name).parts[1:]).as_posix() == file]
-    for name in [file] * (file in names) + inner:
-        return name
-    raise UserError(f"{store.path}: no file {file}")
 
 
 def _table(store: Store, name: str) -> list[dict[str, str]]:
@@ -344,6 +335,7 @@ def _table(store: Store, name: str) -> list[dict[str, str]]:
             raise UserError(
                 f"{place}, line {number}: has another number of columns than the first line's {len(header)}"
             )
+        row.update({column: row[column].strip() for column in COLUMNS[3:]})
     if not rows:
         raise UserError(f"{place} has no rows")
     return rows

@@ -39,6 +39,12 @@ def check_room(what: str, size: int) -> None:
         raise UserError(f"{what}: would need {size / 1e9:,.0f} GB of memory, this machine has {room / 1e9:,.0f}")
 
 
+def unreadable(place: str, error: Exception) -> UserError:
+    """What to raise for an image file that cannot be decoded."""
+    unknown = isinstance(error, UnidentifiedImageError)  # whose message is the address of an object
+    return UserError(f"{place} is not a readable image ({'none of a kind that is known' if unknown else error})")
+
+
 class Store(Protocol):
     """Files by their path below ``path``, with '/' between the parts."""
 
@@ -187,10 +193,8 @@ class ImageFiles:
             return _eight_bits(image).convert("RGB")
         except UserError as error:
             raise UserError(f"{self._place(row)} {error}") from None
-        except UnidentifiedImageError:  # whose message is the address of an object
-            raise UserError(f"{self._place(row)} is not a readable image (none of a kind that is known)") from None
         except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
-            raise UserError(f"{self._place(row)} is not a readable image ({error})") from None
+            raise unreadable(self._place(row), error) from None
 
     def _decode(self, row: int, box: Box | None) -> Image.Image:
         image = self.open(row)

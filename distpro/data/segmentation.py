@@ -15,9 +15,9 @@ from PIL import Image
 
 from distpro.data.augment import VOID, whole_number
 from distpro.data.datasets import DATASETS, Source, locate
-from distpro.data.files import SUFFIXES, THREADS, ImageFiles, Store, open_store
+from distpro.data.files import SUFFIXES, THREADS, ImageFiles, Store, open_store, unreadable
 from distpro.data.splits import Split
-from distpro.data.trees import memory, size_of, split_names, stated_size, trees_of
+from distpro.data.trees import filled, memory, size_of, split_names, stated_size, trees_of
 from pathways.registry import UserError
 
 CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()
@@ -50,7 +50,8 @@ def segmentation(
     neighbour); by default the files must be of one size.
     fit: stretch; or pad: no image is scaled, each lies in the upper left corner of image_size, the rest is grey and void.
 
-    Raises UserError for what is missing or damaged, for sizes that differ, and for pixels that are no class.
+    Raises UserError for what is missing or damaged, for sizes that differ, for pixels that are no class, and where all to
+    train on are void.
     """
     what = "dataset 'segmentation'"
     if isinstance(names, str) or not names or len(names) > VOID:
@@ -60,8 +61,17 @@ def segmentation(
     if lists is None and "{split}" not in images:
         raise UserError(f"{what}: with lists null, images needs '{{split}}' to tell the parts apart, got {images!r}")
     parts = split_names(what, splits, SPLITS)
-    tree = _Tree(open_store(locate(what, root)), images, annotations, lists)
-    pairs = {part: tree.pairs(name) for part, name in parts.items() if name is not None}
+    tree = _Tree(open_store(locate(what, root)))
+    pairs = {
+        part: tree.pairs(
+            name,
+            filled(what, "images", images, name),
+            filled(what, "annotations", annotations, name),
+            None if lists is None else filled(what, "lists", lists, name),
+        )
+        for part, name in parts.items()
+        if name is not None
+    }
     label = np.full(VOID + 1, -1, np.int16)
     label[: len(names)] = range(len(names))
     label[[VOID] if ignore is None else [VOID, ignore]] = VOID
@@ -85,7 +95,7 @@ def read_parts(
     fit: str = "stretch",
 ) -> Source:
     """The data set of (image, annotation) files of its parts. ``label``: (256,) int16, the class, 255 or -1 (an error) of each
-    value of an annotation. ``image_size``, ``fit``: as of `segmentation`."""
+    value of an annotation. ``image_size``, ``fit``: as of `segmentation`. Raises UserError as that does."""
     if fit not in ("stretch", "pad") or (fit == "pad" and image_size is None):
         raise UserError(f"{what}: fit must be stretch, or pad with an image_size, got {fit!r}")
     size = stated_size(what, image_size) or size_of(store, pairs["train"][0][0])
@@ -97,6 +107,8 @@ def read_parts(
         )
     reader = _Reader(store, size, "as is" if image_size is None else fit, label)
     read = {part: reader.read(found) for part, found in pairs.items()}
+    if read["train"].labels.min() == VOID:
+        raise UserError(f"{what}: every pixel of the training part is void: nothing to learn")
     return Source(read["train"], read["test"], list(names), validation=read.get("validation"))
 
 
@@ -105,28 +117,22 @@ class _Tree:
     """Where the files of each part lie."""
 
     store: Store
-    images: str
-    annotations: str
-    lists: str | None
     trees: list[dict[PurePosixPath, str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.trees = trees_of(self.store)
 
-    def pairs(self, split: str) -> list[tuple[str, str]]:
-        """(image, annotation) files of a part, in the order of its list, else sorted."""
-        images, annotations = (
-            self._by_stem(pattern.format(split=split)) for pattern in (self.images, self.annotations)
-        )
-        stems = sorted(images) if self.lists is None else self._listed(self.lists.format(split=split))
+    def pairs(self, split: str, images: str, annotations: str, listing: str | None) -> list[tuple[str, str]]:
+        """(image, annotation) files of a part in two folders, in the order of its list, else sorted."""
+        found, maps = (self._by_stem(folder) for folder in (images, annotations))
+        stems = sorted(found) if listing is None else self._listed(listing)
         if not stems:
             raise UserError(f"{self.store.path}: split '{split}' is empty")
         for stem in stems:
-            for kind, found in ((self.images, images), (self.annotations, annotations)):
-                if stem not in found:
-                    place = kind.format(split=split)
+            for place, files in ((images, found), (annotations, maps)):
+                if stem not in files:
                     raise UserError(f"{self.store.path}: no file {place}/{stem}.* for '{stem}' of split '{split}'")
-        return [(images[stem], annotations[stem]) for stem in stems]
+        return [(found[stem], maps[stem]) for stem in stems]
 
     def _by_stem(self, folder: str) -> dict[str, str]:
         """The image files below a folder by their name without suffix."""
@@ -199,7 +205,7 @@ class _Reader:
             annotation = Image.open(io.BytesIO(self.store.read(name)))
             annotation.load()
         except Exception as error:  # readers of archives and images raise whatever a damaged file makes them trip over
-            raise UserError(f"{place} is not a readable image ({error})") from None
+            raise unreadable(place, error) from None
         if annotation.mode not in ("L", "P"):
             raise UserError(f"{place} has pixels of mode {annotation.mode}; an annotation is 8-bit grey or palette")
         if annotation.size != size:

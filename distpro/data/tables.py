@@ -52,7 +52,7 @@ class Rows:
 
 def read_rows(root: Path, file: str, layout: Layout, columns: Columns) -> Rows:
     """The rows of a table. ``root``: a folder, an archive, or the folder that the file lies in. Raises UserError, with the
-    line, for what is missing or damaged, an empty text among it."""
+    line, for what is missing or damaged, an empty text or label among it. Blanks around a label are left out."""
     store = open_store(root, packed=True)
     place = f"{root}: {file}"
     try:
@@ -77,9 +77,10 @@ def read_rows(root: Path, file: str, layout: Layout, columns: Columns) -> Rows:
         where = f"{place}, line {line}"
         for name in found:
             value = _field(row, name, header, where)
-            if name != columns.label and not value.strip():
-                raise UserError(f"{where}: the text in column '{name}' is empty")
-            found[name].append(value)
+            label = name == columns.label
+            if not value.strip():
+                raise UserError(f"{where}: the {'label' if label else 'text'} in column '{name}' is empty")
+            found[name].append(value.strip() if label else value)
         places.append(where)
     if not places:
         raise UserError(f"{place} holds no row")

@@ -244,7 +244,7 @@ def text(
     if regression and labels is not None:
         raise UserError(f"{what}: labels are of classes; with regression the label is a number")
     pairs = labels.items() if isinstance(labels, Mapping) else [(x, x) for x in labels or ()]
-    names = None if labels is None else {str(found): str(name) for found, name in pairs}
+    names = None if labels is None else {str(found).strip(): str(name).strip() for found, name in pairs}
     if names is not None and (isinstance(labels, str) or len(names) < 2 or len(set(names.values())) < len(list(pairs))):
         raise UserError(f"{what}: labels must be a list of at least two, each once, got {labels!r}")
     layouts = {

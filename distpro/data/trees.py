@@ -22,6 +22,31 @@ def trees_of(store: Store) -> list[dict[PurePosixPath, str]]:
     return trees
 
 
+def files_below(store: Store, folder: str) -> dict[str, str]:
+    """The names of a folder's files by their path below it; the folder may lie in one other that holds everything. Raises
+    UserError where there are none."""
+    paths, parts = {PurePosixPath(name): name for name in store.names()}, PurePosixPath(folder).parts
+    for skip in (0, 1):
+        found = {
+            PurePosixPath(*path.parts[skip + len(parts) :]).as_posix(): name
+            for path, name in paths.items()
+            if path.parts[skip : skip + len(parts)] == parts and len(path.parts) > skip + len(parts)
+        }
+        if found:
+            return found
+    raise UserError(f"{store.path}: no files in {folder}/")
+
+
+def file_of(store: Store, file: str) -> str:
+    """The name of a file, which may lie in one folder that holds everything. Raises UserError where it is missing."""
+    paths, wanted = {PurePosixPath(name): name for name in store.names()}, PurePosixPath(file)
+    inner = (name for path, name in paths.items() if PurePosixPath(*path.parts[1:]) == wanted)
+    name = paths.get(wanted) or next(inner, None)
+    if name is None:
+        raise UserError(f"{store.path}: no file {file}")
+    return name
+
+
 def split_names(what: str, splits: Any, defaults: Mapping[str, str | None]) -> dict[str, str | None]:
     """What the parts are called: ``defaults`` with what a config says, {part: name}; null for a validation part: there is none.
     Raises UserError, which begins with ``what``, for another part or a name that is none."""
@@ -35,6 +60,18 @@ def split_names(what: str, splits: Any, defaults: Mapping[str, str | None]) -> d
         if not isinstance(name, str) and not (name is None and part == "validation"):
             raise UserError(f"{what}: splits.{part} must be a name, got {name!r}")
     return {**defaults, **(splits or {})}
+
+
+def filled(what: str, key: str, pattern: str, split: str) -> str:
+    """``pattern``, a config's ``key``, with ``split`` where ``{split}`` stands. Raises UserError, which begins with ``what``, for
+    another placeholder."""
+    try:
+        return pattern.format(split=split)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        near = nearest(error.args[0], ["split"]) if isinstance(error, KeyError) else ""
+        raise UserError(
+            f"{what}: {key} has a placeholder that is unknown, got {pattern!r}{near} (allowed: {{split}})"
+        ) from None
 
 
 def stated_size(what: str, image_size: Any) -> tuple[int, int] | None:

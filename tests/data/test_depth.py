@@ -258,6 +258,12 @@ def test_spoiled_sets_are_named(tree, what, message):
         ({"images": "rgb/*.jpg"}, r"images needs '\{split\}' to tell the parts apart, got 'rgb/\*.jpg'"),
         ({"lists": "all.txt"}, r"lists needs '\{split\}'"),
         ({"lists": "{split}.txt"}, "no list train.txt"),
+        (
+            {"images": "{split}/{scene}/*.jpg"},
+            "images has a placeholder that is unknown, got '{split}/{scene}/[*].jpg' ",
+        ),
+        ({"depths": "{split}/{}/*.png"}, "depths has a placeholder that is unknown"),
+        ({"lists": "{split}{0}.txt"}, r"lists has a placeholder .* \(allowed: \{split\}\)"),
         ({"depths": "{split}/*/*.png"}, r"images and depths must have as many \*"),
         ({"splits": {"tests": "val"}}, "did you mean 'test'"),
         ({"splits": {"test": None}}, "splits.test must be a name, got None"),

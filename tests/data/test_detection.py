@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import tarfile
 
 import numpy as np
 import pytest
@@ -154,6 +155,20 @@ def test_a_fraction_and_some_samples(table):
     assert data.signature["sha256"] != load(table(), test=1).signature["sha256"]
 
 
+@pytest.mark.parametrize("name", [".", "./set", "set"])
+def test_tars_hold_what_their_folder_does(table, tmp_path, name):
+    def content(data):
+        samples = everything(data.train) + everything(data.test)
+        return [(image.tolist(), target["boxes"].tolist()) for image, target in samples]
+
+    folders = (table(), "boxes_csv", {"test": 2}), (coco_files(tmp_path.parent / f"{tmp_path.name}_coco"), "coco", {})
+    for folder, kind, options in folders:
+        tar = tmp_path.parent / f"{tmp_path.name}_{kind}.tar"
+        with tarfile.open(tar, "w") as archive:
+            archive.add(folder, name)  # as "tar cf TAR NAME" does
+        assert content(load(tar, kind, **options)) == content(load(folder, kind, **options))
+
+
 # COCO's layout
 
 
@@ -234,6 +249,15 @@ COCO_MISTAKES = {
         edited(lambda c: c["images"][0].update(width="wide")),
         "width must be a whole number of pixels, got 'wide'",
     ),
+    "an image id twice": (
+        edited(lambda c: c["images"][3].update(id=11)),
+        "instances_train2017.json: the images 1.png and 3.png have one id, 11",
+    ),
+    "nothing but a crowd": (
+        edited(lambda c: c.update(annotations=c["annotations"][1:2])),
+        "dataset 'coco': no image of the training part has a box (but around crowds): nothing to learn",
+    ),
+    "no box": (edited(lambda c: c["annotations"].clear()), "nothing to learn"),
     "a category twice": (edited(lambda c: c["categories"][1].update(id=7)), "two categories have the id 7"),
     "a name twice": (edited(lambda c: c["categories"][1].update(name="dog")), "two categories have the name 'dog'"),
     "no categories": (edited(lambda c: c["categories"].clear()), "no categories"),
@@ -253,6 +277,14 @@ COCO_MISTAKES = {
         edited(lambda c: c["annotations"][0].update(bbox=[3, 3, 0, 5])),
         "the box [3, 3, 3, 8] (left, top, right, bottom) has no area",
     ),
+    "no area as stored": (
+        edited(lambda c: c["annotations"][0].update(bbox=[30, 5, 1e-7, 10])),
+        "image 0.png: the box [30, 5, 30, 15] (left, top, right, bottom) has no area",
+    ),
+    "too large to store": (
+        edited(lambda c: c["annotations"][0].update(bbox=[3, 3, 1e39, 5])),
+        "the box [3, 3, 1e+39, 8] lies outside of its image",
+    ),
     "no file": (without_an_image, "there is no image train2017/1.png"),
     "no annotations": (
         lambda root: pictures(root / "train2017") or root,
@@ -269,9 +301,23 @@ def test_mistakes_in_coco_s_layout(case, tmp_path):
     assert message in str(caught.value) and len(str(caught.value).removeprefix(str(tmp_path))) < 300
 
 
-def test_boxes_that_cannot_be_may_be_dropped(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"images": "images/{part}"}, {"annotations": "{splt}.json"}, {"images": "{}"}, {"images": "{split"}]
+)
+def test_unknown_placeholders_in_coco_s_paths(tmp_path, options):
+    ((key, pattern),) = options.items()
+    with pytest.raises(UserError) as caught:
+        load(coco_files(tmp_path / "set"), "coco", **options)
+    near = "; did you mean 'split'?" if "splt" in pattern else ""
+    assert str(caught.value) == (
+        f"dataset 'coco': {key} has a placeholder that is unknown, got '{pattern}'{near} (allowed: {{split}})"
+    )
+
+
+@pytest.mark.parametrize("width", [0, 1e-8])
+def test_boxes_that_cannot_be_may_be_dropped(tmp_path, width):
     def spoil(content):
-        content["annotations"][0]["bbox"] = [3, 3, 0, 5]
+        content["annotations"][0]["bbox"] = [3, 3, width, 5]
 
     assert load(edited(spoil)(tmp_path / "set"), "coco", invalid="drop").train[0][1]["labels"].tolist() == [1]
 
@@ -297,6 +343,7 @@ MISTAKES = {
     "no width": (changed(0, "width", "nan"), "line 2: width must be a whole number of pixels, got 'nan'"),
     "no image": (changed(3, "file", "22.png"), "line 5: there is no image images/22.png; did you mean '2.png'?"),
     "a class": (changed(0, "class", "catt"), "line 2: class 'catt' is none of the classes; did you mean 'cat'?"),
+    "no class": (changed(0, "class", " "), "boxes.csv, line 2: the class of the box is empty"),
     "half a row": (changed(0, "ymax", ""), "line 2: ymax must be a number, got ''"),
     "two sizes": (changed(1, "width", 41), "line 3: 0.png is 41x30 here, but 40x30 before"),
     "no rows": ([], "boxes.csv has no rows"),
@@ -323,6 +370,8 @@ def test_other_mistakes(table, tmp_path):
         load(tmp_path)
     with pytest.raises(UserError, match="leave none of 6 to train on"):
         load(table(), test=4, validation=2)
+    with pytest.raises(UserError, match="no image of the training part has a box .*: nothing to learn"):
+        load(table([[*row[:3], *[""] * 5] for row in ROWS]), names=["cat"])
     with pytest.raises(UserError, match="no files in pictures/"):
         load(table(), images="pictures")
     (tmp_path / "images" / "0.png").write_text("no picture")
@@ -338,6 +387,13 @@ def test_other_mistakes(table, tmp_path):
         load(table(), augment=[{"crop": {"min_scal": 0.5}}])
     with pytest.raises(UserError, match="invalid must be refuse or drop, got 'keep'"):
         load(table(), invalid="keep")
+
+
+def test_blanks_around_a_class_are_left_out(table):
+    expected, rows = load(table(), test=1).signature, changed(0, "class", " cat ")
+    rows[3][3:] = [" "] * 5
+    for names in (None, ["cat ", "dog"]):
+        assert load(table(rows), names=names, test=1).signature == expected
 
 
 def test_a_box_by_a_rounding_beyond_its_image_is_cut(table):

@@ -153,6 +153,11 @@ def spoil(tree, what):
         Image.fromarray(np.zeros((6, 10), np.uint16)).save(place)
     elif what == "damaged":
         place.write_bytes(place.read_bytes()[:40])
+    elif what == "text":
+        place.write_text("not an image")
+    elif what == "void":
+        for place in (tree / "trainannot").iterdir():
+            Image.fromarray(np.full((6, 10), 255 if place.stem == "1" else 7, np.uint8)).save(place)
     elif what == "double":
         shutil.copy(tree / "train" / "1.png", tree / "train" / "1.bmp")
 
@@ -173,6 +178,8 @@ def spoil(tree, what):
         ("colour", "trainannot/1.png has pixels of mode RGB; an annotation is 8-bit"),
         ("deep", "trainannot/1.png has pixels of mode I"),
         ("damaged", "trainannot/1.png is not a readable image"),
+        ("text", r"trainannot/1.png is not a readable image \(none of a kind that is known\)$"),
+        ("void", "dataset 'segmentation': every pixel of the training part is void: nothing to learn"),
         ("double", "are of one name"),
     ],
 )
@@ -195,6 +202,8 @@ def test_spoiled_sets_are_named(tree, what, message):
         ({"image_size": 0}, "image_size must be"),
         ({"image_size": [4]}, "image_size must be"),
         ({"images": "all", "lists": None}, "with lists null, images needs '{split}'"),
+        ({"annotations": "{part}"}, "annotations has a placeholder that is unknown, got '{part}' .allowed: {split}."),
+        ({"lists": "{}.txt"}, "lists has a placeholder that is unknown, got '{}.txt'"),
         ({"classes": 2}, "label maps cannot be cut down"),
         ({"stream": True}, "has no parameter 'stream'"),
         ({"root": None}, "needs 'root'"),

@@ -304,6 +304,18 @@ def test_spoiled_tables_are_named(table, what, message):
         load(table)
 
 
+def test_labels_have_no_blanks_around_them_and_are_not_empty(table):
+    files, rows = {"train": "t.jsonl", "test": "dev.tsv"}, '{"sentence": "a", "label": "good "}\n' * 2
+    (table / "t.jsonl").write_text(rows + '{"sentence": "b", "label": " bad"}\n')
+    for labels in (None, ["bad ", "good"]):
+        data = load(table, files=files, labels=labels)
+        assert data.names == ["bad", "good"] and data.train.targets.tolist() == [1, 1, 0]
+    (table / "t.csv").write_text("sentence,label\na film,good\na film,bad\nthe plot, \n")
+    for options in ({}, {"labels": ["bad", "good"]}, {"regression": True}):
+        with pytest.raises(UserError, match="t.csv, line 4: the label in column 'label' is empty"):
+            load(table, files={**files, "train": "t.csv"}, **options)
+
+
 def test_numbers_are_labels_and_other_ends_of_lines_are_text(table):
     rows = [
         '{"sentence": "a film\u2028of two lines", "label": 1}',
