@@ -93,25 +93,34 @@ def _without_gradient(trainer: Trainer) -> list[str]:
 def _unlearned(trainer: Trainer) -> list[str]:
     """Parameters through which a student of several answers gives the one that is evaluated, and which nothing trains: DeiT's second
     head without a term on it. On the first batch, of images in one process."""
-    objective, loader, task = trainer.objective, trainer.train_loader, trainer.task
+    objective, loader = trainer.objective, trainer.train_loader
     if distributed.world_size() > 1 or objective.backend is not None or objective.cache is not None:
         return []
-    if not isinstance(loader, Loader) or loader.streamed or not objective.computes_task:
+    if not isinstance(loader, Loader) or loader.streamed or not objective.computes_task or objective.teacher_training:
         return []
     batch, was_training = next(iter(loader.epoch(0))), objective.training
-    weights: Any = [] if not objective.entries else [1.0] * len(objective.entries)
-    if objective.entries and not isinstance(trainer.weights, Searcher):  # of the end: what is dropped is dropped there
-        weights = trainer.weights.weights(trainer.total_steps - 1)
-    with no_trace(objective.student, objective.terms), untouched(objective.student), torch.enable_grad():
-        output, _ = objective.train().run_student(batch)
-        if isinstance(output, Tensor):
-            return []
-        named = [(name, p) for name, p in objective.student.model.named_parameters() if p.requires_grad]
-        trained = _reached(objective.training_pass(replace(batch, index=None), weights).loss, named)
-        response = _response(objective, ask(task, objective.eval().student.model, batch))
-        answers = _reached(response.float().sum(), named) if response is not None else set()
-    objective.train(was_training)
+    try:
+        with no_trace(objective.student, objective.terms), untouched(objective.student), torch.enable_grad():
+            output, _ = objective.train().run_student(batch)
+            if isinstance(output, Tensor):
+                return []
+            named = [(name, p) for name, p in objective.student.model.named_parameters() if p.requires_grad]
+            trained = _reached(objective.training_pass(batch, _ever(trainer)).loss, named)
+            response = _response(objective, objective.eval().predict(batch))
+            answers = _reached(response.float().sum(), named) if response is not None else set()
+    finally:
+        objective.train(was_training)
     return [name for name, _ in named if name in answers - trained]
+
+
+def _ever(trainer: Trainer) -> list[float]:
+    """1 for every entry that has a weight at the start, in the middle or at the end of the training."""
+    count = len(trainer.objective.entries)
+    if isinstance(trainer.weights, Searcher) or not count:
+        return [1.0] * count
+    steps = (0, trainer.total_steps // 2, trainer.total_steps - 1)
+    asked = [trainer.weights.weights(step) for step in steps]
+    return [float(any(float(weights[n]) != 0 for weights in asked)) for n in range(count)]
 
 
 def _reached(value: Tensor, named: Sequence[tuple[str, Tensor]]) -> set[str]:
