@@ -60,7 +60,7 @@ def squares(tmp_path):
 
 def test_segmentation(squares, monkeypatch):
     pytest.importorskip("segmentation_models_pytorch")
-    assert run_page("segmentation.md", monkeypatch, squares) == 4
+    assert run_page("segmentation.md", monkeypatch, squares) == 5
 
 
 def test_vit(tmp_path, monkeypatch):
