@@ -226,8 +226,9 @@ def _check_runs(what: str, network: nn.Module, run: Callable[[], Any], samples: 
     except UserError:
         raise
     except Exception as error:  # whatever a model does with inputs that are not its own
-        several = "one sample of the data does" if samples == 1 else "two samples of the data do"
-        raise UserError(f"{what}: {several} not pass through it ({raised(error)})") from error
+        said = "two samples of the data do not pass through it"
+        said = "one sample of the data does not pass through it" if samples == 1 else said
+        raise UserError(f"{what}: {said} ({raised(error)})") from error
 
 
 def _check_weights(name: str, member: ModelConfig, load: bool) -> None:
