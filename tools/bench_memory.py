@@ -10,15 +10,13 @@ it what `--dry-run` says that such a horizon keeps. On a CPU a peak is the resid
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_search import VARIANTS, Setup
-from benchmark import parser, save
+from benchmark import parser, resident, save
 
 from distpro.search.estimators.replay import Room
 
@@ -34,16 +32,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def resident(key: str) -> float:
-    """MiB of this process; VmHWM: at most since it began, VmRSS: now."""
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
-
-
 def print_case(options: argparse.Namespace) -> None:
     """Peak MiB of one case, and the MiB that its horizon is said to keep."""
     case = CASES[options.case]
     setup = Setup(options, None, **case)
-    step = setup.search_step if case or options.case != "KD step" else setup.kd_step()
+    step = setup.search_step if case else setup.kd_step()
     for _ in range(setup.every + 1):
         step()
     said = 0.0

@@ -21,17 +21,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_train import hcl
-from benchmark import measure, medians, parser, repeated, save
+from benchmark import measure, medians, parser, repeated, resident, save
 from torch import nn
 
 from distpro.batch import batch_of
@@ -219,8 +217,8 @@ def print_peak_memory(options: argparse.Namespace) -> None:
         step()
     if setup.device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**20)
-    else:  # of this process since it began, in kB
-        print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)  # type: ignore[index]
+    else:
+        print(resident("VmHWM"))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,11 @@ def hardware(device: torch.device) -> str:
     """The card, or the processor's instruction set as PyTorch uses it, and the precisions that run in hardware."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return f"{name}, native: {', '.join(native_precisions(device))}"
+
+
+def resident(key: str) -> float:
+    """MiB of this process in memory; ``VmHWM``: at most since it began, ``VmRSS``: now. Linux tells."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
 
 
 def measure(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:

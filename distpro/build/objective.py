@@ -74,9 +74,9 @@ def compose(
 def _check_regions(pair: Pair, terms: Any) -> None:
     """Raise UserError for taps behind the regions of torchvision's R-CNNs, which each model chooses for itself: teacher's rows and
     student's would not belong together, whatever their number."""
+    teacher, student = ({} if m is None else dict(m.named_modules()) for m in (pair.teacher, pair.student))
     for term in terms:
-        for model, taps in ((pair.teacher, term.teacher_taps), (pair.student, term.student_taps)):
-            known = dict(model.named_modules()) if model is not None else {}
+        for known, taps in ((teacher, term.teacher_taps), (student, term.student_taps)):
             for tap in taps:
                 path = tap.partition(":")[0].partition("[")[0].split(".")
                 above = [known.get(".".join(path[: n + 1])) for n in range(len(path))]
