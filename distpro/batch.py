@@ -53,6 +53,17 @@ class Unstacked(list):
     """The inputs of a batch, one item a sample, that are no tensor because their sizes differ."""
 
 
+def stacked_call(task: str, batch: Batch) -> Call:
+    """The arguments of a model that takes a batch as one tensor. Raises UserError, with the name of the ``task``, for images of
+    several sizes, of which the data set's own code has not made one."""
+    if isinstance(batch.inputs, Unstacked):
+        sizes = " and ".join(str(size) for size in sorted({tuple(image.shape) for image in batch.inputs})[:2])
+        raise UserError(
+            f"{task}: samples of a batch differ in size, {sizes}: resize them in the data set, or give it a collate_fn"
+        )
+    return batch.call
+
+
 def batch_of(inputs: Any, target: Any = None, index: Tensor | None = None) -> Batch:
     """A batch with one row per sample: as many samples as the first tensor of the inputs has rows, or a list items.
 

@@ -60,9 +60,13 @@ def _with_classes(config: Config, data: Any, given: Given | None) -> Any:
         return data
     if stated is not None:
         return data if known == stated else replace(data, names=None, classes=stated)
+    if known is not None:
+        return data
+    task = build_task(config, given)
     named = [m for m in (config.student, config.teacher, *config.teachers.values()) if m is not None]
-    built = [m.model for m in named if _asks_classes(m.model) and "num_classes" not in m.params]
-    if built and known is None and type(build_task(config, given)) is Classification:
+    boxes = getattr(task, "targets", "classes") == "boxes"  # whose labels a detector takes as row numbers, unchecked
+    built = [m.model for m in named if _asks_classes(m.model) and (boxes or "num_classes" not in m.params)]
+    if built and (boxes or type(task) is Classification):
         raise UserError(
             f"data.num_classes: how many classes {built[0]} answers with is not known: state it, or give the training set an "
             "attribute classes, the list of their names"

@@ -44,8 +44,9 @@ def explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> li
             lines[key] += f", or {expected.removeprefix('Input should be ')}"
         else:
             near = nearest(value, named)
-            if isinstance(value, (int, float)) and _is_section(key):
-                near = _elsewhere(path[-1])
+            if not isinstance(value, Mapping) and _is_section(key):
+                meant = MEANT.get(path[-1])
+                near = f"; did you mean '{meant}'?" if meant else f" (of {', '.join(_keys_of(path))})"
             lines[key] = f"{where}: '{key}' is {shortened(repr(value), 200)}: {expected[0].lower()}{expected[1:]}{near}"
     return [line for key, line in lines.items() if not any(deeper.startswith(f"{key}.") for deeper in lines)]
 

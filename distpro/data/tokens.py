@@ -86,7 +86,7 @@ def build_tokenizer(spec: Any, what: str, texts: Sequence[str]) -> Tokenizer:
     if isinstance(spec, str):
         folder = locate(f"{what}: tokenizer", spec)
         stored = stored_facts(folder).get("tokenizer") if folder.is_dir() else None
-        return of_vocabulary(stored, what) if isinstance(stored, Mapping) else _of_folder(folder, what)
+        return of_vocabulary(stored, what) if isinstance(stored, Mapping) else of_folder(folder, what)
     if isinstance(spec, Mapping) and "vocabulary" in spec:
         return of_vocabulary(spec, what)
     if isinstance(spec, Mapping) and list(spec) == ["train"] and isinstance(spec["train"] or {}, Mapping):
@@ -143,7 +143,8 @@ def transformers(what: str) -> Any:
     return transformers
 
 
-def _of_folder(folder: Path, what: str) -> Tokenizer:
+def of_folder(folder: Path, what: str) -> Tokenizer:
+    """The fast tokenizer in a local folder. Raises UserError where there is none, or only one of another kind."""
     if not folder.is_dir():
         raise UserError(f"{what}: tokenizer: {folder} is not a folder")
     try:

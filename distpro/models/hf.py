@@ -18,7 +18,7 @@ from torch import nn
 
 from distpro.console import warn
 from distpro.data.datasets import locate
-from distpro.data.tokens import digest_of, transformers
+from distpro.data.tokens import digest_of, of_folder, transformers
 from distpro.models.base import LIBRARIES, StageTaps
 from pathways.registry import UserError, nearest
 
@@ -202,8 +202,7 @@ def _check_tokens(what: str, model: Any, tokens: Any, folder: Path | None) -> No
         raise UserError(
             f"{what}: the tokenizer pads with {tokens.pad}, the model's pad_token_id is {config.pad_token_id}: {advice}"
         )
-    own = None if folder is None else folder / "tokenizer.json"
-    if own is not None and own.is_file() and _digest(what, own) != tokens.digest:
+    if folder is not None and _vocabulary(what, folder) not in (None, tokens.digest):
         raise UserError(
             f"{what}: the weights were trained with the tokenizer of {folder}, the data have another: {advice}"
         )
@@ -215,7 +214,15 @@ def _check_tokens(what: str, model: Any, tokens: Any, folder: Path | None) -> No
         )
 
 
-def _digest(what: str, file: Path) -> str:
+def _vocabulary(what: str, folder: Path) -> str | None:
+    """The digest of the vocabulary that stands beside weights, None with a warning where there is none to be read."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        try:
+            return of_folder(folder, what).digest  # vocab.txt and the like
+        except UserError as error:
+            warn(f"{error}; whether the data have the one that the weights were trained with is not known")
+            return None
     from tokenizers import Tokenizer
 
     try:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.batch import Batch, Unstacked
+from distpro.batch import Batch, stacked_call
 from distpro.tasks.labels import as_labels, balanced, check_range, check_smoothing, check_weights
 from pathways.call import Call
 from pathways.registry import UserError
@@ -48,14 +48,7 @@ class Classification:
             self._numbers, self._weights = balanced("classification", labels), {}
 
     def call(self, batch: Batch, training: bool) -> Call:
-        """Raises UserError for images of several sizes, of which the data set's own code has not made a batch."""
-        if isinstance(batch.inputs, Unstacked):
-            sizes = " and ".join(str(size) for size in sorted({tuple(image.shape) for image in batch.inputs})[:2])
-            raise UserError(
-                f"classification: samples of a batch differ in size, {sizes}: resize them in the data set, or give it "
-                "a collate_fn"
-            )
-        return batch.call
+        return stacked_call("classification", batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean cross entropy of the response (N, K)."""

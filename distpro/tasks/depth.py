@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.batch import Batch
+from distpro.batch import Batch, stacked_call
 from distpro.tasks.metrics import METRICS
 from pathways.call import Call
 from pathways.registry import UserError
@@ -35,7 +35,7 @@ class Depth:
         return {"num_classes": 1}
 
     def call(self, batch: Batch, training: bool) -> Call:
-        return batch.call
+        return stacked_call("depth", batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean absolute error over the pixels that were measured, in metres; 0 where none was."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.batch import Batch
+from distpro.batch import Batch, stacked_call
 from distpro.tasks.labels import check_weights
 from distpro.tasks.metrics import OfPairs
 from pathways.call import Call
@@ -41,7 +41,7 @@ class MultiLabel:
         return {} if data.num_classes is None else {"num_classes": data.num_classes}
 
     def call(self, batch: Batch, training: bool) -> Call:
-        return batch.call
+        return stacked_call("multi_label", batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         response, target = _pair(output, batch)

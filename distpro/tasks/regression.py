@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distpro.batch import Batch
+from distpro.batch import Batch, stacked_call
 from distpro.tasks.metrics import OfPairs
 from pathways.call import Call
 from pathways.registry import UserError, nearest
@@ -47,7 +47,7 @@ class Regression:
         return {"num_classes": self.outputs}
 
     def call(self, batch: Batch, training: bool) -> Call:
-        return batch.call
+        return stacked_call("regression", batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         return self._loss(*_pair(output, batch))  # type: ignore[operator, no-any-return]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distpro.batch import Batch
+from distpro.batch import Batch, stacked_call
 from distpro.tasks.labels import as_labels, check_range, check_smoothing
 from distpro.tasks.metrics import METRICS
 from distpro.tasks.windows import Views
@@ -54,7 +54,7 @@ class Segmentation:
         return {} if data.num_classes is None else {"num_classes": data.num_classes}
 
     def call(self, batch: Batch, training: bool) -> Call:
-        return batch.call
+        return stacked_call("segmentation", batch)
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         """What the student says at evaluation: its whole output, or of several views one response (N, K, H, W)."""

@@ -11,7 +11,7 @@ import torch
 
 from distpro.build.reading import reading_of
 from distpro.config.schema import ModelConfig
-from distpro.data.tokens import build_tokenizer, of_vocabulary
+from distpro.data.tokens import build_tokenizer, of_folder, of_vocabulary
 from distpro.models import accepted, build_model, stage_taps
 from pathways import Call
 from pathways.registry import UserError
@@ -153,6 +153,22 @@ def test_a_tokenizer_that_does_not_fit(folder, tokens, message):
     build_model(f"hf:{folder}", tokens=Tokens(), pretrained=True)
     with pytest.raises(UserError, match=message):
         build_model(f"hf:{folder}", tokens=tokens, pretrained=True)
+
+
+def test_a_vocabulary_of_another_form_is_compared_too(tmp_path, capsys):
+    """``vocab.txt``, as older folders have it; with none at all, what cannot be known is said."""
+    model = build_model(BERT, num_classes=2, tokens=Tokens(), **SMALL)
+    model.save_pretrained(tmp_path)
+    capsys.readouterr()
+    build_model(f"hf:{tmp_path}", tokens=Tokens(), pretrained=True)
+    assert "whether the data have the one that the weights were trained with is not known" in capsys.readouterr().err
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    own = of_folder(tmp_path, "here").digest
+    build_model(f"hf:{tmp_path}", tokens=Tokens(digest=own), pretrained=True)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="the data have another"):
+        build_model(f"hf:{tmp_path}", tokens=Tokens(digest="other"), pretrained=True)
 
 
 def test_roberta_s_positions_begin_behind_its_padding():

@@ -200,6 +200,50 @@ def test_images_of_several_sizes_are_refused_by_classification(name, tmp_path):
     assert 0 <= trained(tmp_path / "padded").metrics["accuracy"] <= 100
 
 
+class SizedMaps(Sized):
+    def __getitem__(self, n):
+        image, _ = super().__getitem__(n)
+        return image, torch.zeros(image.shape[1:], dtype=torch.int64)
+
+
+class SizedDepths(SizedMaps):
+    def __getitem__(self, n):
+        image, labels = super().__getitem__(n)
+        return image, 1.0 + labels
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_images_of_several_sizes_are_refused_by_maps(task):
+    part = SizedMaps(0) if task == "segmentation" else SizedDepths(0)
+    with pytest.raises(distpro.UserError, match=rf"^{task}: samples of a batch differ in size, .*resize them in the"):
+        distpro.train({"task": task, "device": "cpu"}, student=nn.Conv2d(3, 2, 1), data=(part, part))
+
+
+class Boxes(Dataset):
+    """Three objects of the classes 1, 2 and 3."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, n):
+        boxes = torch.tensor([[1.0, 1, 20, 20], [5, 5, 30, 30], [2, 9, 31, 31]])
+        return torch.zeros(3, 32, 32), {"boxes": boxes, "labels": torch.tensor([1, 2, 3])}
+
+
+def boxes():
+    return Boxes(), Boxes()
+
+
+def test_detectors_ask_for_the_kinds_of_objects(tmp_path):
+    """Also where the model has a number of classes: a label above it would be read at a place that is not there."""
+    params = {"backbone": "mobilenet_v3_small", "channels": 32, "min_size": 32, "max_size": 32, "num_classes": 3}
+    config = {"task": "detection", "student": {"model": "fcos_fpn", "params": params}, "channels_last": False}
+    with pytest.raises(distpro.UserError, match=r"^data.num_classes: how many classes fcos_fpn answers with is not"):
+        trained(tmp_path, **config, data={"name": f"{OWN}:boxes"})
+    with pytest.raises(distpro.UserError, match=r"there is a label 3, outside of the classes, 1 to 2"):
+        trained(tmp_path, **config, data={"name": f"{OWN}:boxes", "num_classes": 2})
+
+
 @pytest.mark.parametrize("model", ["resnet8", "torchvision:resnet18"])
 def test_the_number_of_classes_of_ones_own_data_is_asked_for(model, tmp_path):
     """Also where a library's model would have a thousand of them by itself."""
