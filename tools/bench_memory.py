@@ -76,6 +76,8 @@ def soak(options: argparse.Namespace) -> dict[str, list[float]]:
         found[name] = []
         for n in range(1, options.soak + 1):
             step()
+            if n % setup.trainer.log_every == 0:
+                setup.trainer._row.begin()  # as the log does
             if n % max(1, options.soak // 10) == 0:
                 found[name].append(resident("VmRSS"))
         said = " ".join(f"{size:.1f}" for size in found[name])
