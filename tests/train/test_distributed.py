@@ -1,4 +1,4 @@
-"""Two processes train what one process trains: gloo on the CPU, started as a user starts them."""
+"""Two processes train what one process trains: gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from distpro.train.tracking import read_metrics
 from pathways.registry import UserError
 from tests.conftest import ROOT
 from tests.digits import settings
+from tests.ranks import run_in_two
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,13 @@ def launch(*arguments):
 
 def two(*arguments, fails=False):
     """Run a command in two processes to its end; gives its output."""
+    codes, output = run_in_two(*arguments)
+    assert all((code != 0) == fails for code in codes), output
+    return output
+
+
+def launched(*arguments, fails=False):
+    """The same as a user does it, by torchrun."""
     running = launch(*arguments)
     output, _ = running.communicate(timeout=300)
     assert (running.returncode != 0) == fails, output
@@ -106,7 +114,7 @@ def close(ours, theirs, tolerance):
 def test_a_search_and_a_retrain(folder):
     """Same α̃ on the same data, and the same student; written once, and evaluated on every test image once."""
     config = write(folder)
-    two("search", config, "--out", "two")
+    launched("search", config, "--out", "two")
     alone = distpro.search(config, out="one")
     together = Schedule.load("two/alpha.pt")
     assert torch.allclose(together.alpha_tilde, alone.alpha_tilde, atol=1e-3)
@@ -180,8 +188,8 @@ def test_weights_that_are_trained(folder):
 
 
 def test_what_two_have_begun_one_can_end(folder):
-    config = write(folder, retrain={"weights": "equal"}, training={"epochs": 60})
-    assert 0 < stopped("retrain", config, "--out", "run")["step"] < 300
+    config = write(folder, retrain={"weights": "equal"}, training={"epochs": 30})
+    assert 0 < stopped("retrain", config, "--out", "run")["step"] < 150
     distpro.retrain(config, out="run", resume=True)
     distpro.retrain(config, out="one")
     close(load_safely("run/student.pt"), load_safely("one/student.pt"), 2e-3)
@@ -191,10 +199,10 @@ def test_two_go_on_to_the_same_bytes(folder):
     """Each with the random numbers of its own, of which dropout takes some."""
     text = NETWORK.replace("nn.Flatten()", "nn.Flatten(), nn.Dropout(0.5)")
     (folder / "networks.py").write_text(text)
-    config = write(folder, retrain={"weights": "equal"}, training={"epochs": 30})
+    config = write(folder, retrain={"weights": "equal"}, training={"epochs": 20})
     two("retrain", config, "--out", "whole")
     state = stopped("retrain", config, "--out", "run")
-    assert 0 < state["step"] < 150 and len(state["random_of_ranks"]) == 2
+    assert 0 < state["step"] < 100 and len(state["random_of_ranks"]) == 2
     two("retrain", config, "--out", "run", "--resume")
     whole, run = load_safely("whole/student.pt"), load_safely("run/student.pt")
     assert all(torch.equal(value, run[name]) for name, value in whole.items())
@@ -209,7 +217,7 @@ def test_a_rank_that_dies_ends_the_run_and_says_why(folder):
     (folder / "networks.py").write_text(dying + text)
     config = write(folder, retrain={"weights": "equal"})
     start = time.monotonic()
-    output = two("retrain", config, "--out", "run", fails=True)
+    output = launched("retrain", config, "--out", "run", fails=True)
     assert "the disk of rank 1 is full" in output and time.monotonic() - start < 120
     step = load_safely("run/checkpoint.pt")["step"]
     assert 0 < step < 15
