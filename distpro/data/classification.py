@@ -19,6 +19,7 @@ from distpro.data.trees import trees_of
 from pathways.registry import UserError, nearest
 
 MOST_CLASSES = 1_000_000
+LOOKED_AT = 64  # images of a part whose size is looked at beforehand
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= dict.fromkeys(("val", "valid", "validation"), "val")
 """What folders of the parts of a set are called, in small letters, and the part."""
@@ -194,6 +195,8 @@ def folder(
 
     def as_split(files: list[tuple[PurePosixPath, str]]) -> Split:
         images = ImageFiles(store, [name for _, name in files], size, image_size and (resize or image_size))
+        if image_size is None:  # a part that is streamed would show another size in the middle of a training
+            images.decode(range(0, len(images), -(-len(images) // LOOKED_AT)))
         return Split.of(images, torch.tensor([number[of.name] for of, _ in files]))
 
     if test:

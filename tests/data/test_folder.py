@@ -228,8 +228,9 @@ def test_what_is_no_image_is_named_without_an_objects_address(content, tmp_path)
 
 
 def test_wrong_trees(tree, tmp_path):
-    with pytest.raises(UserError, match="but others are .*: give image_size"):
-        load_data("folder", tree)
+    for stream in (None, True):
+        with pytest.raises(UserError, match="but others are .*: give image_size"):
+            load_data("folder", tree, stream=stream)
     with pytest.raises(UserError, match="resize needs image_size"):
         load_data("folder", tree, resize=20)
     with pytest.raises(UserError, match="1 <= image_size <= resize, got 16 and 10"):
