@@ -65,7 +65,10 @@ def _with_classes(config: Config, data: Any, given: Given | None) -> Any:
     task = build_task(config, given)
     named = [m for m in (config.student, config.teacher, *config.teachers.values()) if m is not None]
     boxes = getattr(task, "targets", "classes") == "boxes"  # whose labels a detector takes as row numbers, unchecked
-    built = [m.model for m in named if _asks_classes(m.model) and (boxes or "num_classes" not in m.params)]
+    of_model = config.student.params.get("num_classes")
+    if boxes and isinstance(of_model, int) and of_model > 1:
+        return replace(data, classes=of_model - 1)  # the background is one of them
+    built = [m.model for m in named if _asks_classes(m.model) and "num_classes" not in m.params]
     if built and (boxes or type(task) is Classification):
         raise UserError(
             f"data.num_classes: how many classes {built[0]} answers with is not known: state it, or give the training set an "

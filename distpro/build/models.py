@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -173,6 +174,7 @@ def build_pair(
             _check_weights(name, member, load and teacher_state is None)
             if member.checkpoint and load:
                 _compare_tokens(name, member, data)
+                _compare_task(name, member, config)
             network = build_network(member, task.model_arguments(data), load and teacher_state is None)
         if teacher_state is not None:
             network.load_state_dict(teacher_state)
@@ -258,6 +260,20 @@ def _compare_statistics(name: str, member: ModelConfig, data: Any) -> None:
         f"{path}: its run normalised images with {theirs}, this one does with {here}; "
         f"{path}.input with its mean and std gives it what it knows"
     )
+
+
+def _compare_task(name: str, member: ModelConfig, config: Config) -> None:
+    """Say it where a teacher was trained, by a run whose folder says so, for another task."""
+    assert member.checkpoint is not None
+    file = locate("checkpoint", member.checkpoint).with_name("config.yaml")
+    try:
+        stored = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        theirs = parse_spec(stored["task"], "task")[0] if isinstance(stored, Mapping) and "task" in stored else None
+    except (yaml.YAMLError, UnicodeDecodeError, UserError):
+        return  # a file of something else
+    ours = parse_spec(config.task, "task")[0]
+    if theirs not in (None, ours) and not any(":" in str(task) for task in (theirs, ours)):  # of code nothing is known
+        warn(f"{f'teachers.{name}' if name else 'teacher'}: its run's task was {theirs}, this one's is {ours}")
 
 
 def _compare_tokens(name: str, member: ModelConfig, data: Any) -> None:

@@ -45,10 +45,17 @@ def explain(errors: Sequence[Any], content: Mapping[str, Any], where: str) -> li
         else:
             near = nearest(value, named)
             if not isinstance(value, Mapping) and _is_section(key):
-                meant = MEANT.get(path[-1])
+                meant = _meant(key, value, _keys_of(path))
                 near = f"; did you mean '{meant}'?" if meant else f" (of {', '.join(_keys_of(path))})"
             lines[key] = f"{where}: '{key}' is {shortened(repr(value), 200)}: {expected[0].lower()}{expected[1:]}{near}"
     return [line for key, line in lines.items() if not any(deeper.startswith(f"{key}.") for deeper in lines)]
+
+
+def _meant(key: str, value: Any, inner: Sequence[str]) -> str | None:
+    """The key of a section that a word in the section's place is probably for, or that a number is."""
+    if isinstance(value, str):
+        return next((f"{key}.{name}" for name in ("name", "model") if name in inner), None)
+    return MEANT.get(key.rpartition(".")[2])
 
 
 def keys_called(name: str) -> list[str]:

@@ -61,7 +61,9 @@ def make_loader(
         )
     for key, value in (("augment", augment), ("augment_epochs", augment_epochs)):
         if value:
-            raise UserError(f"{key} is for distpro's own data sets; a Dataset augments itself")
+            raise UserError(
+                f"{key} is for distpro's own data sets; a Dataset augments itself (boxes: data.params.augment)"
+            )
     if repeats > 1 or sampler is not None:
         key = "repeats" if repeats > 1 else "sampler"
         raise UserError(f"data.{key} is for distpro's own data sets; a DataLoader of yours may have its own sampler")

@@ -107,7 +107,12 @@ def classes_of(rows: Rows, names: Sequence[str]) -> list[int]:
     number = {name: n for n, name in enumerate(names)}
     for label, place in zip(rows.labels, rows.places, strict=True):
         if label not in number:
-            raise UserError(f"{place}: unknown label '{label}'{nearest(label, names)} (allowed: {', '.join(names)})")
+            if _are_scores(names):
+                raise UserError(
+                    f"{place}: '{label}' is no label of the training part: of scores, data.params.regression: true"
+                )
+            allowed = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+            raise UserError(f"{place}: unknown label '{label}'{nearest(label, names)} (allowed: {allowed})")
     return [number[label] for label in rows.labels]
 
 
@@ -176,3 +181,11 @@ def _field(row: Any, name: Column, header: list[str] | None, where: str) -> str:
             f"{where} has no column {name!r} (it has {len(row)}, numbered from 0; header: true gives names)"
         )
     return str(row[number])
+
+
+def _are_scores(names: Sequence[str]) -> bool:
+    """Whether labels are numbers with digits behind a point."""
+    try:
+        return any(not float(name).is_integer() for name in names)
+    except (ValueError, OverflowError):
+        return False

@@ -247,6 +247,12 @@ def text(
     names = None if labels is None else {str(found).strip(): str(name).strip() for found, name in pairs}
     if names is not None and (isinstance(labels, str) or len(names) < 2 or len(set(names.values())) < len(list(pairs))):
         raise UserError(f"{what}: labels must be a list of at least two, each once, got {labels!r}")
+    said = list(names or ())
+    moved = next((n for n, key in enumerate(said) if key != str(n)), None)
+    if moved is not None and sorted(said) == sorted(str(n) for n in range(len(said))):
+        warn(
+            f"{what}: labels: '{said[moved]}' of the file is class {moved}, for the order says which number a label has"
+        )
     layouts = {
         part: Layout(format, header, format == "csv" or file.lower().endswith(".csv") if quotes is None else quotes)
         for part, file in named.items()
@@ -339,9 +345,22 @@ def _encoded(
             f"{what}: {len(over):,} of the {len(rows.texts):,} samples of the {part} part are longer than {length} tokens and "
             "are cut (data.params.max_length)"
         )
+    if part == "train":
+        _say_unknown(what, encoded, tokenizer)
     typed = rows.pairs is not None and "token_type_ids" in tokenizer.fast.model_input_names
     classes = None if labels is None else list(labels.values())
     return Texts(encoded, targets, classes, tokenizer.fast.pad_token_id, typed, options.bucket)
+
+
+def _say_unknown(what: str, encoded: Sequence[Any], tokenizer: Tokenizer) -> None:
+    """Say it where a tokenizer does not know most of the words."""
+    special = set(tokenizer.fast.all_special_ids) - {tokenizer.fast.unk_token_id}
+    words = [number for sample in encoded for number in sample.ids if number not in special]
+    unknown = words.count(tokenizer.fast.unk_token_id)
+    if unknown > len(words) / 2:
+        warn(
+            f"{what}: the tokenizer does not know {unknown / len(words):.0%} of the words: lower case, or another language's?"
+        )
 
 
 __all__ = ["GLUE", "Column", "TextData", "Texts", "glue", "text"]

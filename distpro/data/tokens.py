@@ -154,7 +154,7 @@ def of_folder(folder: Path, what: str) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # transformers raises whatever a missing or damaged file makes it trip over
-        reason = next(iter(str(error).splitlines()), "")[:160]
+        reason = " ".join(str(error).split())[:160]
         raise UserError(f"{what}: {folder} holds no tokenizer that can be read ({reason})") from None
     if not getattr(fast, "is_fast", False):
         raise UserError(f"{what}: the tokenizer in {folder} is not a fast one (it has no tokenizer.json)")

@@ -26,6 +26,7 @@ from distpro.build.models import adapted, build_network, place
 from distpro.config.reading import default_space, for_retrain, merge, of_retrain, read_config
 from distpro.config.schema import Config, ModelConfig
 from distpro.config.stages import Stage, stages_of
+from distpro.console import warn
 from distpro.data.datasets import locate
 from distpro.files import load_safely
 from distpro.losses import LOSSES
@@ -36,6 +37,7 @@ from distpro.runs.searching import run_search
 from distpro.runs.stages import retrain_stages
 from distpro.runs.training import Result, run_training, save_student
 from distpro.runs.tuning import Request, Tuned, run_tune
+from distpro.runs.unlike import said_of_schedule
 from distpro.schedule import Schedule
 from distpro.task import Task
 from distpro.train import distributed
@@ -124,6 +126,8 @@ def _retrain(
     facts: Mapping[str, Any],
 ) -> Result:
     with open_folder(out, checked, resume) as folder:
+        for doubt in said_of_schedule(learned, checked) if learned is not None else ():
+            warn(doubt)
         if checked.stages:
             return retrain_stages(checked, stages, learned, folder, resume, given, facts)
         going_on = begun(folder, resume)

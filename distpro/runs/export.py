@@ -156,6 +156,10 @@ def _name_outputs(graph: Any, model: nn.Module, task: Task, args: tuple[Any, ...
 def _write_folder(model: Any, data: Any, path: Path) -> Path:
     if not hasattr(model, "save_pretrained"):
         raise UserError(f"{type(model).__name__} is not a model of transformers: export safetensors")
+    names = getattr(data, "names", None)
+    if names and getattr(model.config, "num_labels", None) == len(names):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
     model.save_pretrained(path)
     _as_umask_says(path)
     tokenizer = getattr(data, "tokenizer", None)

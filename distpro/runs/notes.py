@@ -57,7 +57,8 @@ def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None, config: Conf
     if objective.teacher is not None:
         with untouched(objective.teacher.model):
             said = _guesses(trainer, _teacher(objective))
-        cure = "other weights, images of another normalisation (teacher.input), or classes in another order?"
+        images = "" if getattr(trainer.task, "tokens", None) else ", images of another normalisation (teacher.input)"
+        cure = f"other weights{images}, or classes in another order?"
         notes += [f"the teacher {said}: {cure}"] if said else []
     answers, classes = _classes(trainer, facts)
     if answers > classes > 0:
@@ -175,6 +176,10 @@ def at_the_end(trainer: Trainer, before: Sequence[float] = ()) -> list[str]:
     if values and all(map(math.isnan, values)):
         notes.append(
             f"the test {headline} is nan in every evaluation: of what the metric is given, nothing can be computed"
+        )
+    elif values and "loss" in trainer.history[-1] and not math.isfinite(trainer.history[-1]["loss"]):
+        notes.append(
+            f"the test loss is {trainer.history[-1]['loss']}: an image or an answer of the test part is no number"
         )
     if headline == "accuracy":
         right = values[-1] / 100 if values and math.isfinite(values[-1]) else None

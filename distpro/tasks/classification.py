@@ -39,6 +39,8 @@ class Classification:
             raise UserError(
                 "task 'classification': the data are texts, whose padding it would not leave out: task: text"
             )
+        if data.num_classes == 1:
+            raise UserError("the data have one class: a single answer is always right, and nothing is learned")
         return {} if data.num_classes is None else {"num_classes": data.num_classes}
 
     def prepare(self, labels: Tensor | None) -> None:

@@ -64,16 +64,15 @@ class Detection:
             raise UserError(f"detection needs a list of images, got {type(batch.inputs).__name__}")
         if not training:
             return Call((batch.inputs,))
+        return Call((batch.inputs, [_without_crowds(target) for target in self.checked(batch)]))
+
+    def checked(self, batch: Batch) -> list[Mapping[str, Tensor]]:
+        """The targets. Raises UserError for boxes and labels that no detector can learn from. Values are looked at on the CPU only:
+        elsewhere it would wait for the device."""
         targets = _targets(batch)
         if len(targets) != len(batch.inputs):
             raise UserError(f"detection: {len(batch.inputs)} images have {len(targets)} targets")
-        self._check(batch.inputs, targets)
-        return Call((batch.inputs, [_without_crowds(target) for target in targets]))
-
-    def _check(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
-        """Raise UserError for boxes and labels that no detector can learn from. Values are looked at on the CPU only: elsewhere it
-        would wait for the device."""
-        for image, target in zip(images, targets, strict=True):
+        for image, target in zip(batch.inputs, targets, strict=True):
             boxes, labels = target["boxes"], target["labels"]
             if labels.dtype != torch.int64:
                 kind = str(labels.dtype).removeprefix("torch.")
@@ -85,6 +84,7 @@ class Detection:
                 )
             if labels.device.type == "cpu" and len(labels):
                 self._check_values(image, boxes.detach(), labels)
+        return targets
 
     def _check_values(self, image: Tensor, boxes: Tensor, labels: Tensor) -> None:
         low, high = (int(x) for x in labels.aminmax())
@@ -164,9 +164,9 @@ def _targets(batch: Batch) -> list[Mapping[str, Tensor]]:
 
 
 def _without_crowds(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a model learns from: a box around a crowd is no object."""
+    """What a model learns from: a box around a crowd is no object. Boxes in the precision that torchvision's matchers take."""
     kept = target["iscrowd"] == 0 if "iscrowd" in target else slice(None)
-    return {name: target[name][kept] for name in ("boxes", "labels")}
+    return {"boxes": target["boxes"][kept].float(), "labels": target["labels"][kept]}
 
 
 class MeanAveragePrecision:
@@ -187,7 +187,7 @@ class MeanAveragePrecision:
                 f"detection: the model must give a list with objects per image, got {type(objects).__name__}"
             )
         self._found += [_on_cpu(found, ("boxes", "scores", "labels")) for found in objects]
-        self._truth += [_on_cpu(truth, ("boxes", "labels", "iscrowd")) for truth in _targets(batch)]
+        self._truth += [_on_cpu(truth, ("boxes", "labels", "iscrowd")) for truth in self.task.checked(batch)]
         if self.task.parts(output):
             self._loss += self.task.loss(output, batch).item() * batch.samples
             self._samples += batch.samples
@@ -203,8 +203,10 @@ class MeanAveragePrecision:
     def compute(self) -> dict[str, float]:
         if not self._truth:
             return {}
-        if not any(len(truth["boxes"]) for truth in self._truth):
-            raise UserError("detection: no image of the evaluation has a box, there is nothing to measure")
+        if not any(len(_without_crowds(truth)["boxes"]) for truth in self._truth):
+            raise UserError(
+                "detection: no image of the evaluation has a box of one object, there is nothing to measure"
+            )
         metric = _coco_metric()
         metric.update(self._found, self._truth)
         computed = metric.compute()

@@ -33,6 +33,12 @@ def check_range(what: str, labels: Tensor, classes: int, void: int | None = None
         raise UserError(f"{what}: there is a label {wrong}, but the model's classes are 0 to {classes - 1}{aside}")
 
 
+def check_finite(what: str, target: Tensor) -> None:
+    """Raise UserError for a target that is no finite number. Looked at on the CPU only, as `check_range` does."""
+    if target.device.type == "cpu" and not target.isfinite().all():
+        raise UserError(f"{what}: there is a target that is no finite number")
+
+
 def check_smoothing(what: str, value: float) -> float:
     """``label_smoothing`` as it is. Raises UserError unless it is at least 0 and below 1."""
     if not 0 <= value < 1:

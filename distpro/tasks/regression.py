@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distpro.batch import Batch, stacked_call
+from distpro.tasks.labels import check_finite
 from distpro.tasks.metrics import OfPairs
 from pathways.call import Call
 from pathways.registry import UserError, nearest
@@ -74,8 +75,7 @@ def _pair(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"regression: a response {tuple(response.shape)} for targets {tuple(target.shape)}, both are (N, D); the task's outputs?"
         )
-    if target.device.type == "cpu" and not target.isfinite().all():
-        raise UserError("regression: there is a target that is no finite number")
+    check_finite("regression", target)
     return response, target.to(response.dtype)
 
 

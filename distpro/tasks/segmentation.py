@@ -63,7 +63,7 @@ class Segmentation:
             return call.run(model)
         if call.sole is None:
             raise UserError("segmentation: scales, flip and windows are of a sole tensor of images (N, C, H, W)")
-        return self.views.predict(lambda images: response_of(model(images)), call.sole)
+        return self.views.predict(lambda images: _map(response_of(model(images))), call.sole)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean cross entropy over the pixels that count, 0 where none does."""
@@ -119,10 +119,15 @@ def pixel_cross_entropy(response: Tensor, target: Tensor, label_smoothing: float
     return total / (target != VOID).sum().clamp(min=1)
 
 
-def _at(response: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The response at the size of the label maps. Raises UserError for one that is no map."""
+def _map(response: Tensor) -> Tensor:
     if response.dim() != 4:
         raise UserError(f"segmentation needs a response (N, K, H, W), got {tuple(response.shape)}")
+    return response
+
+
+def _at(response: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The response at the size of the label maps. Raises UserError for one that is no map."""
+    response = _map(response)
     if tuple(response.shape[2:]) == size:
         return response
     (h, w), (height, width) = response.shape[2:], size

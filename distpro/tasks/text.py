@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distpro.batch import Batch
 from distpro.tasks.classification import Classification
-from distpro.tasks.labels import as_labels, check_range
+from distpro.tasks.labels import as_labels, check_finite, check_range
 from distpro.tasks.metrics import OfPairs
 from pathways.call import Call
 from pathways.registry import UserError, nearest
@@ -112,10 +112,13 @@ def _tokens_fact(data: Any) -> dict[str, Any]:
 def _scores(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Predictions and targets (N,)."""
     response, target = response_of(output), batch.target
+    if isinstance(target, Tensor) and target.dim() == 2 and target.shape[1] == 1:
+        target = target[:, 0]
     if not isinstance(target, Tensor) or target.dim() != 1 or not target.is_floating_point():
         raise UserError("text_regression: targets are scores (N,) of floating point")
     if response.shape not in ((len(target),), (len(target), 1)):
         raise UserError(f"text_regression needs one number per sample, got a response {tuple(response.shape)}")
+    check_finite("text_regression", target)
     return response.reshape(len(target)).to(target.dtype), target
 
 
@@ -185,14 +188,18 @@ class Correlations(OfPairs):
 
 
 def _pearson(x: Tensor, y: Tensor) -> float:
-    """0 where one of them is constant."""
+    """0 where one of them is constant, nan where a number is none."""
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return float("nan")
     x, y = x - x.mean(), y - y.mean()
     size = (x.norm() * y.norm()).item()
     return (x @ y).item() / size if size > 0 else 0.0
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """Ranks of (N,) values; equal ones share the mean of theirs."""
+    """Ranks of (N,) values; equal ones share the mean of theirs. Of values that are no numbers there is no order: they come back."""
+    if not x.isfinite().all():
+        return x
     _, place, counts = x.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0)
     return (ends - (counts - 1) / 2).double()[place]

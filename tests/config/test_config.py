@@ -526,3 +526,18 @@ def test_what_is_said_for_an_entry_of_a_list_does_what_was_meant(write):
             assert after.data.augment == [{"crop": {"padding": 3}}, "flip"] and after.terms == before.terms
     assert "terms=[...]" in message_of(path, "terms.2.weight=3")
     assert "terms=[...]" in message_of(write(STUDENT), "terms.0.weight=3")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("training.optimizer=sgd", "did you mean 'training.optimizer.name'?"),
+        ("training.learning_rate=cosine", "did you mean 'training.learning_rate.name'?"),
+        ("training.learning_rate=0.1", "did you mean 'training.optimizer.lr'?"),
+        ("student=resnet8", "did you mean 'student.model'?"),
+        ("cache=true", r"\(of folder\)"),
+    ],
+)
+def test_a_value_where_a_section_is_meant(said, meant):
+    with pytest.raises(UserError, match=f"input should be a valid mapping.*{meant}"):
+        read_config({"student": {"model": "resnet8"}}, [said])

@@ -327,6 +327,28 @@ def test_numbers_are_labels_and_other_ends_of_lines_are_text(table):
     assert data.names == ["bad", "good"] and [int(data.train[n]["labels"]) for n in range(3)] == [1, 1, 0]
 
 
+def test_what_is_doubtful_of_labels_and_words_is_said(table, capsys):
+    rows = '{"sentence": "a film", "label": 1}\n{"sentence": "the plot", "label": 0}\n'
+    (table / "t.jsonl").write_text(rows)
+    files = {"train": "t.jsonl", "test": "t.jsonl"}
+    load(table, files=files, labels={0: "bad", 1: "good"})
+    assert capsys.readouterr().err == ""
+    load(table, files=files, labels={1: "good", 0: "bad"})
+    assert "labels: '1' of the file is class 0, for the order says" in capsys.readouterr().err
+    load(
+        table,
+        files=files,
+        tokenizer={"vocabulary": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "PLOT"], "lowercase": False},
+    )
+    assert "the tokenizer does not know 100% of the words" in capsys.readouterr().err
+    (table / "s.jsonl").write_text('{"sentence": "a", "label": 0.5}\n{"sentence": "b", "label": 1.5}\n')
+    (table / "t.jsonl").write_text('{"sentence": "a", "label": 4.1}\n')
+    with pytest.raises(
+        UserError, match="'4.1' is no label of the training part: of scores, data.params.regression: true"
+    ):
+        load(table, files={"train": "s.jsonl", "test": "t.jsonl"})
+
+
 def test_a_column_twice(table):
     (table / "t.tsv").write_text("sentence\tlabel\tlabel\na\t1\t0\n")
     with pytest.raises(UserError, match="t.tsv has 2 columns 'label'"):

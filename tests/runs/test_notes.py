@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,14 @@ from torch.utils.data import TensorDataset
 
 import distpro
 from distpro.cli import main
+from distpro.config.reading import merge, read_config
 from distpro.files import load_safely
 from distpro.models import build_model
+from distpro.runs.unlike import said_of_schedule
 from distpro.schedule import Schedule
 from distpro.tasks import Classification
 from distpro.train.trainer import Trainer
-from tests.digits import settings
+from tests.digits import random_teacher, settings
 from tests.own_models import Mean
 
 pytestmark = pytest.mark.slow
@@ -253,6 +257,17 @@ def test_a_metric_that_says_nothing_is_said(task, capsys):
     assert said == isinstance(task, Undefined)
 
 
+def test_an_answer_that_is_no_number_is_said(capsys):
+    """An accuracy does not show it."""
+    test = images(40)
+    test.tensors[0][3] = float("nan")
+    given = settings(
+        changes={"data": {"name": "object:tuple", "augment": [], "samples": None}, "training": {"epochs": 1}}
+    )
+    distpro.train(given, data=(images(40), test), student=Bright())
+    assert any("the test loss is nan" in line for line in notes(capsys))
+
+
 class Two(nn.Module):
     """Gives features and logits."""
 
@@ -292,3 +307,31 @@ def test_controls_of_time_on_a_schedule_of_constants_are_said(control, tmp_path,
     distpro.retrain(given, schedule=schedule, data=(images(60), images(60)), teacher=Bright(), student=Bright())
     said = f"retrain.weights: {control} is what searched plays" in capsys.readouterr().out
     assert said == (control in ("mean", "shuffled", "final"))
+
+
+def test_what_a_schedule_was_searched_with_is_said_where_it_is_another(tmp_path, capsys):
+    given = settings(random_teacher(tmp_path), {"training": {"max_steps": 2}, "terms": [{"loss": "kd"}]})
+    schedule = distpro.search(given)
+    distpro.retrain(given, schedule=schedule)
+    assert "where the schedule was searched" not in capsys.readouterr().err
+    changes = {"pathways": {"distance": "l2"}, "terms": [{"loss": "kd", "params": {"temperature": 9}}]}
+    distpro.retrain(merge(given, changes), schedule=schedule)
+    said = capsys.readouterr().err
+    assert "pathways.distance: l2 here, hcl where the schedule was searched" in said
+    assert "parameters of kd: {'temperature': 9} here, none where the schedule was searched" in said
+    stored = dict(schedule.meta["config"]) | {"task": "multi_label"}
+    other = replace(schedule, meta={**schedule.meta, "config": stored})
+    assert said_of_schedule(other, read_config(given)) == [
+        "the task: classification here, multi_label where the schedule was searched"
+    ]
+
+
+def test_a_teacher_of_another_task_is_said(tmp_path, capsys):
+    teacher = random_teacher(tmp_path)
+    given = settings(teacher, {"training": {"max_steps": 1}})
+    (tmp_path / "config.yaml").write_text("task: classification")
+    distpro.search(given)
+    assert "its run's task was" not in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("task: {multi_label: {}}")
+    distpro.search(given)
+    assert "teacher: its run's task was multi_label, this one's is classification" in capsys.readouterr().err

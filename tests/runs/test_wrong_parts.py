@@ -235,13 +235,17 @@ def boxes():
 
 
 def test_detectors_ask_for_the_kinds_of_objects(tmp_path):
-    """Also where the model has a number of classes: a label above it would be read at a place that is not there."""
-    params = {"backbone": "mobilenet_v3_small", "channels": 32, "min_size": 32, "max_size": 32, "num_classes": 3}
+    """A label above them would be read at a place that is not there. They may stand with the model, the background among them."""
+    params = {"backbone": "mobilenet_v3_small", "channels": 32, "min_size": 32, "max_size": 32}
     config = {"task": "detection", "student": {"model": "fcos_fpn", "params": params}, "channels_last": False}
     with pytest.raises(distpro.UserError, match=r"^data.num_classes: how many classes fcos_fpn answers with is not"):
         trained(tmp_path, **config, data={"name": f"{OWN}:boxes"})
-    with pytest.raises(distpro.UserError, match=r"there is a label 3, outside of the classes, 1 to 2"):
+    said = r"there is a label 3, outside of the classes, 1 to 2"
+    with pytest.raises(distpro.UserError, match=said):
         trained(tmp_path, **config, data={"name": f"{OWN}:boxes", "num_classes": 2})
+    params["num_classes"] = 3
+    with pytest.raises(distpro.UserError, match=said):
+        trained(tmp_path, **config, data={"name": f"{OWN}:boxes"})
 
 
 @pytest.mark.parametrize("model", ["resnet8", "torchvision:resnet18"])

@@ -59,11 +59,14 @@ def said(boxes, scores, labels=None):
     }
 
 
+IMAGE = torch.zeros(3, 200, 200)
+
+
 def measured(pairs):
     """Metrics of [(predictions, truths)], one pair a batch."""
     metrics = Detection().metrics()
     for found, wanted in pairs:
-        metrics.update(found, Batch([None] * len(wanted), wanted, len(wanted)))
+        metrics.update(found, Batch([IMAGE] * len(wanted), wanted, len(wanted)))
     return metrics
 
 
@@ -158,8 +161,24 @@ def test_nothing_found_and_nothing_to_find():
     assert measured([([nothing], [truth(box([0, 0, 5, 5]))])]).compute()["map"] == 0
     with pytest.raises(UserError, match="no image of the evaluation has a box"):
         measured([([nothing], [truth(box())])]).compute()
+    with pytest.raises(UserError, match="no image of the evaluation has a box of one object"):
+        measured([([nothing], [truth(box([0, 0, 5, 5]), [1], [1])])]).compute()
     with pytest.raises(UserError, match="must give a list with objects per image, got dict"):
         measured([({"loss": torch.zeros(())}, [truth(box())])])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (truth(box([0, 0, 5, 5]), [0]), "a label 0, outside of the classes"),
+        (truth(box([30, 0, 5, 5])), "is empty or outside of its image"),
+        (truth(box([0, 0, float("nan"), 5])), "is empty or outside of its image"),
+        ({**truth(box([0, 0, 5, 5])), "labels": torch.ones(0, dtype=torch.int64)}, r"got \(1, 4\) and \(0,\)"),
+    ],
+)
+def test_truths_are_checked_where_no_loss_is_computed(wrong, message):
+    with pytest.raises(UserError, match=message):
+        measured([([said(box(), [])], [wrong])])
 
 
 def test_without_the_extra(monkeypatch):
@@ -169,6 +188,15 @@ def test_without_the_extra(monkeypatch):
 
 
 # Losses
+
+
+def test_boxes_of_any_precision():
+    """As NumPy and JSON give them: FCOS' matcher takes float32 alone."""
+    batch = batch_of(1, 2)
+    doubled = [{**target, "boxes": target["boxes"].double()} for target in batch.target]
+    given = Detection().call(Batch(batch.inputs, doubled, 2), True).args[1]
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(given, batch.target, strict=True))
+    assert {target["boxes"].dtype for target in given} == {torch.float32}
 
 
 def batch_of(*counts, seed=0):

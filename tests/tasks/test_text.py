@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,16 @@ def test_score_metrics_are_scipy_s():
     assert found == pytest.approx(truth, rel=1e-9)
 
 
+def test_scores_that_are_no_numbers():
+    """Of the targets they are refused; of the answers no correlation is known."""
+    (said, batch), *_ = scored()
+    wrong = batch_of(torch.where(torch.arange(7) == 3, float("nan"), batch.target))
+    with pytest.raises(UserError, match="there is a target that is no finite number"):
+        measured(Correlations, [(said, wrong)])
+    found = measured(Correlations, [(torch.where(torch.arange(7)[:, None] == 3, float("inf"), said), batch)]).compute()
+    assert math.isnan(found["pearson"]) and math.isnan(found["spearman"])
+
+
 @pytest.mark.parametrize(("make", "pairs"), [(ClassCounts, classified(3)), (Correlations, scored())])
 def test_states_of_several_processes_are_one_pass(make, pairs):
     """Not the mean of their numbers: the parts are of other sizes."""
@@ -143,6 +155,7 @@ def test_the_loss_of_scores():
     truth = ((said[:, 0] - batch.target) ** 2).mean()
     assert torch.equal(TextRegression().loss(said, batch), truth)
     assert torch.equal(TextRegression().loss({"logits": said[:, 0]}, batch), truth)
+    assert torch.equal(TextRegression().loss(said, batch_of(batch.target[:, None])), truth)
     with pytest.raises(UserError, match=r"one number per sample, got a response \(7, 2\)"):
         TextRegression().loss(said.expand(-1, 2), batch)
     with pytest.raises(UserError, match="scores"):
