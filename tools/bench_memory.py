@@ -36,7 +36,7 @@ def print_case(options: argparse.Namespace) -> None:
     """Peak MiB of one case, and the MiB that its horizon is said to keep."""
     case = CASES[options.case]
     setup = Setup(options, None, **case)
-    step = setup.search_step if case else setup.kd_step()
+    step = setup.kd_step() if options.case == "KD step" else setup.search_step
     for _ in range(setup.every + 1):
         step()
     said = 0.0
@@ -72,7 +72,7 @@ def soak(options: argparse.Namespace) -> dict[str, list[float]]:
         "KD step": None,
     }.items():
         setup = Setup(tiny, None, **(case or {}))
-        step = setup.search_step if case else setup.kd_step()
+        step = setup.kd_step() if options.case == "KD step" else setup.search_step
         found[name] = []
         for n in range(1, options.soak + 1):
             step()
