@@ -50,6 +50,12 @@ class Weights(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+NOTHING_TO_WEIGH = (
+    "retrain.weights is '{}', but no term's weight is free: give pathways or terms without a constant weight, or --schedule alpha.pt, "
+    "which knows those of its search"
+)
+
+
 class Followed(Protocol):
     """What a replay needs of an objective."""
 
@@ -151,10 +157,7 @@ class Uncertainty(nn.Module):
         super().__init__()
         free = [term for term in terms if term.weight is None]
         if not free:
-            raise UserError(
-                "retrain.weights is 'uncertainty', but no weight is to be learned: give pathways or terms without a constant weight, "
-                "or --schedule alpha.pt, which knows those of its search"
-            )
+            raise UserError(NOTHING_TO_WEIGH.format("uncertainty"))
         for term in free:
             if getattr(getattr(term, "loss", None), "signed", False):
                 raise UserError(

@@ -216,7 +216,7 @@ def test_a_dry_run_refuses_it_too(teacher, tmp_path, capsys):
 
 def test_nothing_to_learn():
     objective = Objective(network(0), network(1), free(["a"], weight=1.0))
-    with pytest.raises(UserError, match="no weight is to be learned: give pathways or terms .* or --schedule"):
+    with pytest.raises(UserError, match="no term's weight is free: give pathways or terms .* or --schedule"):
         replay(objective, "uncertainty", 3)
 
 

@@ -37,7 +37,7 @@ from distpro.train import distributed
 from distpro.train.checks import check_last_batch, check_last_validation_batch
 from distpro.train.rates import LearningRate
 from distpro.train.trainer import Trainer
-from distpro.weights import CONTROLS, OF_TIME, Scale, Weights, replay
+from distpro.weights import CONTROLS, NOTHING_TO_WEIGH, OF_TIME, Scale, Weights, constants_of, replay
 from pathways.registry import UserError
 from pathways.space import parse_spec
 
@@ -284,6 +284,8 @@ def build_retrain(
         )
     if learned_of(config.task_weight) is not None and replays and TASK not in schedule.scalars:  # type: ignore[union-attr]
         raise UserError("task_weight: it is learned, but the schedule has no scalar 'task': state a number")
+    if retrain.weights == "equal" and config.has_teacher and None not in constants_of(objective.terms, 0):
+        raise UserError(NOTHING_TO_WEIGH.format("equal"))
     weights = replay(
         objective,
         retrain.weights,

@@ -41,6 +41,8 @@ def at_the_start(trainer: Trainer, facts: Mapping[str, Any] | None, config: Conf
     notes = said_of_parts(trainer.train_loader, trainer.test_loader, facts.get("classes") or 0)
     notes += said_of_scale(facts.get("mean") or (), facts.get("std") or ())
     notes += [f"the term '{key}' has no gradient: it teaches the student nothing" for key in _without_gradient(trainer)]
+    if config.has_teacher and not objective.entries and config.retrain.weights == "constant":
+        notes.append("the config has a teacher, but no pathways or terms: it teaches nothing")
     unlearned = _unlearned(trainer)
     if unlearned:
         more = f" and {len(unlearned) - 1} more" * (len(unlearned) > 1)

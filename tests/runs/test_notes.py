@@ -335,3 +335,11 @@ def test_a_teacher_of_another_task_is_said(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("task: {multi_label: {}}")
     distpro.search(given)
     assert "teacher: its run's task was multi_label, this one's is classification" in capsys.readouterr().err
+
+
+def test_a_teacher_without_terms_teaches_nothing(tmp_path, capsys):
+    given = settings(random_teacher(tmp_path), {"training": {"max_steps": 1}, "pathways": None, "terms": []})
+    with pytest.raises(distpro.UserError, match="'equal', but no term's weight is free: give pathways or terms"):
+        distpro.retrain(merge(given, {"retrain": {"weights": "equal"}}))
+    distpro.retrain(merge(given, {"retrain": {"weights": "constant"}}))
+    assert "the config has a teacher, but no pathways or terms: it teaches nothing" in capsys.readouterr().err
