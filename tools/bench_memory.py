@@ -72,7 +72,7 @@ def soak(options: argparse.Namespace) -> dict[str, list[float]]:
         "KD step": None,
     }.items():
         setup = Setup(tiny, None, **(case or {}))
-        step = setup.kd_step() if options.case == "KD step" else setup.search_step
+        step = setup.search_step if case else setup.kd_step()
         found[name] = []
         for n in range(1, options.soak + 1):
             step()

@@ -3,21 +3,25 @@ carried over; but weights, and the sizes that losses were divided by, are of wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from distpro.config.reading import check
 from distpro.config.schema import Config
 from distpro.schedule import Schedule
+from pathways.registry import UserError
 from pathways.space import parse_spec
 
 
 def said_of_schedule(schedule: Schedule, config: Config) -> list[str]:
-    """A line for each: the task, the pathways' distance, the parameters of a loss. Nothing of a schedule without a config."""
+    """A line for each: the task, the pathways' distance, the parameters of a loss. Nothing of a schedule whose config is not there, or
+    not one of today's."""
     stored = schedule.meta.get("config")
-    if not isinstance(stored, Mapping):
+    try:
+        theirs = _compared(check(stored, "schedule")) if isinstance(stored, Mapping) else {}
+    except UserError:
         return []
-    here = config.model_dump()
-    theirs, ours = ({"the task": _name(c.get("task")), **_distance(c), **_losses(c)} for c in (stored, here))
+    ours = _compared(config)
     return [
         f"{what}: {ours[what]} here, {theirs[what]} where the schedule was searched"
         for what in ours
@@ -25,22 +29,10 @@ def said_of_schedule(schedule: Schedule, config: Config) -> list[str]:
     ]
 
 
-def _name(spec: Any) -> str:
-    return parse_spec(spec, "task")[0]
-
-
-def _distance(config: Mapping[str, Any]) -> dict[str, Any]:
-    pathways = config.get("pathways") or {}
-    return {"pathways.distance": _plain(pathways["distance"])} if "distance" in pathways else {}
-
-
-def _losses(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the first term of each loss."""
-    terms: Sequence[Mapping[str, Any]] = config.get("terms") or ()
-    return {f"parameters of {term['loss']}": term.get("params") or "none" for term in reversed(terms)}
-
-
-def _plain(spec: Any) -> Any:
-    """A distance without parameters as its name, however it is written."""
-    name, params = parse_spec(spec, "pathways.distance")
-    return {name: params} if params else name
+def _compared(config: Config) -> dict[str, Any]:
+    """What is compared, by what it is called; of the terms the first of each loss."""
+    found: dict[str, Any] = {"the task": parse_spec(config.task, "task")[0]}
+    if config.pathways is not None:
+        name, params = parse_spec(config.pathways.distance, "pathways.distance")
+        found["pathways.distance"] = {name: params} if params else name
+    return found | {f"parameters of {term.loss}": term.params or "none" for term in reversed(config.terms)}

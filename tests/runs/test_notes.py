@@ -320,6 +320,8 @@ def test_what_a_schedule_was_searched_with_is_said_where_it_is_another(tmp_path,
     assert "pathways.distance: l2 here, hcl where the schedule was searched" in said
     assert "parameters of kd: {'temperature': 9} here, none where the schedule was searched" in said
     stored = dict(schedule.meta["config"]) | {"task": "multi_label"}
+    for strange in ({}, {"terms": [5]}, {"terms": [{}], "task": 3}):
+        assert said_of_schedule(replace(schedule, meta={"config": strange}), read_config(given)) == []
     other = replace(schedule, meta={**schedule.meta, "config": stored})
     assert said_of_schedule(other, read_config(given)) == [
         "the task: classification here, multi_label where the schedule was searched"
