@@ -4,6 +4,7 @@ operation with the BatchNorm, the sum and the ReLU that follow them."""
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any, cast
@@ -175,8 +176,11 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether the CPU has units for bfloat16. On others PyTorch emulates it, an order of magnitude slower than float32."""
-    return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    """Whether the CPU has units for bfloat16, and oneDNN may use them: its environment variable can hold it to an older
+    instruction set. On others PyTorch emulates it, an order of magnitude slower than float32."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "default")).lower()
+    allowed = limit in ("default", "all") or any(unit in limit for unit in ("bf16", "fp16", "amx"))
+    return allowed and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
 
 def _output_shape(conv: nn.Conv2d, x: Tensor) -> torch.Size:

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from distpro.models import build_model, stage_taps
 from pathways import Tapped
-from pathways.fusing import FrozenConv
+from pathways.fusing import FrozenConv, computes_in_bfloat16
 from tests.pathways.reference import NAMES, called_by, images, resnet, weighted_sum, written_by_hand
 
 ZOO = [
@@ -77,6 +77,7 @@ def test_a_frozen_model_gives_the_same(name, taps, layout):
 def test_bfloat16_is_folded_where_the_cpu_computes_in_it(native, monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     model, x = trained("resnet8"), images().float()
     tapped = Tapped(model, ["layer2"], x[:2], frozen=True).eval()
     with torch.no_grad():
@@ -85,6 +86,18 @@ def test_bfloat16_is_folded_where_the_cpu_computes_in_it(native, monkeypatch):
             assert tapped.runs_fused == native
             exact = plain(copy.deepcopy(model).double(), ["layer2"], x.double())
             assert error(tapped(x), exact) < 1.5 * error(plain(model, ["layer2"], x), exact)
+
+
+@pytest.mark.parametrize(
+    "limit, computes",
+    [("DEFAULT", True), ("AVX512_CORE_AMX", True), ("avx512_core_bf16", True), ("AVX2", False), ("AVX512_CORE", False)],
+)
+def test_bfloat16_is_not_native_where_onednn_may_not_use_it(limit, computes, monkeypatch):
+    """https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html"""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert computes_in_bfloat16() == computes
 
 
 def test_what_follows_a_convolution_becomes_part_of_it(monkeypatch):

@@ -105,6 +105,7 @@ def test_overrides_win(runs, tmp_path):
 def test_automatic_precision_is_written_down(native, chosen, runs, tmp_path, monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     short = {"precision": "auto", "training": {"max_steps": 2}}
     schedule = distpro.search(searching(runs, short), out=tmp_path / "search")
     distpro.retrain(searching(runs, short), schedule=schedule, out=tmp_path / "retrain")
