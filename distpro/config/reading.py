@@ -188,7 +188,8 @@ def _yaml(text: str, where: str) -> Any:
 
 def _refuse_the_unmeant(root: yaml.Node | None, where: str) -> None:
     """Duplicate keys, of which YAML's parser would silently keep the last one (merge keys, ``<<``, are meant to
-    repeat others), and numbers of YAML 1.1 that are read otherwise than they look: 010 is 8, 1:30 is 90."""
+    repeat others), keys that are read as no words (off, yes, null), and numbers of YAML 1.1 that are read otherwise than they
+    look: 010 is 8, 1:30 is 90."""
     pending, visited = [root], set()
     while pending:
         node = pending.pop()
@@ -209,6 +210,11 @@ def _refuse_the_unmeant(root: yaml.Node | None, where: str) -> None:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if key.value in seen:
                         raise UserError(f"{where}, line {key.start_mark.line + 1}: duplicate key '{key.value}'")
+                    if key.tag.endswith((":bool", ":null")):
+                        line, found = key.start_mark.line + 1, yaml.safe_load(key.value)
+                        raise UserError(
+                            f"{where}, line {line}: YAML reads the key '{key.value}' as {found}; put it in quotes"
+                        )
                     seen.add(key.value)
             pending += [value for _, value in node.value]
         else:

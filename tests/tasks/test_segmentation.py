@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 
 import distpro
 from distpro.batch import Batch
+from distpro.build.task import metrics_of
+from distpro.config.schema import Config
 from distpro.tasks import METRICS, Segmentation, Together
 from distpro.tasks.classification import Accuracy, Classification
 from distpro.tasks.segmentation import VOID, ConfusionMatrix, palette, pixel_cross_entropy
@@ -137,6 +139,9 @@ def test_by_name_beside_another_task():
     twice.update(logits, batch)
     with pytest.raises(UserError, match="metrics: two give 'miou'"):
         twice.compute()
+    config = Config.model_validate({"task": "segmentation", "metrics": ["confusion"], "student": {"model": "resnet8"}})
+    with pytest.raises(UserError, match="metrics: 'confusion' is what the task measures without being asked"):
+        metrics_of(config, Segmentation())
 
 
 # Loss
