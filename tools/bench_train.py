@@ -9,8 +9,8 @@ runs: `distpro.train.trainer.Trainer` on `distpro.data.Loader`. Both see the sam
 random weights; time does not depend on them. All are timed in turn in one process; a round is ``--steps`` steps of each.
 KD also runs in torchdistill's own DistillationBox, if that is installed (``pip install torchdistill``).
 
-On a CPU it also says what bounds our steps: the share of convolutions in them (from a profile of one step), their speed, and that of a
-matrix product. Convolutions are the same mathematics in both forms, so a step cannot become faster than they are.
+On a CPU it also says what bounds our steps: what they spend their time on (from a profile of one step), the speed of their convolutions,
+and that of a matrix product. Convolutions are the same mathematics in both forms, so a step cannot become faster than they are.
 """
 
 from __future__ import annotations
@@ -254,13 +254,19 @@ class Ours:
         self.trainer.train_step(next(self.batches))
 
 
-def convolutions(step: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of one step's convolutions, forward and backward (the folded teacher's have BatchNorm and ReLU in them), and of
-    all its operations."""
+KINDS = {"convolutions": ("conv",), "BatchNorm": ("batch_norm",), "ReLU": ("threshold_backward", "clamp_min", "relu")}
+
+
+def profiled(step: Callable[[], None]) -> tuple[dict[str, float], float]:
+    """Seconds of one step's operations by kind, forward and backward (the folded teacher's convolutions have BatchNorm and
+    ReLU in them), and of all of them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
-    times = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
-    return sum(seconds for name, seconds in times.items() if "conv" in name), sum(times.values())
+    times = {event.key.lower(): event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+    rest, kinds = dict(times), {}
+    for kind, parts in KINDS.items():
+        kinds[kind] = sum(rest.pop(name) for name in list(rest) if any(part in name for part in parts))
+    return kinds, sum(times.values())
 
 
 def operations(model: nn.Module, batch: int) -> int:
@@ -270,8 +276,11 @@ def operations(model: nn.Module, batch: int) -> int:
     return sum(n for name, n in counter.get_flop_counts()["Global"].items() if "conv" in str(name))
 
 
-def bounds(made: Mapping[str, Ours], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Share and speed of the convolutions of our steps, printed beside the speed of a matrix product."""
+def bounds(
+    made: Mapping[str, Ours], ratios: Mapping[str, float], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """What our steps spend their time on, the speed of their convolutions beside that of a matrix product, and the ratios that
+    nothing but faster convolutions could exceed, printed."""
     forward = {
         name: operations(build_model(name, num_classes=100), options.batch)
         for name in (options.teacher, options.student)
@@ -285,12 +294,14 @@ def bounds(made: Mapping[str, Ours], options: argparse.Namespace) -> dict[str, d
     print(f"\n  a matrix product of 2048²: {product:.0f} GFLOP/s")
     found = {}
     for method, ours in made.items():
-        seconds, everything = min(convolutions(ours.step) for _ in range(3))
-        passes = 3 * forward[options.student] + (forward[options.teacher] if method == "kd" else 0)
-        found[method] = {"share": seconds / everything, "gflops": passes / seconds / 1e9, "product": product}
-        print(
-            f"  {method}: convolutions are {seconds / everything:.0%} of our step, at {passes / seconds / 1e9:.0f} GFLOP/s"
-        )
+        kinds, everything = min((profiled(ours.step) for _ in range(3)), key=lambda pair: pair[1])
+        passes = 3 * forward[options.student] + (0 if method == "plain" else forward[options.teacher])
+        shares = {kind: seconds / everything for kind, seconds in kinds.items()}
+        speed = passes / kinds["convolutions"] / 1e9
+        alone = ratios[method] / shares["convolutions"]
+        found[method] = {**shares, "gflops": speed, "product": product, "convolutions_alone": alone}
+        said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+        print(f"  {method}: {said}; convolutions at {speed:.0f} GFLOP/s; they alone would give a ratio of {alone:.2f}")
     return found
 
 
@@ -345,7 +356,8 @@ def main() -> None:
         )
     bound = {}
     if options.device == "cpu" and not options.compile:
-        bound = bounds({method: ours_of[method] for method in ("plain", "kd") if method in ours_of}, options)
+        counted = ("plain", "kd", "at")  # ReviewKD has convolutions of its own
+        bound = bounds({method: ours_of[method] for method in counted if method in ours_of}, ratios, options)
     save(options, seconds, ratios, images_per_second=speed, bounds=bound)
 
 
