@@ -16,5 +16,5 @@ echo
 echo "figure: $(python -m distpro.cli plot runs/quickstart/search-0/alpha.pt | head -1)"
 echo "curves: tensorboard --logdir runs"
 echo
-cat runs/quickstart/quickstart.md
-echo "table: runs/quickstart/quickstart.md, done in $((SECONDS - start)) s"
+grep '^|' runs/quickstart/quickstart.md
+echo "table: runs/quickstart/quickstart.md (with its commands), done in $((SECONDS - start)) s"

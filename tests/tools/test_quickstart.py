@@ -11,7 +11,7 @@ case "$*" in
 tools/study.py*)
     mkdir -p runs/quickstart
     echo "quickstart: learned, seed 0: 97.00 (3 s)"
-    printf '| run | accuracy |\\n|---|---|\\n| learned | 97.00 |\\n' | tee runs/quickstart/quickstart.md ;;
+    printf '| run | accuracy |\\n|---|---|\\n| learned | 97.00 |\\n\\nits commands\\n' | tee runs/quickstart/quickstart.md ;;
 *) echo "ran $*" ;;
 esac
 """
@@ -29,5 +29,5 @@ def test_the_table_comes_last_and_once(tmp_path):
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
     *_, head, rule, row, last = done.stdout.splitlines()
     assert (head, rule, row) == ("| run | accuracy |", "|---|---|", "| learned | 97.00 |")
-    assert last.startswith("table: runs/quickstart/quickstart.md, done in ")
+    assert last.startswith("table: runs/quickstart/quickstart.md (with its commands), done in ")
     assert done.stdout.count("| learned |") == 1 and "quickstart: learned, seed 0: 97.00" in done.stdout
