@@ -104,6 +104,10 @@ def build_network(model: ModelConfig, facts: Mapping[str, Any], load: bool = Tru
     network = build_model(model.model, **accepted(model.model, wanted), **model.params)
     if model.checkpoint and load:
         load_checkpoint(network, locate("checkpoint", model.checkpoint), weights=model.weights)
+    for path, file in model.part_checkpoints.items():
+        check_taps(network, [path], model.model)
+        if load:
+            load_checkpoint(network.get_submodule(path), locate("part_checkpoints", file), part=path)
     for path, spec in model.replace.items():
         check_taps(network, [path], model.model)
         name, params = parse_spec(spec, f"replace: {path}")

@@ -83,6 +83,11 @@ class ModelConfig(Section):
     weights: Literal["model", "ema"] | None = Field(
         None, description="of a checkpoint that holds both: those trained, or their moving average; null: the former"
     )
+    part_checkpoints: dict[str, str] = Field(
+        {},
+        description="of a student: files of weights that modules of it begin with, by their names, {encoder: resnet18.pth}: a classifier's "
+        "in a segmenter; what such a file has beside them is left out",
+    )
     input: InputConfig | None = Field(None, description="of a teacher: its own normalisation and image size")
     weight: float = Field(1.0, ge=0, description="of one of several teachers: its share in their common output")
     replace: dict[str, Spec] = Field(
@@ -363,8 +368,15 @@ class Config(Section):
         for key in ("input", "weight"):
             if getattr(self.student, key) != ModelConfig.model_fields[key].default:
                 raise UserError(f"student.{key}: only a teacher has one")
-        if any(teacher is not None and teacher.replace for teacher in (self.teacher, *self.teachers.values())):
-            raise UserError("teacher.replace: only a student has one, for what is replaced is new and teaches nothing")
+        for teacher in filter(None, (self.teacher, *self.teachers.values())):
+            if teacher.replace:
+                raise UserError(
+                    "teacher.replace: only a student has one, for what is replaced is new and teaches nothing"
+                )
+            if teacher.part_checkpoints:
+                raise UserError(
+                    "teacher.part_checkpoints: only a student has some, for a teacher needs all of its weights"
+                )
         return self
 
     @model_validator(mode="after")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distpro.console import pip_install, warn
+from distpro.console import note, pip_install, warn
 from distpro.files import Unread, load_safely
 from pathways.registry import UserError
 
@@ -59,7 +59,9 @@ class LoadReport:
         return "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in parts if names) or "all fits"
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, weights: str | None = None) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, path: str | Path, strict: bool = True, weights: str | None = None, part: str | None = None
+) -> LoadReport:
     """Load the weights in ``path`` into ``model``.
 
     Reads safetensors files and what ``torch.save`` wrote: a state dict, or a dict that holds one under one of
@@ -70,6 +72,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, wei
         strict: if False, load what fits and report the rest.
         weights: of a file that holds both, ``model``: those that were trained; ``ema``: their moving average; None: the
             former, which is said on stderr.
+        part: what the model is called in a larger one, if it may be a part of the file's model, as an encoder is of a classifier.
+            What the file has beside it is left out, and said.
 
     Raises UserError if the file is missing, cannot be read without running code, holds no state dict, a student's and a
     teacher's, weights that are no finite numbers, sparse or without values, whole numbers for real ones or, if strict, does
@@ -80,13 +84,36 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, wei
     own = model.state_dict()
     found = _find_state_dict(_read(Path(path)), path, weights)
     state = _own_names(found, own, getattr(model, "checkpoint_aliases", {}))
+    state = _below(state, own, part, path) if part else state
     report = _compare(state, own)
-    if strict and not report.ok:
-        raise UserError(f"{path} does not fit {type(model).__name__}: {report}")
+    misfit = replace(report, unexpected=()) if part else report
+    if strict and not misfit.ok:
+        raise UserError(f"{path} does not fit {type(model).__name__}: {misfit}")
+    if part and report.unexpected:
+        count, names = len(report.unexpected), _first(report.unexpected)
+        note(f"{path}: {count} of its weights have no place in {type(model).__name__} and are left out ({names})")
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     _check_numbers(fitting, own, {name for name, _ in model.named_parameters()}, path)
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def _below(state: dict[str, Tensor], own: Mapping[str, Tensor], part: str, path: str | Path) -> dict[str, Tensor]:
+    """The state dict as the part names it, if the file's model holds all of the part's names behind a prefix: of several such
+    prefixes the one that is called as the part is."""
+    wanted = [name for name in own if not name.endswith("num_batches_tracked")]
+    if not wanted or all(name in state for name in wanted):
+        return state
+    ends = [name.removesuffix(wanted[0]) for name in state if name.endswith("." + wanted[0])]
+    found = [end for end in ends if all(end + name in state for name in wanted)]
+    called = [end for end in found if f".{part}.".endswith("." + end) or end.endswith(f"{part}.")]
+    chosen = found if len(found) == 1 else called
+    if found and len(chosen) != 1:
+        places = ", ".join(end.removesuffix(".") for end in found)
+        raise UserError(
+            f"{path}: several parts of it have the names of '{part}' ({places}): save the one that is meant"
+        )
+    return {name.removeprefix(chosen[0]): value for name, value in state.items()} if chosen else state
 
 
 def _check_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: set[str], path: str | Path) -> None:

@@ -13,6 +13,9 @@ import torch
 from PIL import Image, features
 from torch import nn
 
+from distpro.build.models import build_network
+from distpro.config.reading import read_config
+from distpro.config.schema import ModelConfig
 from distpro.models import build_model, load_checkpoint
 from pathways import UserError
 
@@ -353,3 +356,75 @@ def test_long_lists_are_cut(tmp_path):
     assert str(error.value).endswith(
         "36 unexpected (layer1.1.conv1.weight, layer1.1.bn1.weight, layer1.1.bn1.bias, ...)"
     )
+
+
+# Parts
+
+
+def test_a_part_begins_with_a_classifiers_weights(tmp_path, capsys):
+    """torchvision's ResNet-18 file into segmentation-models-pytorch's encoder of the same names, without its head."""
+    pytest.importorskip("segmentation_models_pytorch")
+    classifier = build_model("torchvision:resnet18")
+    torch.save(classifier.state_dict(), tmp_path / "resnet18.pth")
+    config = {"model": "smp:FPN", "params": {"encoder_name": "resnet18"}}
+    config["part_checkpoints"] = {"encoder": str(tmp_path / "resnet18.pth")}
+    torch.manual_seed(0)
+    begun = build_network(ModelConfig(**config), {"num_classes": 3})
+    torch.manual_seed(0)
+    random = build_network(ModelConfig(**{**config, "part_checkpoints": {}}), {"num_classes": 3})
+    theirs = classifier.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in begun.encoder.state_dict().items())
+    assert same(begun.decoder, random.decoder) and not same(begun.encoder, random.encoder)
+    assert "2 of its weights have no place in ResNetEncoder and are left out (fc.weight, fc.bias)" in (
+        "".join(capsys.readouterr())
+    )
+    unloaded = build_network(ModelConfig(**config), {"num_classes": 3}, load=False)
+    assert not same(unloaded.encoder, classifier)
+
+
+def test_a_part_of_a_part(tmp_path, capsys):
+    """The file's model holds the part at a place of its own."""
+    torch.manual_seed(0)
+    whole = nn.ModuleDict({"deep": nn.ModuleDict({"body": build_model("resnet8")}), "head": nn.Linear(2, 2)})
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "whole.pt")
+    torch.manual_seed(1)
+    body = build_model("resnet8")
+    report = load_checkpoint(body, tmp_path / "whole.pt", part="encoder")
+    assert same(body, whole["deep"]["body"]) and report.unexpected == ("head.weight", "head.bias")
+
+
+def test_a_part_is_not_taken_for_its_neighbour(tmp_path):
+    """Stages of one shape, whose names differ in their number alone."""
+    torch.manual_seed(0)
+    stages = nn.ModuleDict({f"layer{n}": nn.Sequential(nn.Conv2d(2, 2, 1)) for n in (1, 2, 3)})
+    torch.save(stages.state_dict(), tmp_path / "stages.pt")
+    for name in ("layer2", "encoder.layer3"):
+        made = nn.Sequential(nn.Conv2d(2, 2, 1))
+        load_checkpoint(made, tmp_path / "stages.pt", part=name)
+        assert same(made, stages[name.rpartition(".")[2]])
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"layer3": "resnet8.pt"}, "resnet8.pt does not fit Sequential: .* of another shape"),
+        ({"layer9": "resnet8.pt"}, "no module 'layer9'"),
+        ({"fc": "linear.pt"}, "does not fit Linear: 2 missing"),
+        ({"layer1": "nowhere.pt"}, "part_checkpoints: nothing at nowhere.pt"),
+        ({"layer1.0": "stages.pt"}, r"several parts of it have the names of 'layer1.0' \(a, b\): save the one"),
+    ],
+)
+def test_parts_that_do_not_fit(parts, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("resnet8").state_dict(), "resnet8.pt")
+    torch.save({"linear": torch.zeros(3, 2)}, "linear.pt")
+    stage = build_model("resnet8x4").layer1[0]
+    torch.save(nn.ModuleDict({"a": stage, "b": stage}).state_dict(), "stages.pt")
+    with pytest.raises(UserError, match=message):
+        build_network(ModelConfig(model="resnet8x4", part_checkpoints=parts), {})
+
+
+def test_a_teacher_needs_all_of_its_weights():
+    given = {"student": {"model": "resnet8"}, "teacher": {"model": "resnet8", "part_checkpoints": {"layer1": "a.pt"}}}
+    with pytest.raises(UserError, match=r"teacher\.part_checkpoints: only a student has some"):
+        read_config(given)
