@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a machine with a GPU is asked, within ten minutes, into one folder of small files:
-#   bash tools/gpu.sh [FOLDER]               # default runs/gpu
+#   bash tools/gpu.sh [FOLDER]               # default runs/gpu; results of an earlier call in it are removed
 #   bash tools/gpu.sh --plan                 # says what it would do, the seconds that each part is expected to take, and its limit in brackets
 #   bash tools/gpu.sh --rehearse [FOLDER]    # on the CPU at toy size, with SLACK (6) times the time
 #   PARTS="teacher kd" bash tools/gpu.sh     # these parts alone
@@ -17,6 +17,9 @@ case ${1:-} in
     --rehearse) device=cpu SLACK=6 DISTPRO_TEST_DEVICE=cpu && export DISTPRO_TEST_DEVICE && shift ;;
 esac
 out=${1:-runs/gpu}
+case $out in
+    -*) echo "gpu.sh: unknown option '$out' (usage: bash tools/gpu.sh [--plan | --rehearse] [FOLDER])" >&2 && exit 2 ;;
+esac
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 part() { # NAME SECONDS LIMIT COMMAND...: its output in NAME.log, a line in summary.txt
@@ -40,9 +43,12 @@ part() { # NAME SECONDS LIMIT COMMAND...: its output in NAME.log, a line in summ
 }
 
 if [ -z "$plan" ]; then
+    if [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -f "$out/summary.txt" ]; then
+        echo "gpu.sh: $out holds something else than results of gpu.sh, which would be removed: give a new folder" >&2
+        exit 2
+    fi
     rm -rf "$out"
-    mkdir -p "$out"
-    out=$(cd "$out" && pwd)
+    mkdir -p "$out" && out=$(cd "$out" && pwd) && touch "$out/summary.txt" || exit 2
 fi
 
 part environment 7 30 "$python" - "$out" <<'END'

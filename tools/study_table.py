@@ -10,7 +10,7 @@ from study_figures import FIGURES
 from distpro.files import write_atomically
 from distpro.report.intervals import difference_text
 from distpro.report.page import DIGITS, title_of
-from distpro.report.study import StudyFile
+from distpro.report.study import Search, StudyFile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,10 +30,11 @@ def render(study: StudyFile) -> str:
             continue
         mine = found[label]
         searching = label in study.searches
+        tunes = searching and Search(study, label).tunes
         against = [{} if searching or label == b else found.get(b, {}) for b in baselines]
         values = [
             f"({label})" if searching else label,
-            _spread([r[study.metric] for r in mine.values()], digits),
+            "" if tunes else _spread([r[study.metric] for r in mine.values()], digits),  # of validation data
             str(len(mine)),
             *(
                 difference_text([r[study.metric] - b[s][study.metric] for s, r in mine.items() if s in b], digits)

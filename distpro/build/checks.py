@@ -70,6 +70,8 @@ def check_search(config: Config) -> None:
         )
     if not config.has_teacher:
         raise UserError("a search needs a teacher")
+    if config.training.distill_weight == 0:
+        raise UserError("training.distill_weight: at 0 no term has an effect, and a search has nothing to learn")
     if config.training.accumulate > 1:
         raise UserError("training.accumulate: a search's step is one batch; choose a larger training.batch_size")
     for key in ("ema", "keep", "patience", "validation_fraction"):

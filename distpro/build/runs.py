@@ -204,7 +204,7 @@ def _learning_rate(search: SearchConfig, updates: int) -> float:
     """γ where the config says none."""
     if search.optimizer != "relative":
         return 0.05
-    return (REACH_FROM_TRIALS if search.trials else REACH) / max(1, updates)
+    return (REACH_FROM_TRIALS if search.trials_before else REACH) / max(1, updates)
 
 
 def _validation_batches(config: Config, validation: Any, horizon: int) -> int:

@@ -127,7 +127,7 @@ class SearchConfig(Section):
             raise ValueError("a budget is for a longer search.horizon; one step back costs two or three trainings")
         assert self.trials is not None
         if self.rounds:
-            before = max(1, self.trials - AFTER) if self.trials else 0
+            before = self.trials_before
             most = int((budget - before - JUDGED_BY) / (PASS + JUDGED_BY))
             if most < 1:
                 raise ValueError(
@@ -140,10 +140,19 @@ class SearchConfig(Section):
             self.trials = min(self.trials, int(budget) - PASS)
 
     @property
+    def trials_before(self) -> int:
+        """Those of the trials that look for the strength from which a pass starts, at most. One pass has none where there are too few
+        to find it: they are worth more behind it."""
+        trials = self.trials or 0
+        if self.rounds:
+            return max(1, trials - AFTER) if trials else 0
+        return trials - AFTER if trials >= AFTER + ENOUGH else 0
+
+    @property
     def most_trials(self) -> int:
         """Trainings beside the passes, at most: for the start, and for what comes out."""
         if self.rounds:
-            return max(0, (self.trials or 0) - AFTER) + JUDGED_BY * (self.rounds + 1)
+            return self.trials_before + JUDGED_BY * (self.rounds + 1)
         return self.trials or 0
 
     def fraction_of(self, samples: int) -> float:
@@ -166,6 +175,9 @@ PASS = 4
 
 AFTER = 4
 """Of the trials of a search in one pass, those that are kept for what it has learned."""
+
+ENOUGH = 3
+"""Trials that can find a strength: at it, and on both sides."""
 
 JUDGED_BY = 2
 """Trainings, with seeds of their own, by which the weights that a round has led to are judged."""

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distpro import build
 from distpro.batch import Batch
 from distpro.build.cache import rows_per_sample
+from distpro.build.device import settle_precision
 from distpro.build.models import Pair
 from distpro.config.reading import for_retrain
 from distpro.config.schema import Config
@@ -104,6 +105,7 @@ def describe(config: Config, searching: bool) -> Description:
     Raises UserError for what a run would refuse too, and if neither the config nor the name of the data set says how
     many classes there are and how large the images are.
     """
+    config = settle_precision(config, searching)
     build.check_names(config)
     if searching:
         build.check_search(config)

@@ -63,6 +63,11 @@ class Run:
     notes: Sequence[str] = ()
 
     @property
+    def tunes(self) -> bool:
+        """Whether its metrics are its best trial's, on validation data."""
+        return self.kind == "tuning" or any(command.startswith("distpro tune ") for command in self.commands)
+
+    @property
     def headline(self) -> str | None:
         """The main metric: that whose best value a training writes down as well; else the first."""
         names = [name for name in self.metrics if name not in NOT_METRICS]
@@ -77,8 +82,8 @@ class Group:
     runs: Sequence[Run]
 
     def values(self, metric: str) -> dict[int, float]:
-        """A metric by seed, of the runs that have it."""
-        found = ((n, run) for n, run in enumerate(self.runs))
+        """A metric of the test part, or what a run has cost, by seed, of the runs that have it."""
+        found = ((n, run) for n, run in enumerate(self.runs) if metric in NOT_METRICS or not run.tunes)
         return {n if run.seed is None else run.seed: run.metrics[metric] for n, run in found if metric in run.metrics}
 
 

@@ -149,7 +149,7 @@ def _is_search(group: Group) -> bool:
 
 
 def _results(groups: Sequence[Group], metric: str | None, baseline: str | None) -> str:
-    measured = [g for g in groups if metric is not None and g.values(metric)]
+    measured = [g for g in groups if metric is not None and (g.values(metric) or g.runs[0].tunes)]
     if metric is None or not measured:
         return _section("Results", "<p>No run has been tested yet.</p>")
     compared = [g for g in measured if not _is_search(g)]
@@ -166,7 +166,8 @@ def _results(groups: Sequence[Group], metric: str | None, baseline: str | None) 
     for group in measured:
         values = group.values(metric)
         searching = _is_search(group)
-        row: list[Any] = [f"({group.label})" if searching else group.label, mean_text(list(values.values()), digits)]
+        row: list[Any] = [f"({group.label})" if searching else group.label]
+        row.append(mean_text(list(values.values()), digits) if values else "")
         if against and base is not None:
             row.append("" if searching or group is base else _difference(values, base.values(metric), digits))
         best = list(group.values(f"best_{metric}").values())
@@ -182,7 +183,8 @@ def _results(groups: Sequence[Group], metric: str | None, baseline: str | None) 
     said += "; it is of the student in training, not of a moving average or a mean." if keeping else "."
     said += " Seconds are of a run alone; its search has a row of its own."
     if any(_is_search(g) for g in measured):
-        said += " In parentheses: searches, whose student has seen only a part of the training data."
+        said += " In parentheses: searches, whose student has seen only a part of the training data"
+        said += ", and tunings, which are judged on validation data." if any(g.runs[0].tunes for g in measured) else "."
     found = {g.label: list(g.values(metric).values()) for g in compared}
     dots = (
         _picture(dots_figure(found, f"test {title_of(metric)}"), "One dot for each run.") if len(compared) > 1 else ""

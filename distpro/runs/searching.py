@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from distpro import build
 from distpro.build.data import search_parts
 from distpro.build.given import Given
-from distpro.build.runs import REACH_FROM_TRIALS
+from distpro.build.runs import REACH_FROM_TRIALS, clock_of
 from distpro.config.reading import for_retrain
 from distpro.config.schema import Config
-from distpro.config.searching import AFTER, JUDGED_BY
+from distpro.config.searching import JUDGED_BY
 from distpro.console import note
 from distpro.objective import Objective
-from distpro.report.cost import steps_of, teacher_name
+from distpro.report.cost import teacher_name
 from distpro.runs.folder import begun, environment, goes_on, open_folder, record, recorded_estimator
 from distpro.runs.rounds import Rounds
 from distpro.runs.training import run_training
@@ -50,7 +50,7 @@ def run_search(checked: Config, out: str | Path | None, resume: bool, given: Giv
 
 def _search(checked: Config, folder: Path | None, resume: bool, given: Given) -> Schedule:
     data = build.build_data(build.as_stored(checked, folder) if resume else checked, given)
-    before, rounds = checked.search.trials or 0, checked.search.rounds
+    before, rounds = checked.search.trials_before, checked.search.rounds
     trials = Trials(checked, data, given, None if folder is None else folder / "trials", checked.search.most_trials)
     trainer = build.build_search(checked, data, folder, given)
     searcher = trainer.weights
@@ -68,7 +68,7 @@ def _search(checked: Config, folder: Path | None, resume: bool, given: Given) ->
 
     trainer.on_checkpoint = write
     going_on = begun(folder, resume)
-    around = _Around(trials, searcher, learned, max(1, before - AFTER), 1.0 if rounds else BELOW)
+    around = _Around(trials, searcher, learned, before, 1.0 if rounds else BELOW)
     if before:
         if folder is not None and not resume and distributed.is_main():
             record(checked, folder, data.facts)  # a run that is killed in a trial can be gone on with
@@ -92,19 +92,20 @@ def _search(checked: Config, folder: Path | None, resume: bool, given: Given) ->
             return metrics
         seconds = metrics["seconds"] + trials.seconds
         if distributed.is_main() and trials.seconds:
-            note(_cost(checked, len(data.train), seconds, trials))
+            note(_cost(checked, data, seconds, trials))
         return {**metrics, "trials": len(trials.rows), "seconds": seconds}
 
     run_training(trainer, checked, going_on, searcher, facts=data.facts, conclude=conclude)
     return learned()
 
 
-def _cost(config: Config, samples: int, seconds: float, trials: Trials) -> str:
+def _cost(config: Config, data: Any, seconds: float, trials: Trials) -> str:
     """What a search has taken beside one retrain of its config, whose steps take as long as those of the trials."""
     retrain = for_retrain(config)
-    steps = steps_of(retrain, samples, retrain.training.validation_fraction or 0.0)
-    whole = steps * trials.seconds / sum(row["step"] for row in trials.rows)
-    return f"the search took {seconds:.0f} s, a retrain of {steps:,} steps takes about {whole:.0f} s: {seconds / whole:.0%} of one"
+    whole = clock_of(retrain, build.build_loader(retrain, data, data.train, training=True)).total_steps
+    steps = round(whole * (1 - (retrain.training.validation_fraction or 0.0)))
+    takes = steps * trials.seconds / sum(row["step"] for row in trials.rows)
+    return f"the search took {seconds:.0f} s, a retrain of {steps:,} steps takes about {takes:.0f} s: {seconds / takes:.0%} of one"
 
 
 def _rounds(
@@ -169,11 +170,12 @@ class _Around:
 
     Before: equal weights at the strength at which a training with them is best. The pass starts from a part of it: near where
     trainings diverge a gradient says nothing. After: what the pass has made of the weights' shares, at that best strength and near
-    it; where it is worse than equal weights, half of the way too. The best of all is what the schedule ends with.
+    it; where it is worse than equal weights, half of the way too. The best of all is what the schedule ends with. Where there are too
+    few trials for both, all come after: of what the pass has learned, at its own strength and at powers of ten of it.
 
     Args:
         schedule: of constant weights and scalars.
-        before: trials for the start, at most.
+        before: trials for the start, at most; 0: the pass starts where the config says.
         below: part of the best strength that the weights start from.
     """
 
@@ -194,11 +196,11 @@ class _Around:
     def choose_end(self) -> None:
         """Let the schedule end with the best weights that were found; with what was learned, where no trial is left."""
         last = self.searcher.last()
-        learned = last.times((self.equal.weights.sum() / last.weights.sum()).item())
+        learned = last.times((self.equal.weights.sum() / last.weights.sum()).item()) if self.before else last
         found = {math.inf: learned}
         if self._left():
             strength = Strength(self._judge("learned", learned), self._left())
-            factor = strength.best(coarse=False)
+            factor = strength.best(coarse=not self.before)
             found = {self._of_equal: self.equal, min(strength.judged.values()): learned.times(factor)}
         if min(found) == self._of_equal and self._left():
             half = learned.halfway(self.equal)

@@ -221,6 +221,31 @@ def test_what_a_reader_should_know_first(study, change, said):
     assert said in re.search(r'<p class="note">(.*?)</p>', html)[1]
 
 
+def test_the_accuracy_of_a_tuning_is_not_of_the_test_part(tmp_path):
+    """It is its best trial's on validation data, and stands in the section of tunings."""
+    write_run(tmp_path / "retrain", 80.0)
+    write_run(tmp_path / "tuning", 61.625)
+    trial = {
+        "trial": 0,
+        "candidate": "kd",
+        "accuracy": 61.625,
+        "state": "complete",
+        "cost": 1.0,
+        "values": {"weight": 2.0},
+        "judged": -61.625,
+        "epochs": 2,
+        "seconds": 3.0,
+    }
+    (tmp_path / "tuning" / "trials.jsonl").write_text(json.dumps(trial) + "\n")
+    (tmp_path / "tuning" / "leaderboard.md").write_text("")
+    found = gather([tmp_path])
+    html = page(found, "A page")
+    before, _, after = html.partition("Tuning: trials, the best first")
+    assert [run.kind for run in found] == ["retrain", "tuning"] and "80.00" in before
+    assert "61.6" not in before and "61.6" in after
+    assert "tunings, which are judged on validation data" in before
+
+
 def test_an_unfinished_run_shows_its_last_evaluation(tmp_path):
     run = write_run(tmp_path / "run", 70.0)
     (run / "result.json").unlink()

@@ -31,7 +31,7 @@ def teacher(tmp_path_factory):
 def searching(teacher, **search):
     """A search of twelve steps, in four windows, with a space of two terms."""
     changes = {
-        "search": {"horizon": 3, "trials": 6, "validation_fraction": 0.2, **search},
+        "search": {"horizon": 3, "trials": 7, "validation_fraction": 0.2, **search},
         "pathways": None,
         "terms": [{"loss": "kd"}, {"loss": "sp"}],
     }
@@ -51,7 +51,7 @@ def results(folder):
 
 def test_the_schedule_ends_with_the_weights_that_were_judged_best(whole):
     found = results(whole)
-    assert {"equal_weights", "learned"} < set(found) and 3 <= len(found) <= 6
+    assert {"equal_weights", "learned"} < set(found) and 3 <= len(found) <= 7
     assert not list((whole / "trials").glob("*/checkpoint.pt"))
     best = min(found, key=lambda name: found[name].get("calibrated_loss", math.inf))
     schedule = Schedule.load(whole / "alpha.pt")
@@ -68,9 +68,21 @@ def test_the_schedule_ends_with_the_weights_that_were_judged_best(whole):
         assert last.sum().item() == pytest.approx(factor * strength * 2 / 3, rel=0.01) or best == "half_of_the_way"
 
 
+def test_few_trials_come_all_after_the_pass(teacher, tmp_path):
+    """It starts where the config says, and what it has learned is judged at its own strength and at powers of ten of it."""
+    schedule = distpro.search(searching(teacher, trials=4), out=tmp_path)
+    plain = distpro.search(searching(teacher, trials=0))
+    found = results(tmp_path)
+    assert len(found) == 4 and {"learned", "learned_times_10"} < set(found)
+    assert schedule.weights[0].tolist() == pytest.approx([1 / 3] * 2)
+    best = min(found, key=lambda name: found[name].get("calibrated_loss", math.inf))
+    factor = float(best.rpartition("times_")[2]) if "times" in best else 1.0
+    assert torch.allclose(schedule.weights[-1], factor * plain.weights[-1], rtol=0.01)  # names have three digits
+
+
 def test_a_trial_is_the_retrain_of_its_weights_on_the_searchs_part(teacher, tmp_path):
     """What `equal weights` is judged by is what a training on those samples as a data set of their own says."""
-    plain = searching(teacher, trials=1)
+    plain = searching(teacher)
     plain["data"] = {**plain["data"], "augment": []}  # it is drawn by a sample's number in its set
     schedule = distpro.search(plain, out=tmp_path / "search")
     config = read_config(plain)
@@ -122,7 +134,7 @@ def test_a_trial_that_diverges_is_worst(teacher, tmp_path, monkeypatch):
         return fit(trainer)
 
     monkeypatch.setattr(Trainer, "fit", diverging)
-    distpro.search(searching(teacher, trials=6), out=tmp_path / "run")
+    distpro.search(searching(teacher), out=tmp_path / "run")
     found = results(tmp_path / "run")
     assert [name for name, result in found.items() if "loss" not in result] == ["equal_weights_times_10"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -31,6 +31,18 @@ def test_the_plan_fits_ten_minutes():
     assert set(REHEARSED.split()) < set(named) and "tests" in named
 
 
+def test_a_folder_with_other_things_and_unknown_options_are_refused(tmp_path):
+    (tmp_path / "student.pt").write_text("weeks of work")
+    for arguments, said in (
+        (["--plann"], "unknown option '--plann'"),
+        ([tmp_path], "holds something else than results"),
+    ):
+        done = gpu(*arguments, PARTS="none")
+        assert done.returncode == 2 and said in done.stderr and not done.stdout
+    assert (tmp_path / "student.pt").read_text() == "weeks of work"
+    assert [gpu(tmp_path / "new", PARTS="none").returncode for _ in range(2)] == [0, 0]
+
+
 @pytest.mark.slow
 def test_a_rehearsal_passes(tmp_path):
     done = gpu("--rehearse", tmp_path / "out", PARTS=REHEARSED)

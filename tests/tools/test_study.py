@@ -165,6 +165,13 @@ def test_a_search_may_be_a_tuning_whose_best_is_retrained(example):
     assert comparing.cost(example, "optuna") == pytest.approx(4 * 36 / 60 * plain, rel=0.05)  # half of the images judge
 
 
+def test_a_tuning_is_judged_on_validation_data_and_has_no_test_value(example):
+    example.searches["optuna"] = {"tune": {"families": ["static"], "trials": 4}}
+    example.results.write_text("".join(json.dumps(row(name, 0, 61.5)) + "\n" for name in ("optuna", "equal")))
+    text = table.render(example)
+    assert "| (optuna) |  | 1 |" in text and "| equal | 61.50 | 1 |" in text
+
+
 def test_the_table_of_horizons_leaves_out_the_first_steps():
     content = {
         "keys": ["a"],
