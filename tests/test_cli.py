@@ -91,6 +91,10 @@ def metrics_in(text):
         ("search teacher.yaml --dry-run", ("a search needs a teacher",)),
         ("search search.yaml --dry-run training.accumulate=2", ("training.accumulate: a search's step is one batch",)),
         ("search search.yaml --dry-run precision=float16", ("precision: a search runs in float32 or bfloat16",)),
+        (
+            "search search.yaml --dry-run training.distill_weight=0",
+            ("training.distill_weight: at 0 no term has an effect",),
+        ),
         ("search search.yaml --dry-run pathways.weight=1", ("no term whose weight is to be",)),
         ("search search.yaml --dry-run search.horizon=4 search.estimator=forward_mode", ("looks one step back",)),
         ("search search.yaml --dry-run task_weight=learned", ("by a search over a horizon alone",)),
@@ -101,6 +105,10 @@ def metrics_in(text):
         ("retrain --schedule alfa.pt", ("alfa.pt",)),
         ("retrain --schedule teacher/student.pt", ("teacher/student.pt: not a distpro schedule",)),
         ("retrain search.yaml --schedule search/alpha.pt pathways.transforms=[conv3x3]", ("no column for term",)),
+        (
+            "retrain search.yaml --schedule search/alpha.pt pathways.weight=1",
+            ("schedule: it drives nothing, every term",),
+        ),
         ("retrain search.yaml --resume --out nowhere", ("nowhere: no checkpoint.pt to resume from",)),
         ("evaluate nothing.pt", ("--config",)),
         ("evaluate nothing.pt --config search.yaml", ("checkpoint: nothing at nothing.pt",)),
@@ -123,6 +131,7 @@ def metrics_in(text):
         ("plot teacher.yaml", ("teacher.yaml",)),
         ("plot search/alpha.pt --format gif", ("--format", "'gif'", "png")),
         ("plot search/alpha.pt --out teacher.yaml", ("teacher.yaml: no figure ends in '.yaml'", ".png")),
+        ("plot search/alpha.pt --out a.svg --format png", ("--out a.svg is one svg file, which --format png is not",)),
         ("plot search/alpha.pt seed=1", ("unknown argument 'seed=1'",)),
         (
             "export search",
@@ -213,6 +222,15 @@ def test_inspect_a_config_says_shapes_and_parameters(here, capsys):
     out = capsys.readouterr().out
     assert "78,042 parameters" in out and "64×4×4" in out
     assert re.search(r"^terms    9: ", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_inspect_a_config_of_a_retrain(here, capsys):
+    """It says what a retrain amounts to, also where a search would refuse the config."""
+    assert (
+        main(["inspect", "search.yaml", "pathways.weight=1", "retrain.weights=constant", "training.accumulate=2"]) == 0
+    )
+    assert re.search(r"^terms    9: ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.slow

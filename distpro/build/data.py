@@ -175,4 +175,8 @@ def search_parts(config: Config, data: Any) -> tuple[Any, Any]:
     the training part."""
     if data.validation is not None:
         return data.validation, data.train
-    return split(data.train, config.search.fraction_of(len(data.train)), config.seed)
+    try:
+        samples = len(data.train)
+    except TypeError:  # a DataLoader of a data set that has none
+        raise UserError("data: the training part has no length and cannot be split: give a validation set") from None
+    return split(data.train, config.search.fraction_of(samples), config.seed)

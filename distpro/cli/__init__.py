@@ -318,7 +318,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
     if Path(options.target).suffix in (".yaml", ".yml"):
         config = read_config(options.target, options.overrides)
-        _dry_run(config, searching=config.has_teacher and not config.stages)
+        learns = config.has_teacher and not config.stages and config.retrain.schedule is None
+        _dry_run(config, searching=learns and config.retrain.weights not in ("constant", "none"))
     elif options.overrides:
         raise _wrong(
             f"inspect: {options.target} is a schedule, not a config: '{options.overrides[0]}' would change nothing"
@@ -331,6 +332,11 @@ def _plot(options: argparse.Namespace) -> None:
     from distpro.report.plots import save_figures
     from distpro.schedule import Schedule
 
+    suffix = Path(options.out or "").suffix.lower().removeprefix(".")
+    if options.format and suffix in ("png", "svg", "pdf") and options.format != [suffix]:
+        raise _wrong(
+            f"plot: --out {options.out} is one {suffix} file, which --format {' '.join(options.format)} is not"
+        )
     schedule = Schedule.load(options.schedule)
     for path in save_figures(schedule, options.out or Path(options.schedule).parent, tuple(options.format or ["png"])):
         print(path)

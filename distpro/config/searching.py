@@ -212,5 +212,6 @@ class RetrainConfig(Section):
         {}, description="{term key: key in the schedule}, where they do not match by themselves"
     )
     training: dict[str, Any] = Field(
-        {}, description="what of `training` is different in a retrain; the command line's `training.` goes before it"
+        {},
+        description="what of `training` is different in a retrain; `training.` on the command line goes before what a file says here",
     )

@@ -26,19 +26,19 @@ def schedule_summary(schedule: Schedule) -> dict[str, Any]:
     ``total``: Σw at ``start``, ``middle`` and ``end``; ``strongest``: per third of the training, all terms as
     (key, mean weight, share of the third's Σ|w|), strongest first; ``teacher_levels``: share per level (0: terms
     without a level) and third; ``dropped``: see below; ``computed``: fraction of (step, term) pairs that the
-    threshold keeps; ``movement``: mean over steps of Σ_j |w_j(t) − w̄_j|, divided by Σ_j |w̄_j| (w̄: mean over time; 0 for
+    threshold keeps, of the steps that a replay takes; ``movement``: mean over steps of Σ_j |w_j(t) − w̄_j|, divided by Σ_j |w̄_j| (w̄: mean over time; 0 for
     constant weights).
 
     ``updates`` and ``gradients``: how many updates a search made, and per term and learned scalar (key, mean gradient, spread,
     share of updates with its sign, whether it is more than noise), largest first; 0 and nothing where the file does not say.
     Gradients are those of the validation loss by α̃, which for ``log`` is what a relative change of the weight does.
 
-    ``dropped`` lists the terms that the threshold drops at some step: ``key``, ``step`` and ``epoch`` at
-    which they first are, and ``for_good``, whether they stay there from then on.
+    ``dropped`` lists the terms that the threshold drops at some step that a replay takes: ``key``, ``step`` and ``epoch`` of the
+    search at which they first are, and ``for_good``, whether they stay there from then on.
     """
     weights = schedule.weights.double()
     meta = schedule.meta
-    below = schedule.dropped()
+    below = schedule.after().dropped()
     gradients = _gradients(meta.get("gradients"))
     return {
         "terms": len(schedule.keys),
@@ -115,11 +115,11 @@ def _level_shares(level: Tensor, weights: Tensor) -> dict[int, dict[str, float]]
 
 
 def _dropped(schedule: Schedule, below: Tensor) -> list[dict[str, Any]]:
-    found = []
+    found, before = [], len(schedule) - len(below)
     for n in below.any(0).nonzero().flatten().tolist():
-        step = int(below[:, n].int().argmax())
+        first = int(below[:, n].int().argmax())
+        step, for_good = before + first, bool(below[first:, n].all())
         epoch = step / schedule.steps_per_epoch
-        for_good = bool(below[step:, n].all())
         found.append({"key": schedule.keys[n], "step": step, "epoch": epoch, "for_good": for_good})
     return sorted(found, key=lambda entry: entry["step"])
 
@@ -207,10 +207,11 @@ def _drops(s: Mapping[str, Any]) -> str:
     if not dropped:
         return f"{name} drops no term."
     lasting = sum(entry["for_good"] for entry in dropped)
-    lines = [
-        f"{name} drops {len(dropped)} of {_count(s['terms'], 'term')} at some time, "
-        f"{lasting} of them for good; {1 - s['computed']:.1%} of the terms' computation is saved."
-    ]
+    saved = f"{1 - s['computed']:.1%} of the terms' computation is saved"
+    some = f"{name} drops {len(dropped)} of {_count(s['terms'], 'term')}"
+    if s["start"] == 1:
+        return "\n".join([f"{some}; {saved}.", *(f"  {entry['key']}" for entry in dropped)])
+    lines = [f"{some} at some time, {lasting} of them for good; {saved}."]
     for entry in dropped:
         lines.append(
             f"  from epoch {entry['epoch']:.1f}{'' if entry['for_good'] else ', not to the end'}: {entry['key']}"

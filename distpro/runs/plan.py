@@ -9,7 +9,7 @@ import torch
 from distpro.config.reading import for_retrain
 from distpro.report.cost import describe
 from distpro.runs.candidates import Candidate, candidates_of
-from distpro.runs.tuning import Request
+from distpro.runs.tuning import Request, check_trials
 from distpro.schedule import Schedule
 from pathways.registry import UserError
 
@@ -21,7 +21,7 @@ def plan_of(request: Request) -> tuple[list[str], list[list[Any]], str]:
     whole = describe(config.model_copy(update={"training": short}), searching=True)
     space = _space(config, [key for key, *_ in whole.terms])
     rows: list[list[Any]] = []
-    costs = []
+    costs: dict[str, float] = {}
     for candidate in candidates_of(config, space, request.learned, request.schedule):
         first, _ = candidate.at(candidate.centres)
         try:
@@ -31,9 +31,10 @@ def plan_of(request: Request) -> tuple[list[str], list[list[Any]], str]:
                 raise UserError(f"candidate '{candidate.name}': {error}") from None
             rows.append([candidate.name, f"left out: {error}", "-"])
             continue
-        costs.append(macs)
+        costs[candidate.name] = macs
         rows.append([candidate.name, _free(candidate, tune.span), f"{macs / 1e12:.4g}" if whole.steps else "unknown"])
-    mean = sum(costs) / max(1, len(costs))
+    check_trials(config, list(costs))
+    mean = sum(costs.values()) / max(1, len(costs))
     total = f"about {tune.trials * mean / 1e12:.4g} TMAC" if whole.steps else "a cost that the data set's size decides"
     line = (
         f"budget: {tune.trials} trainings of {short.epochs} epochs ({total}), of which the first {len(costs)} are each "

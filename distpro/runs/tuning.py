@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +120,10 @@ class Tuning:
         if resume:
             check_data(folder, self.data.facts)
             self.ledger = Ledger(folder, self.config, self.last)
+            if self.ledger.spent() > self.config.tune.trials:
+                raise UserError(
+                    f"tune.trials is {self.config.tune.trials}, but {self.ledger.spent():.3g} trainings are spent: it goes on with more"
+                )
             space = Schedule.load(folder / "space.pt") if (folder / "space.pt").is_file() else None
             known = {candidate.name: candidate for candidate in self._candidates(space)}
             self.candidates = {name: known[name] for name in self.ledger.names}
@@ -140,11 +144,7 @@ class Tuning:
         for name, reason in why_not.items():
             note(f"candidate '{name}' is left out: {reason}")
         self.candidates = {candidate.name: candidate for candidate in found}
-        if len(found) > self.config.tune.trials:
-            raise UserError(
-                f"tune.trials is {self.config.tune.trials}, which does not train each candidate once; there are {len(found)}: "
-                f"{', '.join(self.candidates)} (fewer: tune.families, tune.methods, tune.controls)"
-            )
+        check_trials(self.config, list(self.candidates))
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "trials.journal").unlink(missing_ok=True)  # of one that was stopped before it had begun
         self.ledger = Ledger(self.folder, self.config, self.last)
@@ -291,6 +291,15 @@ def searched_seconds(folder: Path) -> float | None:
         return None
     seconds = json.loads(file.read_text(encoding="utf-8")).get("seconds")
     return None if seconds is None else float(seconds)
+
+
+def check_trials(config: Config, candidates: Sequence[str]) -> None:
+    """Raise UserError where the budget does not train each candidate once."""
+    if len(candidates) > config.tune.trials:
+        raise UserError(
+            f"tune.trials is {config.tune.trials}, which does not train each candidate once; there are {len(candidates)}: "
+            f"{'; '.join(candidates)} (fewer: tune.families, tune.methods, tune.controls)"
+        )
 
 
 def _with_budget_of(config: Config, folder: Path) -> Config:

@@ -244,8 +244,9 @@ class Searcher:
         return True
 
     def scalars(self) -> dict[str, Tensor]:
-        """α̃ and w of every searched term, what is learned beside them, the validation loss."""
-        values = {"search/validation_loss": self.estimator.validation_loss}
+        """α̃ and w of every searched term, what is learned beside them, the validation loss once it was looked at."""
+        looked = self.steps_done >= self.every
+        values = {"search/validation_loss": self.estimator.validation_loss} if looked else {}
         for name, row in zip(("alpha_tilde", "alpha"), self.history[:, self.steps_done - 1].cpu(), strict=True):
             values |= {f"{name}/{entry.key}": value for entry, value in zip(self.entries, row, strict=True)}
         beside = self.beside.history[self.steps_done - 1].cpu()

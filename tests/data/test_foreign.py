@@ -1,15 +1,20 @@
 """Somebody else's Datasets and DataLoaders as a data set: facts, examples, parts, and code that returns them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
+    IterableDataset,
     Subset,
     TensorDataset,
 )
 
+from distpro.build.data import search_parts
+from distpro.config.schema import Config
 from distpro.data import ForeignDataset, Split, from_objects, load_data, make_loader, split
 from distpro.data.datasets import DATASETS
 from distpro.data.foreign import adopt, take
@@ -73,6 +78,16 @@ def test_parts_are_stratified_where_labels_are_known():
             split(given, 0.5, 0)
     with pytest.raises(UserError, match="fraction"):
         split(part, 1.5, 0)
+
+
+def test_a_search_says_that_a_loader_without_a_length_cannot_be_split():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(Noisy(4))
+
+    data = SimpleNamespace(validation=None, train=DataLoader(Endless(), batch_size=5))
+    with pytest.raises(UserError, match="has no length and cannot be split: give a validation set"):
+        search_parts(Config(student={"model": "resnet8"}), data)
 
 
 class Counted(Noisy):

@@ -1,5 +1,7 @@
 """The numbers of an explanation against schedules whose answer is known on paper."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,20 @@ def test_dropped_terms(values, threshold, expected, computed):
     assert [tuple(entry.values()) for entry in summary["dropped"]] == expected
     assert (
         summary["computed"] == computed == (schedule.drop(threshold).weights != 0).float().mean() or threshold is None
+    )
+
+
+def test_what_is_dropped_is_of_the_steps_that_a_replay_takes():
+    """A search over a horizon ends with a weight that is dropped, and hands on that end alone."""
+    weights = torch.tensor([[1.0, 1.0]] * 9 + [[1.0, 0.01]])
+    schedule = Schedule(
+        ("a", "b"), torch.zeros(2, 3).long(), weights.log(), weights, (), 5.0, threshold=0.5, reading="log"
+    )
+    whole, end = schedule_summary(replace(schedule, start=0.0)), schedule_summary(replace(schedule, start=1.0))
+    assert (whole["computed"], end["computed"]) == (pytest.approx(0.95), 0.5)
+    assert whole["dropped"] == end["dropped"] == [{"key": "b", "step": 9, "epoch": 1.8, "for_good": True}]
+    assert "drops 1 of 2 terms; 50.0% of the terms' computation is saved.\n  b" in explain_schedule(
+        replace(schedule, start=1.0)
     )
 
 

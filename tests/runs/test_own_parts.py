@@ -44,14 +44,15 @@ def test_objects_through_every_command(kind, own, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parts", "loaders"])
-def test_objects_through_a_search_over_a_horizon(kind, own, tmp_path, monkeypatch):
+def test_objects_through_a_search_over_a_horizon(kind, own, tmp_path, monkeypatch, capsys):
     """Each trial begins from the student's weights as they were handed over; judged by the headline, there is no loss."""
     module = module_of(own, monkeypatch, tmp_path)
     student, task = student_of(module), module.Soft()
     before = copy.deepcopy(student.state_dict())
     objects = {"data": getattr(module, kind)(), "teacher": teacher_of(module), "task": task, "student": student}
-    config = plain({"search": {"horizon": 4, "trials": 5}})
+    config = plain({"search": {"horizon": 4, "trials": 7}})
     schedule = distpro.search(config, out="search", **objects)
+    assert "a retrain of 12 steps takes about" in capsys.readouterr().out  # 3 epochs of 40 samples in batches of 10
     assert schedule.start == 1 and differences(student.state_dict(), before) == []
     found = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "search" / "trials").glob("*/result.json")}
     best = min(found, key=lambda name: found[name]["hinge"])

@@ -275,6 +275,8 @@ def test_it_may_go_on_with_a_larger_budget(teacher, tmp_path, monkeypatch):
     first = distpro.tune(source, out=out).rows
     more = distpro.tune(source, out=out, overrides=["tune.trials=7"], resume=True).rows
     assert len(first) == 4 and len(more) == 7 and more[:4] == first
+    with pytest.raises(distpro.UserError, match="tune.trials is 5, but 7 trainings are spent"):
+        distpro.tune(source, out=out, overrides=["tune.trials=5"], resume=True)
     with pytest.raises(distpro.UserError, match="config has changed since the run began: tune.by"):
         distpro.tune(source, out=out, overrides=["tune.by=headline"], resume=True)
 
@@ -316,7 +318,7 @@ def test_two_workers_share_a_budget(teacher, tmp_path):
         (["tune.methods=[dk]"], "candidate 'dk'.*unknown loss 'dk'; did you mean 'dkd'"),
         (["tune.methods=[kd,kd]"], "two candidates are called 'kd'"),
         (["tune.families=[learned]"], "learned needs a schedule: give --schedule alpha.pt"),
-        (["tune.trials=2"], "tune.trials is 2, which does not train each candidate once; there are 4: kd, at, equal"),
+        (["tune.trials=2"], "tune.trials is 2, which does not train each candidate once; there are 4: kd; at; equal"),
         (["tune.span=[2,3]"], r"tune.span.*is \[2, 3\]"),
         (["tune.trails=2"], "unknown key 'tune.trails'; did you mean 'trials'"),
         (["teacher=null"], "tune: the candidates need a teacher"),
@@ -338,6 +340,13 @@ def test_messages(teacher, tmp_path, overrides, said):
     with pytest.raises(distpro.UserError, match=said):
         distpro.tune(tuning(teacher), out=tmp_path / "run", overrides=overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_a_budget_that_is_too_small(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tuning(teacher)))
+    assert main(["tune", "c.yaml", "--dry-run", "--trials", "2"]) == 2
+    assert "tune.trials is 2, which does not train each candidate once" in capsys.readouterr().err
 
 
 def test_without_optuna_it_says_how_to_get_it(teacher, tmp_path, monkeypatch, capsys):

@@ -254,6 +254,13 @@ def test_scalars_are_the_last_recorded_row_and_the_validation_loss():
     assert scalars["search/validation_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_no_validation_loss_is_logged_before_there_is_one():
+    trainer = build(every=2)
+    for n, logged in enumerate((False, True)):
+        trainer.train_step(Batches(10 + n).batches[0])
+        assert ("search/validation_loss" in trainer.weights.scalars()) == logged
+
+
 # Constants, threshold, scale
 
 

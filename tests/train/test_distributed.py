@@ -134,7 +134,7 @@ def test_a_search_and_a_retrain(folder):
 
 def test_a_search_over_a_horizon(folder):
     """Sweep and trials: the same weights, and the same trainings judged alike."""
-    config = write(folder, search={"horizon": 3, "trials": 6, "validation_fraction": 0.2})
+    config = write(folder, search={"horizon": 3, "trials": 7, "validation_fraction": 0.2})
     two("search", config, "--out", "two")
     alone = distpro.search(config, out="one")
     together = Schedule.load("two/alpha.pt")
