@@ -19,11 +19,12 @@ from distpro.build.given import OBJECT
 from distpro.build.models import build_network
 from distpro.config.reading import read_config
 from distpro.config.stages import stages_of
-from distpro.console import pip_install, warn
+from distpro.console import note, pip_install, warn
 from distpro.data.statistics import DATA, stored_facts
 from distpro.files import load_safely, naming, write_atomically
 from distpro.losses import LOSSES
 from distpro.models import load_checkpoint
+from distpro.runs.detector import onnx_of, program_of
 from distpro.runs.folder import student_of
 from distpro.task import Task
 from pathways.call import map_tensors
@@ -45,7 +46,7 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
     Args:
         folder: the run's folder.
         format: ``safetensors`` (weights), ``pt2`` (torch.export program) or ``onnx``, which take batches of any size, of
-            texts with any number of tokens, or ``transformers``: a folder that its ``from_pretrained`` reads, with the
+            texts with any number of tokens (of a detector one image: ONNX of any size, pt2 of one size), or ``transformers``: a folder that its ``from_pretrained`` reads, with the
             tokenizer. What the data were (mean and std among it) is in the file: safetensors' and ONNX' metadata
             ``distpro``, pt2's extra file ``data.json``. ONNX' outputs are called ``logits`` (``depth``), others by their keys.
             By default what the suffix of ``out`` says, else safetensors.
@@ -77,14 +78,21 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
     if format == "transformers":
         return _write_folder(model, data, path)
     args, kwargs = task.call(_seen(task, data.example(2)), False)
-    if any(isinstance(value, list) for value in [*args, *kwargs.values()]):
+    listed = any(isinstance(value, list) for value in [*args, *kwargs.values()])
+    if listed and getattr(task, "targets", None) != "boxes":
         raise UserError(f"{folder}: the student takes a list, which no {format} file can stand for: export safetensors")
     dynamic: Any = tuple(map_tensors(_any_size, list(args)))
     if kwargs:
         dynamic = map_tensors(_any_size, dict(kwargs))
     try:
+        if listed and format == "onnx":
+            return _written(onnx_of(model, args[0][0], facts), path)
         if format == "pt2":
-            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic)
+            program = (
+                program_of(model, args[0][0])
+                if listed
+                else torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic)
+            )
             buffer = io.BytesIO()
             torch.export.save(program, buffer, extra_files={DATA: facts})
         else:
@@ -100,6 +108,9 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
             f"{folder}: '{config.student.model}' cannot be exported to {format}: {type(error).__name__}: {reason[0]}"
         ) from error
     if format == "pt2":
+        if listed:
+            height, width = args[0][0].shape[1:]
+            note(f"{path}: takes one image of {height}×{width} alone; an ONNX file takes any")
         write_atomically(buffer.getvalue(), path)
     elif sum(t.nbytes for t in (*model.parameters(), *model.buffers())) < ONE_FILE:
         write_atomically(written.model_proto.SerializeToString(), path)
@@ -107,6 +118,11 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
             written.save(str(path), external_data=True)
+    return path
+
+
+def _written(content: bytes, path: Path) -> Path:
+    write_atomically(content, path)
     return path
 
 

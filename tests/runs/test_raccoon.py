@@ -10,14 +10,18 @@ import torch
 import yaml
 
 import distpro
+from distpro import build
+from distpro.build.models import build_network
 from distpro.cli import main
 from distpro.config.reading import read_config
 from distpro.files import load_safely
+from distpro.models import load_checkpoint
 from distpro.runs.export import export
 from distpro.schedule import Schedule
 from distpro.train.tracking import read_metrics
 from distpro.train.trainer import Interrupted
 from tests.conftest import ROOT
+from tests.onnx_files import answers
 from tests.runs.test_resume import differences, stop_after
 
 pytestmark = pytest.mark.slow
@@ -181,9 +185,30 @@ def test_the_student_leaves(search, teacher, tmp_path):
     assert differences(safetensors.load_file(path), load_safely(tmp_path / "run" / "student.pt")) == []
     found = distpro.evaluate(path, overrides_of(teacher, 2), config=SEARCH)
     assert found == pytest.approx(distpro.evaluate(tmp_path / "run"), rel=1e-5)
-    for format in ("pt2", "onnx"):
-        with pytest.raises(distpro.UserError, match=f"the student takes a list, which no {format} file can stand for"):
-            export(tmp_path / "run", format, tmp_path / "student")
+
+
+def test_the_student_leaves_as_a_program(search, teacher, tmp_path):
+    """pt2 answers as the student does on an image of the size that it was written for, ONNX on images of several sizes."""
+    run = tmp_path / "run"
+    distpro.retrain(ROOT / "retrain_configs" / "raccoon_none.yaml", None, run, overrides_of(teacher, 2))
+    config = read_config(run / "config.yaml")
+    data, task = build.build_data(config), build.build_task(config)
+    student = build_network(config.student, task.model_arguments(data), load=False).eval()
+    load_checkpoint(student, run / "student.pt")
+    images = task.call(data.example(4), False).args[0]
+    assert len({image.shape for image in images}) > 1
+    pt2 = torch.export.load(export(run, "pt2")).module()
+    onnx = export(run, "onnx")
+    for n, image in enumerate(images):
+        with torch.no_grad():
+            expected = student([image])[0]
+        assert len(expected["boxes"])
+        found = answers(onnx, image)
+        for key in ("boxes", "scores", "labels"):
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-3)  # of pixels
+        if n == 0:
+            for value, key in zip(pt2(image), ("boxes", "scores", "labels"), strict=True):
+                torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-4)
 
 
 def test_replacing_what_is_not_there_is_refused(teacher, tmp_path, capsys):
