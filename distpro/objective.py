@@ -191,10 +191,6 @@ class Objective(nn.Module):
         """
         driven = [term for term in self._given if term.weight is None]
         columns, scalars = columns_of(schedule.saying(threshold, start).played(total_steps), driven, mapping)
-        if self._given and not driven and not scalars:
-            raise UserError(
-                "schedule: it drives nothing, every term states a weight: leave out the weights, or the schedule"
-            )
         self._scalars, self._next_step, self.uncertainty = self._scalars.then(scalars, self._given), 0, None
         self.keep([t for t in self._given if t not in driven or any(columns[e.key].any() for e in entries_of(t))])
         self._weights_at = weights_of(self.terms, columns, total_steps, strength_of(schedule, total_steps, scale))

@@ -282,6 +282,10 @@ def columns_of(
     have here. Raises UserError where they do not fit."""
     columns: dict[str, Tensor] = {}
     scalars: dict[str, Tensor] = {} if terms else dict(schedule.scalars)
+    if not terms and not scalars:
+        raise UserError(
+            "schedule: it drives nothing, every term states a weight: leave out the weights, or the schedule"
+        )
     for reduction in dict.fromkeys(term.reduction for term in terms):
         members = [term for term in terms if term.reduction == reduction]
         entries = [_reduced(entry, reduction) for term in members for entry in entries_of(term)]

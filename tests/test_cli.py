@@ -106,7 +106,7 @@ def metrics_in(text):
         ("retrain --schedule teacher/student.pt", ("teacher/student.pt: not a distpro schedule",)),
         ("retrain search.yaml --schedule search/alpha.pt pathways.transforms=[conv3x3]", ("no column for term",)),
         (
-            "retrain search.yaml --schedule search/alpha.pt pathways.weight=1",
+            "retrain search.yaml --dry-run --schedule search/alpha.pt pathways.weight=1",
             ("schedule: it drives nothing, every term",),
         ),
         ("retrain search.yaml --resume --out nowhere", ("nowhere: no checkpoint.pt to resume from",)),

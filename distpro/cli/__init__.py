@@ -329,11 +329,11 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from distpro.report.plots import save_figures
+    from distpro.report.plots import FORMATS, save_figures
     from distpro.schedule import Schedule
 
     suffix = Path(options.out or "").suffix.lower().removeprefix(".")
-    if options.format and suffix in ("png", "svg", "pdf") and options.format != [suffix]:
+    if options.format and suffix in FORMATS and options.format != [suffix]:
         raise _wrong(
             f"plot: --out {options.out} is one {suffix} file, which --format {' '.join(options.format)} is not"
         )

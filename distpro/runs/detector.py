@@ -60,20 +60,18 @@ def program_of(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
 def _nms_without_branches(model: nn.Module, image: Tensor) -> Iterator[None]:
     """Let torchvision's `batched_nms`, which asks how many boxes there are, do the same without asking: boxes of different classes
     are moved so far apart that none overlap."""
-    from torchvision.ops import boxes
+    from torchvision.ops import boxes as ops
 
     transform: Any = getattr(model, "transform", None)
     sides = (*image.shape[1:], getattr(transform, "max_size", 0), *(getattr(transform, "fixed_size", None) or ()))
     apart = float(max(sides) + 1)
-    original = boxes.batched_nms
+    original = ops.batched_nms
 
     def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-        from torchvision.ops import nms
+        return ops.nms(boxes + apart * idxs.to(boxes)[:, None], scores, iou_threshold)
 
-        return nms(boxes + apart * idxs.to(boxes)[:, None], scores, iou_threshold)
-
-    boxes.batched_nms = batched_nms
+    ops.batched_nms = batched_nms
     try:
         yield
     finally:
-        boxes.batched_nms = original
+        ops.batched_nms = original

@@ -85,9 +85,10 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
     if kwargs:
         dynamic = map_tensors(_any_size, dict(kwargs))
     try:
+        content = None
         if listed and format == "onnx":
-            return _written(onnx_of(model, args[0][0], facts), path)
-        if format == "pt2":
+            content = onnx_of(model, args[0][0], facts)
+        elif format == "pt2":
             program = (
                 program_of(model, args[0][0])
                 if listed
@@ -95,6 +96,7 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
             )
             buffer = io.BytesIO()
             torch.export.save(program, buffer, extra_files={DATA: facts})
+            content = buffer.getvalue()
         else:
             onnx = {"dynamo": True, "dynamic_shapes": dynamic, "verbose": False}
             written: Any = torch.onnx.export(model, args, kwargs=dict(kwargs), **onnx)  # type: ignore[arg-type]
@@ -107,22 +109,17 @@ def export(folder: str | Path, format: str | None = None, out: str | Path | None
         raise UserError(
             f"{folder}: '{config.student.model}' cannot be exported to {format}: {type(error).__name__}: {reason[0]}"
         ) from error
-    if format == "pt2":
-        if listed:
-            height, width = args[0][0].shape[1:]
-            note(f"{path}: takes one image of {height}×{width} alone; an ONNX file takes any")
-        write_atomically(buffer.getvalue(), path)
+    if listed and format == "pt2":
+        height, width = args[0][0].shape[1:]
+        note(f"{path}: takes one image of {height}×{width} alone; an ONNX file takes any")
+    if content is not None:
+        write_atomically(content, path)
     elif sum(t.nbytes for t in (*model.parameters(), *model.buffers())) < ONE_FILE:
         write_atomically(written.model_proto.SerializeToString(), path)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
             written.save(str(path), external_data=True)
-    return path
-
-
-def _written(content: bytes, path: Path) -> Path:
-    write_atomically(content, path)
     return path
 
 
